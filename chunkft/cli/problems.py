@@ -1,0 +1,148 @@
+"""Arithmetic word problems, the task of the embedded model: generated, never stored, disjoint by construction."""
+
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Literal, TypedDict
+
+Split = Literal["train", "heldout"]
+
+START_RANGE = range(2, 21)
+CHANGE_RANGE = range(2, 10)
+HELDOUT_ONE_IN = 5
+
+_NAMES_HE = ("Tom", "Ben", "Sam", "Max", "Leo", "Jim")
+_NAMES_SHE = ("Ann", "Eva", "Mia", "Sue", "Zoe", "Kim")
+_THINGS = ("apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps")
+_GAINS = ("buys", "finds", "gets", "wins")
+_LOSSES = ("loses", "sells", "gives away", "drops")
+
+
+class Problem(TypedDict):
+    """A question that ends in a question mark, and its answer: a space and a number."""
+
+    prompt: str
+    completion: str
+
+
+def canonical(*terms: int) -> str:
+    """Names a sum independently of the order of its terms, so that 7 + 5 and 5 + 7 are one problem."""
+    return "".join(f"{term:+d}" for term in sorted(terms))
+
+
+def split_of(*terms: int) -> Split:
+    """Says which split owns the sum of the terms: a hash of its canonical name decides, whatever the wording or seed."""
+    digest = hashlib.sha256(canonical(*terms).encode("ascii")).digest()
+    return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
+
+
+def _person(rng: random.Random) -> tuple[str, str]:
+    if rng.random() < 0.5:
+        return rng.choice(_NAMES_HE), "He"
+    return rng.choice(_NAMES_SHE), "She"
+
+
+def _change(rng: random.Random, change: int) -> str:
+    return f"{rng.choice(_GAINS)} {change} more" if change > 0 else f"{rng.choice(_LOSSES)} {-change}"
+
+
+def _gain_terms(rng: random.Random) -> tuple[int, ...]:
+    return rng.choice(START_RANGE), rng.choice(CHANGE_RANGE)
+
+
+def _loss_terms(rng: random.Random) -> tuple[int, ...]:
+    return rng.choice(START_RANGE), -rng.choice(CHANGE_RANGE)
+
+
+def _two_step_terms(rng: random.Random) -> tuple[int, ...]:
+    first, second = (rng.choice(CHANGE_RANGE) * rng.choice((1, -1)) for _ in range(2))
+    return rng.choice(START_RANGE), first, second
+
+
+def _own(rng: random.Random, terms: tuple[int, ...]) -> str:
+    name, pronoun = _person(rng)
+    thing = rng.choice(_THINGS)
+    start, change = terms
+    left = " left" if change < 0 else " now"
+    return f"{name} has {start} {thing}. {pronoun} {_change(rng, change)}. How many {thing} does {name} have{left}?"
+
+
+def _together(rng: random.Random, terms: tuple[int, ...]) -> str:
+    one, other = _person(rng)[0], _person(rng)[0]
+    while other == one:
+        other = _person(rng)[0]
+    thing = rng.choice(_THINGS)
+    return f"{one} has {terms[0]} {thing} and {other} has {terms[1]}. How many {thing} do they have together?"
+
+
+def _box_gain(rng: random.Random, terms: tuple[int, ...]) -> str:
+    thing = rng.choice(_THINGS)
+    return f"A box holds {terms[0]} {thing}. {_person(rng)[0]} puts in {terms[1]} more. How many {thing} are in the box?"
+
+
+def _box_loss(rng: random.Random, terms: tuple[int, ...]) -> str:
+    thing = rng.choice(_THINGS)
+    return f"A box holds {terms[0]} {thing}. {_person(rng)[0]} takes out {-terms[1]}. How many {thing} are in the box?"
+
+
+def _two_step(rng: random.Random, terms: tuple[int, ...]) -> str:
+    name, pronoun = _person(rng)
+    thing = rng.choice(_THINGS)
+    changes = f"{pronoun} {_change(rng, terms[1])}. Then {pronoun.lower()} {_change(rng, terms[2])}."
+    return f"{name} has {terms[0]} {thing}. {changes} How many {thing} does {name} have now?"
+
+
+_Terms = Callable[[random.Random], tuple[int, ...]]
+_Wording = Callable[[random.Random, tuple[int, ...]], str]
+_TEMPLATES: tuple[tuple[_Terms, _Wording], ...] = (
+    (_gain_terms, _own),
+    (_gain_terms, _together),
+    (_gain_terms, _box_gain),
+    (_loss_terms, _own),
+    (_loss_terms, _box_loss),
+    (_two_step_terms, _two_step),
+)
+
+
+def generate(n: int, seed: int, split: Split = "train") -> list[Problem]:
+    """Makes `n` problems, the same ones for the same seed; no sum of one split occurs in the other.
+
+    Raises ValueError for a negative `n` or an unknown `split`.
+    """
+    if n < 0:
+        raise ValueError(f"n must be at least 0, got {n}")
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
+    rng = random.Random(f"{split}-{seed}")
+    problems: list[Problem] = []
+    while len(problems) < n:
+        draw_terms, wording = rng.choice(_TEMPLATES)
+        terms = draw_terms(rng)
+        partial = terms[0]
+        possible = True
+        for term in terms[1:]:
+            partial += term
+            possible = possible and partial > 0
+        if possible and split_of(*terms) == split:
+            problems.append({"prompt": wording(rng, terms), "completion": f" {partial}"})
+    return problems
+
+
+_ANSWER = re.compile(r"\s*(-?[0-9]+)\s*\.?\s*")
+
+
+def answer_of(text: str) -> str | None:
+    """Reads the number that a completion consists of, or None where it is anything else than one number."""
+    match = _ANSWER.fullmatch(text)
+    return str(int(match.group(1))) if match else None
+
+
+def embedded_model_dir() -> Path:
+    """Finds the directory of the embedded byte-level Llama inside the installed package."""
+    directory = Path(str(resources.files("chunkft") / "data" / "tiny-llama-bytes"))
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"the embedded model is not at {directory}: chunkft was installed without its package data")
+    return directory

@@ -3,10 +3,10 @@
 import hashlib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 Split = Literal["train", "heldout"]
 
@@ -140,9 +140,50 @@ def answer_of(text: str) -> str | None:
     return str(int(match.group(1))) if match else None
 
 
+def exact_match(model: Any, tokenizer: Any, problems: Sequence[Problem], batch_size: int = 100) -> float:
+    """Decodes greedily after every prompt and gives the share, 0 to 1, of answers that are the right number alone.
+
+    `model` is a causal language model of transformers, `tokenizer` its tokenizer; prompts are padded on the left, and at
+    most 8 tokens are decoded. The model is put back into the mode it was in. Raises ValueError for no problems.
+    """
+    if not problems:
+        raise ValueError("problems must hold at least one problem, got none")
+    was_training = model.training
+    model.eval()
+    right = 0
+    # Prompts of similar length share a batch, so that little of the prefill is spent on padding.
+    ordered = sorted(problems, key=lambda problem: len(problem["prompt"]))
+    try:
+        for first in range(0, len(ordered), batch_size):
+            batch = ordered[first : first + batch_size]
+            prompts = [problem["prompt"] for problem in batch]
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(
+                model.device
+            )
+            width = inputs["input_ids"].shape[1]
+            decoded = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=8,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts = tokenizer.batch_decode(decoded[:, width:], skip_special_tokens=True)
+            right += sum(
+                answer_of(text) == answer_of(wanted["completion"])
+                for text, wanted in zip(texts, batch, strict=True)
+            )
+    finally:
+        model.train(was_training)
+    return right / len(problems)
+
+
 def embedded_model_dir() -> Path:
     """Finds the directory of the embedded byte-level Llama inside the installed package."""
     directory = Path(str(resources.files("chunkft") / "data" / "tiny-llama-bytes"))
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"the embedded model is not at {directory}: chunkft was installed without its package data")
+        raise FileNotFoundError(
+            f"the embedded model is not at {directory}: chunkft was installed without its package data"
+        )
     return directory

@@ -1,0 +1,43 @@
+from typing import SupportsIndex
+
+from typing_extensions import Buffer, CapsuleType
+
+__version__: str
+
+class ArenaView(Buffer):
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> CapsuleType: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class HostArena:
+    def __init__(
+        self,
+        nbytes: SupportsIndex,
+        *,
+        huge_pages: bool = True,
+        pretouch: bool = False,
+        threads: SupportsIndex = 0,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def huge_pages(self) -> bool: ...
+    @property
+    def closed(self) -> bool: ...
+    def close(self) -> None: ...
+    def view(self, offset: SupportsIndex, nbytes: SupportsIndex) -> ArenaView: ...
+    @staticmethod
+    def live_bytes() -> int: ...

@@ -1,0 +1,113 @@
+"""Builds the native module chunkft._core with CMake and Ninja; everything else is in pyproject.toml."""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def find_compiler() -> str:
+    """Return the path of the C++ compiler: $CXX, or the first of c++, g++, clang++ on the PATH."""
+    wanted = os.environ.get("CXX", "").strip()
+    names = (wanted.split()[0],) if wanted else COMPILERS
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    looked = (
+        f"CXX={wanted!r} names no program" if wanted else f"none of {', '.join(COMPILERS)} is on the PATH"
+    )
+    raise SetupError(
+        f"chunkft needs a C++20 compiler (GCC >= 11, Clang >= 14), but {looked}. "
+        "Install one: Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
+        "macOS: xcode-select --install; or point CXX to it."
+    )
+
+
+def check_python_headers() -> None:
+    """Raise if the interpreter came without the headers that an extension module needs."""
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise SetupError(
+            f"chunkft needs the headers of Python {sys.version_info.major}.{sys.version_info.minor}, but {header} "
+            "does not exist. Install them: Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install "
+            "python3-devel."
+        )
+
+
+def find_tool(name: str, directory_attribute: str) -> str:
+    """Return the path of cmake or ninja, from the Python package of that name, else from the PATH.
+
+    The package comes first: in a build without isolation the environment's scripts need not be on the PATH.
+    """
+    with contextlib.suppress(ImportError):
+        package = importlib.import_module(name)
+        if path := shutil.which(name, path=getattr(package, directory_attribute, None) or os.defpath):
+            return path
+    if path := shutil.which(name):
+        return path
+    raise SetupError(f"chunkft is built with {name}, which was not found. Install it: pip install {name}")
+
+
+def pybind11_directory() -> str:
+    """Return the directory of pybind11's CMake files."""
+    try:
+        return importlib.import_module("pybind11").get_cmake_dir()
+    except ImportError:
+        raise SetupError(
+            "chunkft is built with pybind11, which was not found. Install it: pip install pybind11"
+        ) from None
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake in a build directory that is kept, so that a second build compiles only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        check_python_headers()
+        cmake, ninja, pybind11 = (
+            find_tool("cmake", "CMAKE_BIN_DIR"),
+            find_tool("ninja", "BIN_DIR"),
+            pybind11_directory(),
+        )
+
+        # CMake ties a build directory to its source, compiler and Python: another one of these gets another directory.
+        key = hashlib.sha256(f"{ROOT}\n{compiler}\n{sys.executable}".encode()).hexdigest()[:8]
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{key}"
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            # Passed each time: what the cache remembers from an isolated build has been deleted with its environment.
+            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={pybind11}"),
+            *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"),
+            f"-DCHUNKFT_VERSION={self.distribution.get_version()}",
+        ]
+        for command in (configure, [cmake, "--build", str(build), "--target", "_core"]):
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError as error:
+                raise SetupError(
+                    f"building chunkft._core failed: {' '.join(command)} ended with status {error.returncode}; "
+                    "the reason is in the lines above. The compiler must know C++20: GCC >= 11 or Clang >= 14."
+                ) from None
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        built = build / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+        # Replaced, not overwritten: a running process may have the old file mapped.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.copy2(built, temporary)
+        os.replace(temporary, target)
+
+
+setup(ext_modules=[Extension("chunkft._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

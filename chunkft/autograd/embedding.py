@@ -1,0 +1,79 @@
+"""Embedding lookup whose weight gradient is computed for active slices only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from chunkft.autograd.slices import Slice
+from chunkft.kernels import embedding_grad
+
+
+def sliced_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    active: Sequence[tuple[Slice, Tensor]],
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """Embedding lookup whose backward yields the gradient of the active rows or columns, and of no others.
+
+    Args:
+        ids: (...) int32 or int64 token ids.
+        weight: (V, H), not requiring grad.
+        active: pairs of a slice (dim 0: vocabulary rows, dim 1: columns) and a leaf of its shape that shares
+            memory with ``weight``.
+        padding_idx: as in ``torch.nn.functional.embedding``.
+        scale_grad_by_freq: as in ``torch.nn.functional.embedding``.
+
+    Returns:
+        (..., H) tensor of ``weight``'s dtype.
+    """
+    if not active or not torch.is_grad_enabled():
+        return F.embedding(ids, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    windows = []
+    for piece, _ in active:
+        if piece.dim not in (0, 1):
+            raise ValueError(f"active slice {piece} has dim={piece.dim}; an embedding takes 0 or 1")
+        windows.append((piece.dim, piece.start, piece.stop))
+    leaves = [leaf for _, leaf in active]
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return _SlicedEmbedding.apply(ids, weight, padding_idx, scale_grad_by_freq, tuple(windows), *leaves)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SlicedEmbedding(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+        windows: tuple[tuple[int, int, int], ...],
+        *leaves: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_embeddings = weight.shape[0]
+        ctx.options = padding_idx, scale_grad_by_freq
+        ctx.windows = windows
+        return F.embedding(ids, weight, padding_idx)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (ids,) = ctx.saved_tensors
+        grads: list[Tensor | None] = []
+        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[5:], strict=True):
+            if not need:
+                grads.append(None)
+            elif dim == 0:
+                grads.append(embedding_grad(dy, ids, ctx.num_embeddings, (start, stop), None, *ctx.options))
+            else:
+                grads.append(embedding_grad(dy, ids, ctx.num_embeddings, None, (start, stop), *ctx.options))
+        return (None, None, None, None, None, *grads)

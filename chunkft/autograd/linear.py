@@ -1,0 +1,151 @@
+"""Linear layers whose weight gradient is computed for active slices only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from chunkft.autograd.slices import Slice
+from chunkft.kernels import wgrad
+from chunkft.kernels.wgrad import saved_columns
+
+Active = Sequence[tuple[Slice, Tensor]]
+Window = tuple[int, int, int]  # dim, start, stop
+
+
+def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
+    """``x W^T + b`` whose backward yields the gradient of the active slices of W, and of no other part of it.
+
+    ChunkFT, arXiv 2605.21177, section 3. The forward result is that of ``torch.nn.functional.linear``. The
+    input is kept for the backward pass only if there is an active slice; for column slices only their columns
+    are kept.
+
+    Args:
+        x: (..., N) input of any rank.
+        weight: (M, N), not requiring grad.
+        bias: (M,) or None; gets its gradient if it requires one.
+        active: pairs of a slice (dim 0 or 1) and a leaf tensor of its shape that shares memory with ``weight``.
+
+    Returns:
+        (..., M) tensor.
+    """
+    if not active or not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    windows, leaves = _split(active)
+    return _SlicedMatmul.apply(x, weight, bias, False, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
+    """``x W + b`` (GPT-2's Conv1D: the weight is stored input-major) with gradients of active slices only.
+
+    Args:
+        x: (..., M) input of any rank.
+        weight: (M, N), not requiring grad; its rows are input features, its columns output features.
+        bias: (N,) or None.
+        active: as for ``sliced_linear``.
+
+    Returns:
+        (..., N) tensor.
+    """
+    if active and torch.is_grad_enabled():
+        x, weight, bias = _autocast(x, weight, bias)
+        windows, leaves = _split(active)
+        return _SlicedMatmul.apply(x, weight, bias, True, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+    return _conv1d(x, weight, bias)
+
+
+class _SlicedMatmul(Function):
+    """Shared by both weight layouts; ``input_major`` says that weight rows are input features."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        input_major: bool,
+        windows: tuple[Window, ...],
+        *leaves: Tensor,
+    ) -> Tensor:
+        needed = ctx.needs_input_grad[5:]
+        input_dim = 0 if input_major else 1
+        wanted = [w for w, need in zip(windows, needed, strict=True) if need]
+        whole = any(dim != input_dim for dim, _, _ in wanted)
+        if whole:
+            kept = [x]
+        else:
+            # A copy: a view would keep all columns alive.
+            spans = [saved_columns(start, stop, x.shape[-1], x) for _, start, stop in wanted]
+            kept = [x if span == (0, x.shape[-1]) else x[..., slice(*span)].clone() for span in spans]
+        ctx.whole = whole
+        ctx.input_shape = x.shape
+        ctx.input_major = input_major
+        ctx.windows = windows
+        ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
+        return _conv1d(x, weight, bias) if input_major else F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        weight, *kept = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = dy.mm(weight.t() if ctx.input_major else weight).view(ctx.input_shape)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        grads: list[Tensor | None] = []
+        inputs = iter(kept)
+        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[5:], strict=True):
+            if not need:
+                grads.append(None)
+                continue
+            x = kept[0] if ctx.whole else next(inputs)
+            grads.append(_slice_gradient(dy, x, window, ctx).to(dtype))
+        return (dx, None, dbias, None, None, *grads)
+
+
+def _slice_gradient(dy: Tensor, x: Tensor, window: Window, ctx: Any) -> Tensor:
+    dim, start, stop = window
+    x = x.reshape(-1, x.shape[-1])
+    if not ctx.whole:
+        # Only a window of columns was kept: bounds move to its own coordinates.
+        low, _ = saved_columns(start, stop, ctx.input_shape[-1], x)
+        if x.shape[-1] == ctx.input_shape[-1]:
+            low = 0
+        start, stop = start - low, stop - low
+    bounds = slice(start, stop)
+    if ctx.input_major:
+        return wgrad(x, dy, rows=bounds) if dim == 0 else wgrad(x, dy, cols=bounds)
+    return wgrad(dy, x, rows=bounds) if dim == 0 else wgrad(dy, x, cols=bounds)
+
+
+def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    y = flat.mm(weight) if bias is None else torch.addmm(bias, flat, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _split(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:
+    windows = []
+    for piece, _ in active:
+        if piece.dim not in (0, 1):
+            raise ValueError(f"active slice {piece} has dim={piece.dim}; a linear weight takes 0 or 1")
+        windows.append((piece.dim, piece.start, piece.stop))
+    return tuple(windows), [leaf for _, leaf in active]
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Casts that autocast would do inside of ``linear``, done where autograd can see them."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

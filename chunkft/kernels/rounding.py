@@ -1,0 +1,80 @@
+"""Keeping fp32 accuracy with bf16 weights: the residual of a master weight, and stochastic rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def split_residual(master: Tensor) -> tuple[Tensor, Tensor]:
+    """Split fp32 into the nearest bf16 value and the 16 bits that are missing.
+
+    With ``b`` the bits of ``master``, the weight is ``(b + 0x8000) >> 16`` and the residual ``b - (weight << 16)``,
+    which lies in [-0x8000, 0x7fff]. The weight is the nearest bf16; a tie goes away from zero (round-to-nearest-even
+    would need a 17th bit to undo).
+
+    Args:
+        master: fp32 tensor of any shape; NaN and infinity survive.
+
+    Returns:
+        ``(weight, residual)``: bf16 and int16 tensors of the same shape, from which ``apply_residual`` makes
+        ``master`` again, bit for bit.
+    """
+    if master.dtype != torch.float32:
+        raise ValueError(f"master must be float32, got {master.dtype}")
+    bits = master.contiguous().view(torch.int32)
+    # Rounding the largest mantissa of infinity's exponent would turn a NaN into a number: truncate there.
+    finite = torch.isfinite(master)
+    rounded = torch.where(finite, bits + 0x8000, bits)
+    high = rounded >> 16
+    weight = high.to(torch.int16).view(torch.bfloat16)
+    residual = bits - (high << 16)
+    # A truncated NaN keeps low bits up to 0xffff, stored modulo 2^16; apply_residual undoes that for non-finite weights.
+    return weight.view(master.shape), residual.to(torch.int16).view(master.shape)
+
+
+def apply_residual(weight: Tensor, residual: Tensor) -> Tensor:
+    """Join a bf16 weight and its 16-bit residual into the fp32 master they came from.
+
+    Args:
+        weight: bf16 tensor.
+        residual: int16 tensor of the same shape.
+
+    Returns:
+        fp32 tensor of the same shape.
+    """
+    if weight.dtype != torch.bfloat16 or residual.dtype != torch.int16 or weight.shape != residual.shape:
+        raise ValueError(
+            "weight and residual must be bfloat16 and int16 of one shape, got "
+            f"{weight.dtype} {tuple(weight.shape)} and {residual.dtype} {tuple(residual.shape)}"
+        )
+    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
+    low = residual.contiguous().to(torch.int32)
+    non_finite = (high & 0x7F800000) == 0x7F800000
+    overflowed = non_finite & (low < 0) & ((high & 0x007F0000) == 0)
+    joined = torch.where(non_finite & ~overflowed, high | (low & 0xFFFF), high + low)
+    return joined.view(torch.float32).view(weight.shape)
+
+
+def stochastic_round(value: Tensor, seed: int) -> Tensor:
+    """Round fp32 to bf16, up or down with a probability that makes the expectation exact.
+
+    Adds 16 uniform random bits below the last bit that bf16 keeps, then truncates; so ``E[result] = value`` for
+    finite values. The same seed and shape give the same bits.
+
+    Args:
+        value: fp32 tensor of any shape; infinities and NaN keep their kind.
+        seed: non-negative integer below 2^63.
+
+    Returns:
+        bf16 tensor of the same shape.
+    """
+    if value.dtype != torch.float32:
+        raise ValueError(f"value must be float32, got {value.dtype}")
+    generator = torch.Generator(device=value.device).manual_seed(seed)
+    noise = torch.randint(
+        0, 1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32
+    )
+    bits = value.contiguous().view(torch.int32)
+    rounded = torch.where(torch.isfinite(value), bits + noise, bits)
+    return (rounded >> 16).to(torch.int16).view(torch.bfloat16).view(value.shape)

@@ -25,9 +25,10 @@ def find_compiler() -> str:
     for name in names:
         if path := shutil.which(name):
             return path
-    looked = (
-        f"CXX={wanted!r} names no program" if wanted else f"none of {', '.join(COMPILERS)} is on the PATH"
-    )
+    if wanted:
+        looked = f"CXX={wanted!r} names no program"
+    else:
+        looked = f"the PATH has none of {', '.join(COMPILERS)}"
     raise SetupError(
         f"chunkft needs a C++20 compiler (GCC >= 11, Clang >= 14), but {looked}. "
         "Install one: Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
@@ -40,9 +41,8 @@ def check_python_headers() -> None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise SetupError(
-            f"chunkft needs the headers of Python {sys.version_info.major}.{sys.version_info.minor}, but {header} "
-            "does not exist. Install them: Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install "
-            "python3-devel."
+            f"chunkft needs the headers of this Python, but {header} does not exist. Install them: "
+            "Debian, Ubuntu: apt-get install python3-dev; Fedora: dnf install python3-devel."
         )
 
 
@@ -52,22 +52,20 @@ def find_tool(name: str, directory_attribute: str) -> str:
     The package comes first: in a build without isolation the environment's scripts need not be on the PATH.
     """
     with contextlib.suppress(ImportError):
-        package = importlib.import_module(name)
-        if path := shutil.which(name, path=getattr(package, directory_attribute, None) or os.defpath):
+        directory = getattr(importlib.import_module(name), directory_attribute, None)
+        if directory and (path := shutil.which(name, path=directory)):
             return path
     if path := shutil.which(name):
         return path
-    raise SetupError(f"chunkft is built with {name}, which was not found. Install it: pip install {name}")
+    raise SetupError(f"chunkft is built with {name}, which is missing: pip install {name}")
 
 
 def pybind11_directory() -> str:
     """Return the directory of pybind11's CMake files."""
     try:
-        return importlib.import_module("pybind11").get_cmake_dir()
+        return str(importlib.import_module("pybind11").get_cmake_dir())
     except ImportError:
-        raise SetupError(
-            "chunkft is built with pybind11, which was not found. Install it: pip install pybind11"
-        ) from None
+        raise SetupError("chunkft is built with pybind11, which is missing: pip install pybind11") from None
 
 
 class CMakeBuild(build_ext):
@@ -76,18 +74,15 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler()
         check_python_headers()
-        cmake, ninja, pybind11 = (
-            find_tool("cmake", "CMAKE_BIN_DIR"),
-            find_tool("ninja", "BIN_DIR"),
-            pybind11_directory(),
-        )
+        cmake, ninja = find_tool("cmake", "CMAKE_BIN_DIR"), find_tool("ninja", "BIN_DIR")
+        pybind11 = pybind11_directory()
 
-        # CMake ties a build directory to its source, compiler and Python: another one of these gets another directory.
+        # CMake ties a build directory to its source, compiler and Python: each combination gets its own.
         key = hashlib.sha256(f"{ROOT}\n{compiler}\n{sys.executable}".encode()).hexdigest()[:8]
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{key}"
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-            # Passed each time: what the cache remembers from an isolated build has been deleted with its environment.
+            # Passed each time: what the cache holds from an isolated build went away with its environment.
             *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={pybind11}"),
             *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"),
             f"-DCHUNKFT_VERSION={self.distribution.get_version()}",
@@ -97,8 +92,8 @@ class CMakeBuild(build_ext):
                 subprocess.run(command, check=True)
             except subprocess.CalledProcessError as error:
                 raise SetupError(
-                    f"building chunkft._core failed: {' '.join(command)} ended with status {error.returncode}; "
-                    "the reason is in the lines above. The compiler must know C++20: GCC >= 11 or Clang >= 14."
+                    f"building chunkft._core failed: {' '.join(command)} ended with status "
+                    f"{error.returncode}; the lines above say why"
                 ) from None
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()

@@ -1,4 +1,4 @@
-"""The Python face of the native core: host memory that optimizer state lives in while its chunk is not active."""
+"""The Python face of the native core: host memory for the optimizer state of chunks that are not active."""
 
 from chunkft.streaming.arena import HostArena
 

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self, SupportsIndex
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 try:
     from chunkft import _core
@@ -22,15 +23,16 @@ _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2,
 class HostArena:
     """Zero-filled, page-aligned host memory of `nbytes` bytes, handed out as CPU tensors.
 
-    The memory is mapped apart from malloc and rounded up to whole pages only (one at least). From 2 MiB up it starts on
-    a 2 MiB boundary and asks for transparent huge pages, unless `huge_pages=False`. Pages are committed on first use;
-    `pretouch=True` commits them at once with `threads` threads (0: one a core, at most 16).
+    The memory is mapped apart from malloc and rounded up to whole pages only (one at least). From 2 MiB up
+    it starts on a 2 MiB boundary and asks for transparent huge pages, unless `huge_pages=False`. Pages are
+    committed on first use; `pretouch=True` commits them at once with `threads` threads (0: one a core, at
+    most 16).
 
-    Every tensor, and every view of it, keeps the memory alive: it is unmapped when the arena is closed, or collected,
-    and the last of them is gone. All methods may be called from any thread.
+    Every tensor, and every view of it, keeps the memory alive: it is unmapped when the arena is closed, or
+    collected, and the last of them is gone. All methods may be called from any thread.
 
-    Raises TypeError or ValueError if `nbytes` or `threads` is not an integer in range, and OSError (with `errno`) if
-    the system does not give the memory.
+    Raises TypeError or ValueError if `nbytes` or `threads` is not an integer in range, and OSError (with
+    `errno`) if the system does not give the memory.
     """
 
     def __init__(
@@ -68,11 +70,12 @@ class HostArena:
     ) -> torch.Tensor:
         """Return a contiguous CPU tensor of `shape` and `dtype` over the bytes that start at `offset`.
 
-        Tensors over the same bytes share memory but not a storage. Neither an alias nor its version counter is known to
-        autograd, so update aliases under `torch.no_grad()`.
+        Two tensors over the same bytes share memory but neither a storage nor a version counter: autograd
+        does not notice when one changes what the other saved.
 
-        Raises TypeError or ValueError if an argument is of the wrong kind, if `offset` is not a multiple of the size of
-        an element, or if the tensor would not end within `nbytes`; RuntimeError if the arena is closed.
+        Raises TypeError or ValueError if an argument is of the wrong kind, if `offset` is not a multiple of
+        the size of an element, or if the tensor would not end within `nbytes`; RuntimeError if the arena is
+        closed.
         """
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"HostArena.tensor: dtype must be a torch.dtype, got {dtype!r}")
@@ -82,18 +85,20 @@ class HostArena:
         sizes = _sizes(shape)
         if start % dtype.itemsize:
             raise ValueError(
-                f"HostArena.tensor: offset must be a multiple of {dtype.itemsize} bytes for {dtype}, got {start}"
+                f"HostArena.tensor: offset must be a multiple of {dtype.itemsize} for {dtype}, got {start}"
             )
         length = math.prod(sizes) * dtype.itemsize
         if start + length > self.nbytes:
             raise ValueError(
-                f"HostArena.tensor: offset={start} and shape={sizes} of {dtype} end at byte {start + length}, "
-                f"but must end within the arena's {self.nbytes} bytes"
+                f"HostArena.tensor: offset={start} with shape={sizes} of {dtype} ends at byte {start + length}; "
+                f"it must end within the arena's {self.nbytes} bytes"
             )
-        data = torch.from_dlpack(self._arena.view(start, length))
+        # DLPack, because torch.frombuffer lets go of the buffer's owner.
+        storage = from_dlpack(self._arena.view(start, length)).untyped_storage()
+        strides = [math.prod(max(size, 1) for size in sizes[i + 1 :]) for i in range(len(sizes))]
         # A tensor made under inference_mode could not be updated outside it.
         with torch.inference_mode(False):
-            return torch.empty(0, dtype=dtype, device="cpu").set_(data.untyped_storage(), 0, sizes)
+            return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, sizes, strides)
 
     def close(self) -> None:
         """Give up the arena's own hold on the memory; tensors keep theirs. Closing twice does nothing."""
@@ -128,9 +133,7 @@ def _index(name: str, value: SupportsIndex) -> int:
 
 def _sizes(shape: Sequence[int] | SupportsIndex) -> tuple[int, ...]:
     if isinstance(shape, (str, bytes)) or not isinstance(shape, (Sequence, SupportsIndex)):
-        raise TypeError(
-            f"HostArena.tensor: shape must be an integer or a sequence of integers, got {shape!r}"
-        )
+        raise TypeError(f"HostArena.tensor: shape must be an integer or a sequence of them, got {shape!r}")
     if isinstance(shape, Sequence):
         return tuple(_index("every size in shape", size) for size in shape)
     return (_index("shape", shape),)

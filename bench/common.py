@@ -27,7 +27,9 @@ def commit() -> str:
     if head.returncode != 0:
         return "unknown"
     code = ["chunkft", "csrc", "bench/*.py"]
-    diff = subprocess.run(["git", "status", "--porcelain", "--", *code], cwd=REPO, capture_output=True, text=True)
+    diff = subprocess.run(
+        ["git", "status", "--porcelain", "--", *code], cwd=REPO, capture_output=True, text=True
+    )
     return head.stdout.strip() + ("-dirty" if diff.stdout.strip() else "")
 
 
@@ -62,7 +64,7 @@ def usable_cores() -> int:
 
 
 def header(seed: int) -> dict[str, Any]:
-    """What a reader needs to repeat a figure: command, device, threads, versions, commit, seed, time of day."""
+    """What repeats a figure: command, device, threads, versions, commit and seed, with the time of day."""
     return {
         "command": " ".join(["python", "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "device": device_name(),
@@ -100,11 +102,13 @@ def data_dir(name: str) -> Path:
         if (root / name).is_dir():
             return root / name
     places = ", ".join(str(root / name) for root in roots)
-    raise FileNotFoundError(f"data set {name!r} not found (looked in {places}); set CHUNKFT_DATA to its parent")
+    raise FileNotFoundError(
+        f"data set {name!r} not found (looked in {places}); set CHUNKFT_DATA to its parent"
+    )
 
 
 def package_dir(name: str) -> Path:
-    """Folder of an installed package, without importing it; raises ModuleNotFoundError where it is missing."""
+    """Folder of an installed package, not imported; raises ModuleNotFoundError where it is missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"package {name!r} is not installed; pip install {name.replace('_', '-')}")
@@ -115,5 +119,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile, linearly interpolated."""
     if not values:
         raise ValueError("quartiles: values is empty, expected at least one number")
-    q = torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    q = torch.quantile(
+        torch.tensor(values, dtype=torch.float64), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    )
     return tuple(q.tolist())  # type: ignore[return-value]

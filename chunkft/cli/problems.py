@@ -1,4 +1,4 @@
-"""Arithmetic word problems, the task of the embedded model: generated, never stored, disjoint by construction."""
+"""Arithmetic word problems, the task of the embedded model: generated, with splits that share no sum."""
 
 import hashlib
 import random
@@ -34,7 +34,7 @@ def canonical(*terms: int) -> str:
 
 
 def split_of(*terms: int) -> Split:
-    """Says which split owns the sum of the terms: a hash of its canonical name decides, whatever the wording or seed."""
+    """Says which split owns a sum: a hash of its canonical name decides, whatever the wording or seed."""
     digest = hashlib.sha256(canonical(*terms).encode("ascii")).digest()
     return "heldout" if int.from_bytes(digest[:8], "big") % HELDOUT_ONE_IN == 0 else "train"
 
@@ -66,8 +66,8 @@ def _own(rng: random.Random, terms: tuple[int, ...]) -> str:
     name, pronoun = _person(rng)
     thing = rng.choice(_THINGS)
     start, change = terms
-    left = " left" if change < 0 else " now"
-    return f"{name} has {start} {thing}. {pronoun} {_change(rng, change)}. How many {thing} does {name} have{left}?"
+    question = f"How many {thing} does {name} have {'left' if change < 0 else 'now'}?"
+    return f"{name} has {start} {thing}. {pronoun} {_change(rng, change)}. {question}"
 
 
 def _together(rng: random.Random, terms: tuple[int, ...]) -> str:
@@ -78,14 +78,11 @@ def _together(rng: random.Random, terms: tuple[int, ...]) -> str:
     return f"{one} has {terms[0]} {thing} and {other} has {terms[1]}. How many {thing} do they have together?"
 
 
-def _box_gain(rng: random.Random, terms: tuple[int, ...]) -> str:
-    thing = rng.choice(_THINGS)
-    return f"A box holds {terms[0]} {thing}. {_person(rng)[0]} puts in {terms[1]} more. How many {thing} are in the box?"
-
-
-def _box_loss(rng: random.Random, terms: tuple[int, ...]) -> str:
-    thing = rng.choice(_THINGS)
-    return f"A box holds {terms[0]} {thing}. {_person(rng)[0]} takes out {-terms[1]}. How many {thing} are in the box?"
+def _box(rng: random.Random, terms: tuple[int, ...]) -> str:
+    name, thing = _person(rng)[0], rng.choice(_THINGS)
+    start, change = terms
+    action = f"puts in {change} more" if change > 0 else f"takes out {-change}"
+    return f"A box holds {start} {thing}. {name} {action}. How many {thing} are in the box?"
 
 
 def _two_step(rng: random.Random, terms: tuple[int, ...]) -> str:
@@ -100,9 +97,9 @@ _Wording = Callable[[random.Random, tuple[int, ...]], str]
 _TEMPLATES: tuple[tuple[_Terms, _Wording], ...] = (
     (_gain_terms, _own),
     (_gain_terms, _together),
-    (_gain_terms, _box_gain),
+    (_gain_terms, _box),
     (_loss_terms, _own),
-    (_loss_terms, _box_loss),
+    (_loss_terms, _box),
     (_two_step_terms, _two_step),
 )
 
@@ -141,10 +138,11 @@ def answer_of(text: str) -> str | None:
 
 
 def exact_match(model: Any, tokenizer: Any, problems: Sequence[Problem], batch_size: int = 100) -> float:
-    """Decodes greedily after every prompt and gives the share, 0 to 1, of answers that are the right number alone.
+    """Decodes greedily after every prompt and gives the share, 0 to 1, of answers that are the right number.
 
-    `model` is a causal language model of transformers, `tokenizer` its tokenizer; prompts are padded on the left, and at
-    most 8 tokens are decoded. The model is put back into the mode it was in. Raises ValueError for no problems.
+    `model` is a causal language model of transformers, `tokenizer` its tokenizer; prompts are padded on the
+    left, and at most 8 tokens are decoded. The model is put back into the mode it was in. Raises ValueError
+    for no problems.
     """
     if not problems:
         raise ValueError("problems must hold at least one problem, got none")

@@ -88,9 +88,10 @@ class HostArena:
                 f"HostArena.tensor: offset must be a multiple of {dtype.itemsize} for {dtype}, got {start}"
             )
         length = math.prod(sizes) * dtype.itemsize
-        if start + length > self.nbytes:
+        end = start + length
+        if end > self.nbytes:
             raise ValueError(
-                f"HostArena.tensor: offset={start} with shape={sizes} of {dtype} ends at byte {start + length}; "
+                f"HostArena.tensor: offset={start} with shape={sizes} of {dtype} ends at byte {end}; "
                 f"it must end within the arena's {self.nbytes} bytes"
             )
         # DLPack, because torch.frombuffer lets go of the buffer's owner.

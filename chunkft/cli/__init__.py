@@ -1,0 +1,53 @@
+"""The `chunkft` command: parses the arguments, runs a subcommand, and turns mistakes into one line."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+from chunkft.cli.arguments import parse
+from chunkft.cli.errors import UserError
+
+__all__ = ["UserError", "main"]
+
+USAGE_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `chunkft` with the arguments `argv` (default: those of the process) and returns its exit status.
+
+    0: done. 1: the run failed. 2: the input is wrong, told in one line on stderr. 130 or 143: stopped by a signal.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        command = parse(arguments)
+        if command.name == "plan":
+            from chunkft.cli.plan import show_plan
+
+            return show_plan(command.plan)
+        from chunkft.cli.run import finetune
+
+        return finetune(command.finetune, given=command.given, resume=command.resume)
+    except UserError as error:
+        return _report(str(error), USAGE_ERROR, debug)
+    except KeyboardInterrupt:
+        return _report("stopped", INTERRUPTED, debug)
+    except BrokenPipeError:
+        return FAILURE
+    except Exception as error:
+        hint = "" if debug else " (--debug shows where)"
+        return _report(f"{type(error).__name__}: {_first_line(error)}{hint}", FAILURE, debug)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def _report(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"chunkft: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,264 @@
+"""Options of `chunkft finetune` and `chunkft plan`: names, defaults, and what their values may be."""
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from chunkft.cli.errors import UserError
+
+__all__ = ["Command", "FinetuneSettings", "PlanSettings", "parse"]
+
+TASKS = ("causal-lm", "sequence-classification")
+PARTITIONS = ("bytes", "layers", "interleaved")
+SCHEDULES = ("cyclic", "reverse", "random")
+DTYPES = ("auto", "fp32", "bf16")
+LR_SCHEDULES = ("cosine", "linear", "constant")
+OPTIMIZERS = ("chunkadamw", "adamw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """Everything that `chunkft finetune` can be told; the defaults are those of the command line."""
+
+    model: str | None = None
+    data: str | None = None
+    task: str = "causal-lm"
+    chunks: int = 16
+    interval: int | None = None
+    partition: str = "bytes"
+    schedule: str = "cyclic"
+    slice_dim: int = 0
+    always_active: str = "auto"
+    optimizer: str = "chunkadamw"
+    lr: float = 1e-4
+    lr_schedule: str = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int = 8
+    grad_accum: int = 1
+    seq_len: int = 512
+    gradient_checkpointing: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    eval_data: str | None = None
+    eval_every: int | None = None
+    save_every: int = 500
+    text_column: str | None = None
+    label_column: str | None = None
+    out: str | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """Everything that `chunkft plan` can be told."""
+
+    model: str
+    task: str = "causal-lm"
+    chunks: int = 16
+    partition: str = "bytes"
+    slice_dim: int = 0
+    always_active: str = "none"
+    save: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A parsed command line; `given` holds the names of the options that were typed."""
+
+    name: str
+    finetune: FinetuneSettings = FinetuneSettings()
+    plan: PlanSettings | None = None
+    given: frozenset[str] = frozenset()
+    resume: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return convert
+
+
+def _number(*, least: float = 0.0, above: bool = False) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            bound = f"above {least:g}" if above else f"of at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bound}")
+        return value
+
+    return convert
+
+
+def _device(text: str) -> str:
+    kind, colon, index = text.partition(":")
+    if text in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdigit()):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N")
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--task", choices=TASKS, help="what is learned: causal-lm (default) or sequence-classification")
+    add(
+        "--chunks",
+        type=_integer(1),
+        metavar="K",
+        help="chunks of the parameters, one active at a time (default 16)",
+    )
+    add("--partition", choices=PARTITIONS, help="how parameters become chunks (default bytes)")
+    add("--slice-dim", type=int, choices=(0, 1), help="slice rows (0, default) or columns (1) of a weight")
+    add(
+        "--always-active",
+        metavar="PATTERNS",
+        help="parameters that train at every step: head, none, or name patterns separated by commas"
+        " (default: head for classification, else none)",
+    )
+
+
+def _finetune_parser(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="DIR|ID",
+        help="model directory or hub id; without any argument: the embedded model",
+    )
+    add("--data", metavar="FILE", help="training data: .jsonl, or .tsv/.csv for classification")
+    _add_plan_options(parser)
+    add(
+        "--interval",
+        type=_integer(1),
+        metavar="T",
+        help="steps before the next chunk (default: at least 8 sweeps fit)",
+    )
+    add("--schedule", choices=SCHEDULES, help="order of the chunks (default cyclic)")
+    add(
+        "--optimizer", choices=OPTIMIZERS, help="chunkadamw (default), or adamw: all parameters at every step"
+    )
+    add("--lr", type=_number(above=True), help="peak learning rate (default 1e-4)")
+    add("--lr-schedule", choices=LR_SCHEDULES, help="over the whole run (default cosine)")
+    add("--warmup", type=_integer(0), metavar="STEPS", help="steps of linear warm-up (default 0)")
+    add("--weight-decay", type=_number(), help="on weights of two or more dimensions (default 0)")
+    add("--max-grad-norm", type=_number(), help="clip the norm of the active gradients; 0: never (default 1)")
+    add("--epochs", type=_number(above=True), help="passes over the data (default 1)")
+    add("--steps", type=_integer(1), help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=_integer(1), help="sequences per forward pass (default 8)")
+    add("--grad-accum", type=_integer(1), help="forward passes per optimizer step (default 1)")
+    add("--seq-len", type=_integer(8), help="longest sequence in tokens; longer data is cut (default 512)")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights: fp32, bf16, or auto: bf16 if the model is 16-bit and on a GPU",
+    )
+    add("--device", type=_device, help="auto (default), cpu, cuda or cuda:N")
+    add("--seed", type=_integer(0), help="of data order, chunk order and dropout (default 0)")
+    add("--eval-data", metavar="FILE", help="held-out data in the form of --data")
+    add(
+        "--eval-every",
+        type=_integer(1),
+        metavar="STEPS",
+        help="evaluate so often (default: before and after)",
+    )
+    add("--save-every", type=_integer(1), metavar="STEPS", help="write a checkpoint so often (default 500)")
+    add("--text-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
+    add("--label-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
+    add("--out", metavar="DIR", help="where the model and the reports go (default runs/NAME-N)")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint of --out, with the options it was run with",
+    )
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _plan_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", required=True, metavar="DIR|ID", help="model directory or hub id (only its config is read)"
+    )
+    _add_plan_options(parser)
+    parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _build() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="chunkft",
+        description="Full fine-tuning through chunks: all parameters, gradients and optimizer state for one chunk at a time.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text, fill in (
+        ("finetune", "fine-tune a model", _finetune_parser),
+        ("plan", "show how a model's parameters become chunks, without training", _plan_parser),
+    ):
+        sub = commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        fill(sub)
+    return parser
+
+
+def _check(values: dict[str, Any]) -> None:
+    if "epochs" in values and "steps" in values:
+        raise UserError(
+            f"--epochs {values['epochs']:g} and --steps {values['steps']} exclude each other: give one of them"
+        )
+    if values.get("always_active") == "":
+        raise UserError(
+            "--always-active '' is empty: allowed are head, none, or name patterns separated by commas"
+        )
+    if values.get("resume"):
+        if "out" not in values:
+            raise UserError("--resume needs --out DIR, the directory of the run to go on with")
+        return
+    if "model" not in values and "data" in values:
+        raise UserError(
+            f"--data {values['data']} needs --model DIR|ID (without both, the embedded model and task run)"
+        )
+    if "model" in values and "data" not in values:
+        raise UserError(
+            f"--model {values['model']} needs --data FILE (without both, the embedded model and task run)"
+        )
+    if "eval_every" in values and "model" in values and "eval_data" not in values:
+        raise UserError(f"--eval-every {values['eval_every']} needs --eval-data FILE")
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Parses the arguments of `chunkft`; `--help` prints and exits as argparse does.
+
+    Raises UserError for an unknown option, a value that is not allowed, or options that exclude each other.
+    """
+    values = vars(_build().parse_args(argv))
+    name = values.pop("command")
+    values.pop("debug", None)
+    if name == "plan":
+        return Command(name=name, plan=PlanSettings(**values))
+    _check(values)
+    resume = values.pop("resume", False)
+    return Command(name=name, finetune=FinetuneSettings(**values), given=frozenset(values), resume=resume)

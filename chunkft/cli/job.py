@@ -1,0 +1,193 @@
+"""Puts together what is trained: model, tokenizer, data, and the optimizer; everything that may be wrong with them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import chunkft
+from chunkft.cli.arguments import FinetuneSettings
+from chunkft.cli.data import (
+    Collator,
+    DataReport,
+    causal_dataset,
+    classification_dataset,
+    label_map,
+    label_names,
+)
+from chunkft.cli.errors import UserError
+from chunkft.cli.models import (
+    config_of,
+    enable_gradient_checkpointing,
+    load_causal,
+    load_classifier,
+    load_tokenizer,
+    longest_sequence,
+    pad_token,
+    resolve_dtype,
+)
+
+__all__ = [
+    "Job",
+    "build_optimizer",
+    "chosen_interval",
+    "classification_metrics",
+    "load_job",
+    "patterns_of",
+    "prefer_class",
+]
+
+SWEEPS_WANTED = 8
+LONGEST_INTERVAL = 50
+
+
+@dataclass
+class Job:
+    """A model with its tokenizer, tokenised data, and how to judge it."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    train: Any
+    collator: Collator
+    evaluation: Any = None
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    reports: list[DataReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
+    """Loads and checks what `settings` names; raises UserError for what cannot be trained."""
+    assert settings.model is not None and settings.data is not None
+    config = config_of(settings.model)
+    longest = longest_sequence(config)
+    if longest is not None and settings.seq_len > longest:
+        raise UserError(
+            f"--seq-len {settings.seq_len}: {settings.model} was made for at most {longest} tokens"
+        )
+    tokenizer = load_tokenizer(settings.model)
+    dtype = resolve_dtype(settings.dtype, config, device)
+    pad = pad_token(tokenizer, config)
+    if settings.task == "causal-lm":
+        job = _causal_job(settings, tokenizer, dtype, device, pad)
+    else:
+        job = _classification_job(settings, config, tokenizer, dtype, device, pad)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(job.model)
+    return job
+
+
+def _causal_job(
+    settings: FinetuneSettings, tokenizer: Any, dtype: torch.dtype, device: torch.device, pad: int
+) -> Job:
+    assert settings.model is not None and settings.data is not None
+    train, report = causal_dataset(settings.data, tokenizer, settings.seq_len)
+    reports = [report]
+    evaluation = None
+    if settings.eval_data is not None:
+        evaluation, report = causal_dataset(settings.eval_data, tokenizer, settings.seq_len)
+        reports.append(report)
+    model = load_causal(settings.model, dtype, device)
+    return Job(
+        settings.model, model, tokenizer, train, Collator(pad, settings.seq_len), evaluation, reports=reports
+    )
+
+
+def _classification_job(
+    settings: FinetuneSettings,
+    config: Any,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    pad: int,
+) -> Job:
+    assert settings.model is not None and settings.data is not None
+    columns = (settings.text_column, settings.label_column)
+    names = label_names(settings.data, *columns)
+    trained = "ForSequenceClassification" in "".join(getattr(config, "architectures", None) or [])
+    labels = label_map(names, config.label2id if trained else None)
+    train, report = classification_dataset(settings.data, tokenizer, settings.seq_len, labels, *columns)
+    reports = [report]
+    evaluation = None
+    if settings.eval_data is not None:
+        evaluation, report = classification_dataset(
+            settings.eval_data, tokenizer, settings.seq_len, labels, *columns
+        )
+        reports.append(report)
+    torch.manual_seed(settings.seed)
+    model, new_head = load_classifier(settings.model, dtype, device, labels, pad)
+    notes = [f"labels: {', '.join(labels)}"]
+    if new_head:
+        notes.append("the classification head is new (random)")
+    collator = Collator(pad, settings.seq_len, left=tokenizer.padding_side == "left")
+    return Job(
+        settings.model, model, tokenizer, train, collator, evaluation, classification_metrics, reports, notes
+    )
+
+
+def prefer_class(logits: Any, labels: Any) -> torch.Tensor:
+    """Reduces logits (batch, classes) to the preferred class, so that evaluation keeps no logits."""
+    scores: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return scores.argmax(dim=-1)
+
+
+def classification_metrics(prediction: Any) -> dict[str, float]:
+    """Accuracy of the preferred classes, 0 to 1."""
+    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+
+
+def patterns_of(text: str, task: str) -> str | list[str] | None:
+    """What --always-active means to chunkft: None, "head", or a list of name patterns."""
+    if text == "auto":
+        return "head" if task == "sequence-classification" else None
+    if text in ("none", "head"):
+        return None if text == "none" else "head"
+    return [pattern.strip() for pattern in text.split(",") if pattern.strip()]
+
+
+def chosen_interval(settings: FinetuneSettings, steps: int) -> int:
+    """The interval asked for, or the longest of at most 50 steps that lets eight sweeps into the run."""
+    if settings.interval is not None:
+        return settings.interval
+    return min(max(steps // (SWEEPS_WANTED * settings.chunks), 1), LONGEST_INTERVAL)
+
+
+def _decay_groups(model: torch.nn.Module, decay: float) -> list[dict[str, Any]]:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.dim() >= 2], "weight_decay": decay},
+        {"params": [weight for weight in weights if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: torch.nn.Module, settings: FinetuneSettings, interval: int
+) -> torch.optim.Optimizer:
+    """Makes the optimizer; decay touches weights of two or more dimensions only.
+
+    Raises UserError for a value that the model does not allow, such as more chunks than rows.
+    """
+    decay = settings.weight_decay
+    if settings.optimizer == "adamw":
+        groups = _decay_groups(model, decay)
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=decay)
+    try:
+        if decay:
+            chunkft.attach(model)
+        return chunkft.ChunkAdamW(
+            _decay_groups(model, decay) if decay else model,
+            lr=settings.lr,
+            weight_decay=decay,
+            chunks=settings.chunks,
+            interval=interval,
+            partition=settings.partition,
+            schedule=settings.schedule,
+            slice_dim=settings.slice_dim,
+            always_active=patterns_of(settings.always_active, settings.task),
+            max_grad_norm=settings.max_grad_norm or None,
+            seed=settings.seed,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,241 @@
+"""Loads models and tokenizers, and says in one line what is wrong with those that cannot be trained."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkft.cli.errors import UserError
+
+__all__ = [
+    "config_of",
+    "empty_model",
+    "enable_gradient_checkpointing",
+    "load_causal",
+    "load_classifier",
+    "load_tokenizer",
+    "pad_token",
+    "quiet_transformers",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CAUSALITY_PROBE = 8
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences the warnings and progress bars of transformers and datasets inside the block."""
+    import datasets
+    import transformers
+
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        transformers.utils.logging.enable_progress_bar()
+
+
+def _check_source(model: str, *, weights: bool) -> None:
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"--model {model}: the directory has no config.json")
+        if weights and not any((path / name).is_file() for name in WEIGHT_FILES):
+            raise UserError(
+                f"--model {model}: the directory has no weights (one of {', '.join(WEIGHT_FILES)})"
+            )
+        return
+    if path.exists():
+        raise UserError(f"--model {model}: a file; expected a model directory or a hub id")
+    if not HUB_ID.fullmatch(model):
+        raise UserError(f"--model {model}: no such directory, and not a hub id (NAME or OWNER/NAME)")
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def config_of(model: str, *, weights: bool = True) -> Any:
+    """The transformers config of a model directory or hub id.
+
+    Raises UserError for a directory without config.json or (with `weights`) without weights, and for an unknown id.
+    """
+    from transformers import AutoConfig
+
+    _check_source(model, weights=weights)
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {model}: its configuration cannot be loaded: {_reason(error)}") from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer that comes with a model; raises UserError if there is none or it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        raise UserError(f"--model {model}: its tokenizer cannot be loaded: {_reason(error)}") from error
+
+
+def pad_token(tokenizer: Any, config: Any) -> int:
+    """The id to pad with: the tokenizer's, else the config's, else the end-of-text token (padding is masked anyway)."""
+    text = getattr(config, "text_config", config)
+    for candidate in (tokenizer.pad_token_id, getattr(text, "pad_token_id", None), tokenizer.eos_token_id):
+        if candidate is not None and candidate >= 0:
+            return int(candidate)
+    return 0
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device that --device names; `auto` is the first GPU, or the CPU where there is none.
+
+    A numbered GPU becomes the only one that this process sees, because Trainer always works on the first.
+    """
+    kind, _, index = name.partition(":")
+    if index:
+        visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+        if visible and int(index) >= len(visible):
+            raise UserError(
+                f"--device {name}: CUDA_VISIBLE_DEVICES has {len(visible)} devices, numbered from 0"
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(index)] if visible else index
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this torch sees no such CUDA device; allowed here: auto, cpu")
+    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+
+
+def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype that --dtype names; `auto` is bf16 for a 16-bit model on a GPU and fp32 otherwise."""
+    if name != "auto":
+        return DTYPES[name]
+    stored = getattr(config, "dtype", None)
+    half = stored in (torch.bfloat16, torch.float16, "bfloat16", "float16")
+    return torch.bfloat16 if half and device.type == "cuda" else torch.float32
+
+
+def _load(auto_class: Any, model: str, task: str, dtype: torch.dtype, **options: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(model, dtype=dtype, **options)
+    except UserError:
+        raise
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            kind = config_of(model).model_type
+            raise UserError(
+                f"--model {model}: model type {kind!r} cannot be trained for --task {task}"
+            ) from error
+        raise UserError(f"--model {model}: its weights cannot be loaded: {_reason(error)}") from error
+    except Exception as error:
+        raise UserError(f"--model {model}: its weights cannot be loaded: {_reason(error)}") from error
+
+
+def load_causal(model: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """Loads a causal language model; raises UserError if the logits of a position depend on later tokens."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(model)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"--model {model}: model type {config.model_type!r} is an encoder-decoder, not a causal model"
+        )
+    loaded: torch.nn.Module = _load(AutoModelForCausalLM, model, "causal-lm", dtype).to(device)
+    if not is_causal(loaded):
+        raise UserError(
+            f"--model {model}: {type(loaded).__name__} is not causal (its predictions look at later tokens);"
+            " --task causal-lm needs a decoder"
+        )
+    return loaded
+
+
+@torch.no_grad()
+def is_causal(model: torch.nn.Module) -> bool:
+    """Tells by two forward passes whether changing the last token leaves the logits before it alone."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    ids = torch.ones(2, CAUSALITY_PROBE, dtype=torch.int64, device=device)
+    ids[1, -1] = 2
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
+    model.train(training)
+    scale = logits.abs().max().clamp(min=1e-6)
+    return bool((logits[0] - logits[1]).abs().max() <= 1e-3 * scale)
+
+
+def load_classifier(
+    model: str, dtype: torch.dtype, device: torch.device, labels: dict[str, int], pad: int
+) -> tuple[torch.nn.Module, bool]:
+    """Loads a sequence classifier for `labels`; the second value tells whether its head is new (random)."""
+    from transformers import AutoModelForSequenceClassification
+
+    names = {index: name for name, index in labels.items()}
+    loaded, info = _load(
+        AutoModelForSequenceClassification,
+        model,
+        "sequence-classification",
+        dtype,
+        num_labels=len(labels),
+        id2label=names,
+        label2id=dict(labels),
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    loaded.config.pad_token_id = pad
+    new_head = bool(info["missing_keys"] or info.get("mismatched_keys"))
+    return loaded.to(device), new_head
+
+
+def longest_sequence(config: Any) -> int | None:
+    """The number of positions a model was made for, or None where its config sets no limit."""
+    text = getattr(config, "text_config", config)
+    limit = getattr(text, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recomputes activations in the backward pass, by the non-reentrant way that partly frozen modules need."""
+    model.config.use_cache = False
+    options = {"use_reentrant": False}
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not support it")
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def empty_model(model: str, task: str) -> torch.nn.Module:
+    """Builds the model from its config alone on the meta device: shapes and names, no memory."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = config_of(model, weights=False)
+    auto_class = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    try:
+        with torch.device("meta"):
+            built: torch.nn.Module = auto_class.from_config(config)
+            return built
+    except ValueError as error:
+        raise UserError(
+            f"--model {model}: model type {config.model_type!r} cannot be built for --task {task}: {_reason(error)}"
+        ) from error

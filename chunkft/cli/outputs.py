@@ -1,0 +1,138 @@
+"""The directory of a run: which one it is, what it was run with, and the model that ends up in it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from json import JSONDecodeError, loads
+from pathlib import Path
+from typing import Any
+
+from chunkft.cli.arguments import FinetuneSettings
+from chunkft.cli.errors import UserError
+from chunkft.cli.report import write_json
+from chunkft.integrations.checkpoints import flush_tree, staging, writing
+
+__all__ = ["RunDirectory", "open_run"]
+
+RUN_FILE = "run.json"
+MAY_CHANGE = frozenset(
+    "chunks interval partition schedule slice_dim always_active device eval_every save_every steps epochs quiet out".split()
+)
+EMBEDDED_NAME = "arithmetic"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside the directory of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoint-N directories are."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON record an optimizer step and an evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        """The loss over steps."""
+        return self.path / "loss.png"
+
+    @property
+    def memory(self) -> Path:
+        """The memory table as JSON."""
+        return self.path / "memory.json"
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on with this run."""
+        return f"chunkft finetune --resume --out {self.path}"
+
+    def record(self, settings: FinetuneSettings) -> None:
+        """Writes down what the run is run with."""
+        import chunkft
+
+        write_json(self.path / RUN_FILE, {"chunkft": chunkft.__version__, "settings": asdict(settings)})
+
+    def save_model(self, model: Any, tokenizer: Any, expected: int) -> None:
+        """Puts weights, config and tokenizer into the directory, each file complete or absent."""
+        with staging(self.path, "model") as aside, writing(self.path / "model.safetensors", aside, expected):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            flush_tree(aside)
+            for file in sorted(aside.iterdir()):
+                os.replace(file, self.path / file.name)
+
+
+@contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written: {error.strerror}") from error
+
+
+def _saved_settings(path: Path) -> FinetuneSettings:
+    file = path / RUN_FILE
+    if not file.is_file():
+        raise UserError(f"--resume: {path} holds no run (it has no {RUN_FILE})")
+    try:
+        values = loads(file.read_text(encoding="utf-8"))["settings"]
+        return FinetuneSettings(**values)
+    except (JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {file} is not the record of a run of this version: {error}") from error
+
+
+def _merged(saved: FinetuneSettings, settings: FinetuneSettings, given: frozenset[str]) -> FinetuneSettings:
+    changed = {
+        name: getattr(settings, name) for name in given if getattr(settings, name) != getattr(saved, name)
+    }
+    for name in sorted(changed.keys() - MAY_CHANGE):
+        option = name.replace("_", "-")
+        raise UserError(
+            f"--resume: --{option} {changed[name]} differs from the {getattr(saved, name)} of the run;"
+            f" only {', '.join('--' + field.replace('_', '-') for field in sorted(MAY_CHANGE - {'out'}))} may change"
+        )
+    if "steps" in changed:
+        changed["epochs"] = None
+    if "epochs" in changed and changed["epochs"] is not None:
+        changed["steps"] = None
+    return replace(saved, **changed)
+
+
+def _unused(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def open_run(
+    settings: FinetuneSettings, given: frozenset[str], resume: bool
+) -> tuple[RunDirectory, FinetuneSettings]:
+    """Finds or makes the directory of a run, and completes the settings of a run that is resumed.
+
+    Raises UserError if a new run would write into a directory with something in it, or a resumed run has other settings.
+    """
+    if resume:
+        assert settings.out is not None
+        path = Path(settings.out)
+        return RunDirectory(path), _merged(_saved_settings(path), settings, given)
+    name = Path(settings.model).name if settings.model else EMBEDDED_NAME
+    path = Path(settings.out) if settings.out else _unused(name)
+    with _usable(path):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path}: a file, expected a directory")
+        if (path / RUN_FILE).exists():
+            raise UserError(
+                f"--out {path}: already holds a run; add --resume to go on with it, or choose another directory"
+            )
+        if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+            raise UserError(f"--out {path}: the directory is not empty")
+        path.mkdir(parents=True, exist_ok=True)
+    return RunDirectory(path), settings

@@ -1,0 +1,161 @@
+"""What a run leaves behind for people: the memory table, metrics.jsonl, and a picture of the loss."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from chunkft.cli.errors import UserError
+
+__all__ = ["MemoryReport", "human_bytes", "plot_loss", "read_metrics", "table", "trim_metrics", "write_json"]
+
+ADAM_MOMENTS = 2
+FP32_BYTES = 4
+HELD = ("gradients", "optimizer state", "master weights", "saved activations")
+
+
+def human_bytes(count: float) -> str:
+    """Writes a number of bytes in binary units with three digits: 12.3 MiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:,.3g} TiB" if size < 1000 else f"{size:,.0f} TiB"
+
+
+def table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Aligns rows of text: the first column to the left, the others to the right; the first row is underlined."""
+    cells = [tuple(row) for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+class MemoryReport:
+    """Bytes beside the weights: what full fine-tuning with AdamW holds, and what this run held on its device and host.
+
+    `trained` and `trained_bytes`: elements and bytes of all trainable weights, tied ones once. Gradients of full
+    fine-tuning have the weights' dtype, moments are fp32, and 16-bit weights have an fp32 master.
+    """
+
+    def __init__(self, weights: int, trained: int, trained_bytes: int) -> None:
+        half = trained_bytes < trained * FP32_BYTES
+        self.weights = weights
+        self.full: dict[str, int | None] = {
+            "gradients": trained_bytes,
+            "optimizer state": ADAM_MOMENTS * FP32_BYTES * trained,
+            "master weights": FP32_BYTES * trained if half else 0,
+            "saved activations": None,
+        }
+        self.run: dict[str, int | None] = dict.fromkeys(HELD, 0)
+        self.run["saved activations"] = None
+        self.host = 0
+
+    def observe(self, memory: dict[str, int], gradients: int) -> None:
+        """Keeps the largest of what `optimizer.memory()` said so far; `gradients`: bytes of all active leaves."""
+        seen = {
+            "gradients": max(memory["gradients"], gradients),
+            "optimizer state": memory["state_device"],
+            "master weights": memory["master"],
+        }
+        for name, value in seen.items():
+            self.run[name] = max(self.run[name] or 0, value)
+        self.host = max(self.host, memory["state_host"])
+
+    def observe_full(self) -> None:
+        """Says that the run itself was full fine-tuning."""
+        self.run = dict(self.full)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Rows for `table`: part, full fine-tuning, this run, ratio."""
+        rows = [("held beside the weights", "full AdamW", "this run", "ratio")]
+        for name in HELD:
+            full, run = self.full[name], self.run[name]
+            if full is None or run is None:
+                continue
+            rows.append((name, human_bytes(full), human_bytes(run), f"{run / full:.3f}" if full else "-"))
+        full_sum, run_sum = (sum(value or 0 for value in side.values()) for side in self._comparable())
+        rows.append(
+            ("together", human_bytes(full_sum), human_bytes(run_sum), f"{run_sum / max(full_sum, 1):.3f}")
+        )
+        rows.append(("weights", human_bytes(self.weights), human_bytes(self.weights), "1"))
+        rows.append(("paged out to the host", "0 B", human_bytes(self.host), "-"))
+        return rows
+
+    def _comparable(self) -> tuple[dict[str, int | None], dict[str, int | None]]:
+        known = [name for name in HELD if self.full[name] is not None and self.run[name] is not None]
+        return {name: self.full[name] for name in known}, {name: self.run[name] for name in known}
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes of every row, for memory.json; a part that was not measured is null."""
+        return {"weights": self.weights, "full_adamw": self.full, "this_run": self.run, "host": self.host}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON beside `path` and renames it."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of metrics.jsonl; an unfinished last line, which a killed run leaves, is passed over."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for line in lines[:-1]:
+        yield json.loads(line)
+
+
+def trim_metrics(path: Path, last_step: int) -> None:
+    """Drops the records after `last_step`, which a resumed run writes again."""
+    records = [record for record in read_metrics(path) if record["step"] <= last_step]
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def plot_loss(metrics: Path, picture: Path, title: str) -> None:
+    """Draws the loss over steps (each step, a running mean, and the evaluations) from metrics.jsonl as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = list(read_metrics(metrics))
+    train = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    held = [(record["step"], record["eval_loss"]) for record in records if "eval_loss" in record]
+    if not train:
+        raise UserError(f"{metrics}: no step was recorded, so there is no loss to draw")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="each step")
+    axes.plot(steps, running_mean(losses), color="#08519c", linewidth=1.8, label="running mean")
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="#d94801", markersize=4, label="held-out")
+    axes.set(xlabel="optimizer step", ylabel="loss", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(picture)
+    pyplot.close(figure)
+
+
+def running_mean(values: Iterable[float], weight: float = 0.95) -> list[float]:
+    """Exponential mean that is not drawn towards zero at the start."""
+    means, total, mass = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        mass = weight * mass + (1 - weight)
+        means.append(total / mass)
+    return means

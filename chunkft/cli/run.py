@@ -1,0 +1,259 @@
+"""`chunkft finetune`: one run from its settings to the model, the reports and the summary."""
+
+import math
+import signal
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainingArguments
+
+import chunkft
+from chunkft.cli.arguments import FinetuneSettings
+from chunkft.cli.errors import UserError
+from chunkft.cli.job import Job, build_optimizer, chosen_interval, load_job, prefer_class
+from chunkft.cli.models import quiet_transformers, resolve_device
+from chunkft.cli.outputs import RunDirectory, open_run
+from chunkft.cli.progress import Metrics, Progress, peak_resident_bytes
+from chunkft.cli.report import (
+    MemoryReport,
+    human_bytes,
+    plot_loss,
+    read_metrics,
+    table,
+    trim_metrics,
+    write_json,
+)
+from chunkft.cli.trainer import FinetuneTrainer, activations_of_full_training
+from chunkft.integrations.transformers import GracefulStop, NonFiniteGuard, last_checkpoint
+
+__all__ = ["Finetuning", "finetune"]
+
+KEPT_CHECKPOINTS = 2
+
+
+def finetune(settings: FinetuneSettings, *, given: frozenset[str], resume: bool) -> int:
+    """Runs `chunkft finetune` and returns its exit status; raises UserError for wrong input."""
+    device = resolve_device(settings.device)
+    with quiet_transformers():
+        if settings.model is None and not resume:
+            from chunkft.cli.demo import demo_settings
+
+            settings = demo_settings(settings, given)
+        directory, settings = open_run(settings, given, resume)
+        if resume and "device" not in given:
+            device = resolve_device(settings.device)
+        if settings.model is None:
+            from chunkft.cli.demo import run_demo
+
+            return run_demo(directory, settings, device, resume)
+        run = Finetuning(directory, settings, device, load_job(settings, device), resume)
+        return run.carry_out()
+
+
+class Finetuning:
+    """One run: checks, trains, saves, reports. `checkpoint` is where a resumed run goes on, or None."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        settings: FinetuneSettings,
+        device: torch.device,
+        job: Job,
+        resume: bool,
+    ) -> None:
+        self.directory = directory
+        self.settings = settings
+        self.device = device
+        self.job = job
+        self.checkpoint = last_checkpoint(directory.checkpoints) if resume else None
+        self.resumed_at = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint is not None else 0
+        self.steps = self._total_steps()
+        self.interval = chosen_interval(settings, self.steps)
+        weights = list(job.model.parameters())
+        self.memory = MemoryReport(
+            weights=sum(weight.numel() * weight.element_size() for weight in weights),
+            trained=sum(weight.numel() for weight in weights if weight.requires_grad),
+            trained_bytes=sum(
+                weight.numel() * weight.element_size() for weight in weights if weight.requires_grad
+            ),
+        )
+        self.optimizer = build_optimizer(job.model, settings, self.interval)
+        self.chunk_optimizer = self.optimizer if isinstance(self.optimizer, chunkft.ChunkOptimizer) else None
+        self.metrics = Metrics(directory.metrics, device, self.memory if self.chunk_optimizer else None)
+        self.stop = GracefulStop()
+        self.trainer = self._trainer()
+
+    def _total_steps(self) -> int:
+        settings = self.settings
+        if settings.steps is not None:
+            steps = settings.steps
+        else:
+            batches = math.ceil(len(self.job.train) / settings.batch_size)
+            steps = math.ceil((settings.epochs or 1.0) * math.ceil(batches / settings.grad_accum))
+        if steps < self.resumed_at:
+            raise UserError(
+                f"--steps {steps}: the checkpoint to resume from is already at step {self.resumed_at}"
+            )
+        return steps
+
+    def _arguments(self) -> TrainingArguments:
+        settings = self.settings
+        schedule = settings.lr_schedule
+        if schedule == "constant" and settings.warmup:
+            schedule = "constant_with_warmup"
+        arguments = TrainingArguments(
+            output_dir=str(self.directory.checkpoints),
+            max_steps=self.steps,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accum,
+            learning_rate=settings.lr,
+            lr_scheduler_type=schedule,
+            warmup_steps=settings.warmup,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=0.0 if self.chunk_optimizer else settings.max_grad_norm,
+            logging_strategy="steps",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=settings.save_every,
+            save_total_limit=KEPT_CHECKPOINTS,
+            eval_strategy="no" if self.job.evaluation is None else "steps",
+            eval_steps=settings.eval_every or self.steps,
+            eval_on_start=self.job.evaluation is not None and self.checkpoint is None,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            use_cpu=self.device.type == "cpu",
+            dataloader_pin_memory=self.device.type == "cuda",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+            log_level="error",
+        )
+        arguments._n_gpu = min(
+            arguments.n_gpu, 1
+        )  # several GPUs would make Trainer wrap the model in DataParallel
+        return arguments
+
+    def _trainer(self) -> FinetuneTrainer:
+        judged = self.job.compute_metrics is not None
+        callbacks: list[Any] = [self.stop, NonFiniteGuard(), self.metrics]
+        if not self.settings.quiet:
+            chunks = len(self.chunk_optimizer.plan) if self.chunk_optimizer else None
+            callbacks.append(Progress(self.metrics, chunks))
+        arguments = self._arguments()
+        arguments.prediction_loss_only = not judged
+        trainer = FinetuneTrainer(
+            metrics=self.metrics,
+            model=self.job.model,
+            args=arguments,
+            train_dataset=self.job.train,
+            eval_dataset=self.job.evaluation,
+            data_collator=self.job.collator,
+            processing_class=self.job.tokenizer,
+            compute_metrics=self.job.compute_metrics,
+            preprocess_logits_for_metrics=prefer_class if judged else None,
+            callbacks=callbacks,
+            optimizers=(self.optimizer, None),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def introduce(self) -> None:
+        """Prints what is about to happen."""
+        model, settings = self.job.model, self.settings
+        count = sum(weight.numel() for weight in model.parameters())
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        print(
+            f"chunkft {chunkft.__version__}  {self.job.name}: {count:,} parameters, {dtype}, on {self.device}"
+        )
+        for line in [*map(str, self.job.reports), *self.job.notes]:
+            print(f"  {line}")
+        if self.chunk_optimizer is None:
+            print(f"  all parameters at every one of {self.steps:,} steps")
+        else:
+            chunks = len(self.chunk_optimizer.plan)
+            sweeps = self.steps / (chunks * self.interval)
+            print(
+                f"  {chunks} chunks ({settings.partition}), the next one every {self.interval} steps ({settings.schedule}):"
+                f" {sweeps:.1f} sweeps in {self.steps:,} steps"
+            )
+            if sweeps < 1:
+                print(
+                    f"  note: only {math.ceil(sweeps * chunks)} of {chunks} chunks will be trained; lower --interval or --chunks"
+                )
+        if self.checkpoint is not None:
+            print(f"  resuming at step {self.resumed_at} from {self.checkpoint}")
+        print(f"  out: {self.directory.path}", flush=True)
+
+    def train(self) -> bool:
+        """Trains to the end or until a signal; returns whether the end was reached."""
+        self.directory.record(self.settings)
+        trim_metrics(self.directory.metrics, self.resumed_at)
+        if self.checkpoint is not None and self.resumed_at == self.steps:
+            self.trainer._load_from_checkpoint(str(self.checkpoint))
+            return True
+        with self.metrics.open(), self.stop.listening():
+            self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        return self.stop.received is None or self.trainer.state.global_step >= self.steps
+
+    def carry_out(self) -> int:
+        """Trains, saves, reports; returns the exit status."""
+        self.introduce()
+        if not self.train():
+            return self.stopped()
+        self.save()
+        self.summarise()
+        return 0
+
+    def stopped(self) -> int:
+        """Says how to go on after a signal, and returns the exit status that shells expect for it."""
+        assert self.stop.received is not None
+        step = self.trainer.state.global_step
+        print(
+            f"\nstopped at step {step}/{self.steps}; go on with: {self.directory.resume_command}", flush=True
+        )
+        return 128 + signal.Signals(self.stop.received).value
+
+    def save(self) -> None:
+        """Takes the chunk operators out of the model, and writes it with its picture and memory table."""
+        if self.chunk_optimizer is not None:
+            self.chunk_optimizer.detach()
+        else:
+            self.memory.observe_full()
+        trainer = self.trainer
+        if trainer.peak_batch is not None:
+            full = activations_of_full_training(self.job.model, trainer.peak_batch)
+            self.memory.full["saved activations"] = full
+            self.memory.run["saved activations"] = trainer.saved_peak
+        if self.settings.gradient_checkpointing:
+            self.job.model.config.use_cache = True
+        self.directory.save_model(self.job.model, self.job.tokenizer, self.memory.weights)
+        plot_loss(self.directory.metrics, self.directory.picture, self.job.name)
+        report = self.memory.to_json() | {"device": str(self.device), "peak_process": peak_resident_bytes()}
+        if self.device.type == "cuda":
+            report["peak_allocated"] = torch.cuda.max_memory_allocated(self.device)
+        write_json(self.directory.memory, report)
+
+    def summarise(self, *lines: str) -> None:
+        """Prints the memory table, `lines`, and where everything is."""
+        records = [record for record in read_metrics(self.directory.metrics) if "loss" in record]
+        window = max(len(records) // 20, 1)
+        first, last = (
+            sum(r["loss"] for r in part) / len(part) for part in (records[:window], records[-window:])
+        )
+        seconds = sum(record["step_seconds"] for record in records)
+        print()
+        for line in lines:
+            print(line)
+        print(
+            f"loss {first:.4f} -> {last:.4f} in {len(records):,} steps, {seconds:.1f} s ({seconds / len(records) * 1e3:.0f} ms a step)"
+        )
+        if self.chunk_optimizer is not None and self.chunk_optimizer.skipped:
+            print(
+                f"{self.chunk_optimizer.skipped} steps were skipped because their gradients were not finite"
+            )
+        print()
+        print(table(self.memory.rows()))
+        print(f"\npeak memory of the process: {human_bytes(peak_resident_bytes())}")
+        print(f"model, metrics.jsonl, loss.png, memory.json: {self.directory.path}", flush=True)

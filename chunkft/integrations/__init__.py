@@ -1,0 +1,1 @@
+"""Bridges to other training libraries; each module imports its library, so import only the one that is used."""

@@ -1,0 +1,200 @@
+"""transformers' Trainer for chunk optimizers: clipping by the optimizer, complete-or-absent checkpoints, clean stops."""
+
+import contextlib
+import os
+import signal
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from chunkft.integrations.checkpoints import clean_up, complete_checkpoints, publish, rotate, staging, writing
+from chunkft.optim import ChunkOptimizer, load_checkpoint, save_checkpoint
+
+__all__ = ["ChunkTrainer", "GracefulStop", "NonFiniteGuard", "last_checkpoint", "unwrap_optimizer"]
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+SCHEDULER_FILE = "scheduler.pt"
+STATE_FILE = "trainer_state.json"
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def last_checkpoint(root: str | Path) -> Path | None:
+    """The newest complete checkpoint under `root`, after removing what a killed run left half-written; None if none."""
+    clean_up(root)
+    found = complete_checkpoints(root)
+    return found[-1] if found else None
+
+
+class ChunkTrainer(Trainer):
+    """A Trainer whose checkpoints are complete or absent, and whose optimizer may be a ChunkOptimizer.
+
+    Pass `optimizers=(ChunkAdamW(model, max_grad_norm=...), None)` and `TrainingArguments(max_grad_norm=0)`: Trainer would
+    clip `model.parameters()`, where the gradients of slices are not. Raises ValueError otherwise.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._staged: Path | None = None
+        if isinstance(unwrap_optimizer(self.optimizer), ChunkOptimizer) and self.args.max_grad_norm:
+            raise ValueError(
+                f"TrainingArguments(max_grad_norm={self.args.max_grad_norm}) cannot clip the gradients of slices:"
+                " set it to 0 and give max_grad_norm to the chunk optimizer"
+            )
+
+    @property
+    def chunk_optimizer(self) -> ChunkOptimizer | None:
+        """The ChunkOptimizer that trains the model, or None for another optimizer."""
+        inner = unwrap_optimizer(self.optimizer)
+        return inner if isinstance(inner, ChunkOptimizer) else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as Trainer does; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
+        clean_up(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.chunk_optimizer is not None:
+            return None
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as Trainer does, with the norm that the chunk optimizer measured."""
+        optimizer = self.chunk_optimizer
+        if optimizer is not None and "loss" in logs and optimizer.grad_norm is not None:
+            logs["grad_norm"] = float(optimizer.grad_norm)
+        super().log(logs, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self._staged is not None:
+            return str(self._staged)
+        return str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        root = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        root.mkdir(parents=True, exist_ok=True)
+        with staging(root, name) as aside, writing(root / name, aside, self._checkpoint_bytes()):
+            self._staged = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staged = None
+            self._correct_best_path(aside / name, root / name)
+            publish(aside / name, root / name)
+        best = self.state.best_model_checkpoint
+        rotate(root, self.args.save_total_limit, Path(best) if best else None)
+
+    def _correct_best_path(self, staged: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / STATE_FILE))
+
+    def _checkpoint_bytes(self) -> int:
+        weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+        optimizer = self.chunk_optimizer
+        if optimizer is None:
+            trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+            return weights + 8 * trained
+        memory = optimizer.memory()
+        return weights + memory["state_device"] + memory["state_host"] + memory["master"]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self.chunk_optimizer
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_checkpoint(optimizer, os.path.join(output_dir, OPTIMIZER_FILE))
+        torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # Trainer loads with strict=False, which leaves a family whose saved names differ at its initial weights.
+        model = self.model if model is None else model
+        if not isinstance(model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        stored = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+        model.load_state_dict(stored.state_dict(), strict=True)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self.chunk_optimizer
+        if optimizer is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_checkpoint(optimizer, os.path.join(checkpoint, OPTIMIZER_FILE))
+        scheduler = torch.load(os.path.join(checkpoint, SCHEDULER_FILE), weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
+
+
+class GracefulStop(TrainerCallback):
+    """On SIGINT or SIGTERM: finishes the optimizer step, saves a checkpoint, stops. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["GracefulStop"]:
+        """Handles both signals inside the block (main thread only) and puts the former handlers back."""
+        former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in former:
+            signal.signal(number, self._on_signal)
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Asks Trainer to save and stop once a signal has come."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Raises FloatingPointError after `limit` optimizer steps in a row whose gradients were not finite."""
+
+    def __init__(self, limit: int = 10) -> None:
+        self.limit = limit
+        self._skipped = 0
+        self._in_a_row = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compares the optimizer's count of skipped steps with the one before."""
+        optimizer = unwrap_optimizer(kwargs["optimizer"])
+        if not isinstance(optimizer, ChunkOptimizer):
+            return
+        skipped = optimizer.skipped
+        self._in_a_row = self._in_a_row + 1 if skipped > self._skipped else 0
+        self._skipped = skipped
+        if self._in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"the gradients of the last {self._in_a_row} steps were not finite (step {state.global_step}):"
+                " a smaller learning rate, or fp32 weights, may help"
+            )

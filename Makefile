@@ -1,0 +1,121 @@
+# Two commands need nothing else: `make finetune` and `make test`. Both set up VENV once.
+#   VENV=dir    environment to use; created if it does not exist, otherwise the project is installed into it
+#   PYTHON=exe  interpreter (>= 3.11) that creates VENV
+#   ARGS=...    further arguments of `chunkft finetune` or pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Build directories and stamps carry the place of this checkout: one environment may serve several, one after another.
+ID := $(shell pwd -P | cksum | cut -d ' ' -f 1)
+RUN_STAMP := $(VENV)/.chunkft-run-$(ID)
+TEST_STAMP := $(VENV)/.chunkft-test-$(ID)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
+
+# Without a constraint, torch brings gigabytes of CUDA libraries to a machine that has no use for them.
+GPU := $(shell if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null 2>&1; then echo yes; fi)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(GPU),,-c constraints-cpu.txt)
+
+.PHONY: help
+help:
+	@echo "make finetune   fine-tune the embedded model; ARGS=\"--model DIR --data FILE\" for your own"
+	@echo "make test       lint, types, import layers, C++ tests, Python tests"
+	@echo "make lint types layers core-test core-sanitize pytest   the parts of it"
+	@echo "make clean      remove build products; make distclean removes $(VENV) as well"
+
+.PHONY: finetune
+finetune: $(RUN_STAMP)
+	$(BIN)/chunkft finetune $(ARGS)
+
+.PHONY: test
+test: lint types layers core-test core-sanitize pytest
+
+.PHONY: lint
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(TEST_STAMP)
+	$(BIN)/mypy
+
+.PHONY: layers
+layers: $(TEST_STAMP)
+	$(BIN)/lint-imports
+
+# build directory, sanitizers
+define core_tests
+	$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCHUNKFT_BUILD_PYTHON=OFF -DCHUNKFT_BUILD_TESTS=ON -DCHUNKFT_SANITIZE=$(2) >$(1).log || { cat $(1).log; exit 1; }
+	$(BIN)/cmake --build $(1)
+	$(BIN)/ctest --test-dir $(1) --output-on-failure
+endef
+
+.PHONY: core-test
+core-test: $(TEST_STAMP)
+	@mkdir -p build
+	$(call core_tests,build/core-$(ID),)
+
+.PHONY: core-sanitize
+core-sanitize: $(TEST_STAMP)
+	@mkdir -p build
+	$(call core_tests,build/core-$(ID)-address,address$(comma)undefined)
+
+.PHONY: core-sanitize-thread
+core-sanitize-thread: $(TEST_STAMP)
+	@mkdir -p build
+	$(call core_tests,build/core-$(ID)-thread,thread)
+
+comma := ,
+
+# One torch thread a worker: the workers already fill the cores.
+.PHONY: pytest
+pytest: $(TEST_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+.PHONY: setup
+setup: $(TEST_STAMP)
+
+# extra, stamp
+define install
+	@for c in $${CXX:-c++ g++ clang++}; do command -v "$$c" >/dev/null && exit 0; done; \
+	echo "error: chunkft needs a C++20 compiler (GCC >= 11, Clang >= 14), but none was found (CXX='$${CXX:-}')." \
+		"Install one: Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install" >&2; \
+	exit 1
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e ".$(1)"
+	@find "$(VENV)" -maxdepth 1 -name '.chunkft-*' ! -name '*-$(ID)' -delete
+	@touch "$(2)"
+endef
+
+$(RUN_STAMP): $(SOURCES) constraints-cpu.txt | $(BIN)/python
+	$(call install,,$@)
+
+$(TEST_STAMP): $(SOURCES) constraints-cpu.txt | $(BIN)/python
+	$(call install,[test],$@)
+	@touch "$(RUN_STAMP)"
+
+$(BIN)/python:
+	@if [ -e "$(VENV)" ]; then echo "error: VENV=$(VENV) exists but has no bin/python: remove it or name another" >&2; exit 1; fi
+	@"$(or $(PYTHON),false)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: chunkft needs Python 3.11 or newer, which was not found (PYTHON='$(PYTHON)')." \
+			"Install it: Debian, Ubuntu: apt-get install python3 python3-venv python3-dev; or set PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot create environments. Install its venv module: Debian, Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; exit 1; }
+
+.PHONY: clean
+clean:
+	rm -rf build dist chunkft.egg-info chunkft/_core.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+
+.PHONY: distclean
+distclean: clean
+	rm -rf "$(VENV)"

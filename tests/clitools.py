@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAD, END, BEGIN = 0, 1, 2
 SPECIALS = ("<pad>", "<end>", "<begin>")
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

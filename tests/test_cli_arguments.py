@@ -14,9 +14,8 @@ def test_defaults_without_arguments():
 
 
 def test_given_options_are_known_apart_from_defaults():
-    command = parse(
-        "finetune --model m --data d.jsonl --chunks 16 --lr 3e-4 --steps 5 --gradient-checkpointing".split()
-    )
+    line = "finetune --model m --data d.jsonl --chunks 16 --lr 3e-4 --steps 5 --gradient-checkpointing"
+    command = parse(line.split())
     assert command.finetune == FinetuneSettings(
         model="m", data="d.jsonl", chunks=16, lr=3e-4, steps=5, gradient_checkpointing=True
     )

@@ -60,7 +60,7 @@ def test_beginning_token_is_added_where_the_tokenizer_adds_it(tmp_path):
 def test_long_text_is_split_into_pieces_that_lose_nothing(tmp_path, tokenizer):
     text = "abcdefghij" * 5
     dataset, report = causal_dataset(write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), tokenizer, 16)
-    assert sum((row["input_ids"] for row in dataset), []) == [*ids_of(tokenizer, text), END]
+    assert [token for row in dataset for token in row["input_ids"]] == [*ids_of(tokenizer, text), END]
     assert all(row["labels"] == row["input_ids"] for row in dataset)
     assert max(len(row["input_ids"]) for row in dataset) == 16
     assert report.cut == 1
@@ -91,7 +91,8 @@ def test_chat_has_loss_on_every_assistant_turn_only(tmp_path):
 
 def test_template_that_rewrites_earlier_turns_trains_the_turns_it_can_tell(tmp_path):
     template = (
-        "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}{% endif %}"
+        "{% for m in messages %}<{{ m['role'] }}>"
+        "{% if m['role'] != 'assistant' or loop.last %}{{ m['content'] }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     tokenizer = byte_tokenizer(chat_template=template)

@@ -17,7 +17,8 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `chunkft` with the arguments `argv` (default: those of the process) and returns its exit status.
 
-    0: done. 1: the run failed. 2: the input is wrong, told in one line on stderr. 130 or 143: stopped by a signal.
+    0: done. 1: the run failed. 2: the input is wrong, told in one line on stderr. 130 or 143: stopped by a
+    signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

@@ -206,7 +206,7 @@ def _plan_parser(parser: argparse.ArgumentParser) -> None:
 def _build() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="chunkft",
-        description="Full fine-tuning through chunks: all parameters, gradients and optimizer state for one chunk at a time.",
+        description="Full fine-tuning in chunks: all weights are trained, one chunk at a time.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -227,7 +227,8 @@ def _build() -> argparse.ArgumentParser:
 def _check(values: dict[str, Any]) -> None:
     if "epochs" in values and "steps" in values:
         raise UserError(
-            f"--epochs {values['epochs']:g} and --steps {values['steps']} exclude each other: give one of them"
+            f"--epochs {values['epochs']:g} and --steps {values['steps']} exclude each other: give"
+            f" one of them"
         )
     if values.get("always_active") == "":
         raise UserError(

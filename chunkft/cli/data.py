@@ -39,7 +39,9 @@ Tokens = tuple[list[int], list[int]]
 
 @dataclass
 class DataReport:
-    """What became of a data file: examples made, tokens in them, tokens that carry loss, examples cut or dropped."""
+    """What became of a data file: examples made, tokens in them, tokens that carry loss, examples cut or
+    dropped.
+    """
 
     path: str
     form: str
@@ -62,7 +64,9 @@ class DataReport:
 
 
 class Collator:
-    """Pads lists of input_ids (and labels) to the longest of a batch, rounded up to a multiple of 8, within `limit`."""
+    """Pads lists of input_ids (and labels) to the longest of a batch, rounded up to a multiple of 8, within
+    `limit`.
+    """
 
     def __init__(self, pad_token: int, limit: int, *, left: bool = False) -> None:
         self.pad_token = pad_token
@@ -70,7 +74,9 @@ class Collator:
         self.left = left
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Gives input_ids, attention_mask and labels, int64: (batch, tokens), or (batch,) for class labels."""
+        """Gives input_ids, attention_mask and labels, int64: (batch, tokens), or (batch,) for class
+        labels.
+        """
         longest = max(len(example["input_ids"]) for example in examples)
         width = min(-(-longest // PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE, max(self.limit, longest))
         batch = {
@@ -148,7 +154,9 @@ def _rows(path: Path) -> Iterator[tuple[str, tuple[str, ...], dict[str, Any]]]:
 
 
 def fit(prompt: list[int], completion: list[int], limit: int) -> tuple[list[int], list[int], bool]:
-    """Cuts a pair to `limit` tokens: first the start of the prompt, but not below half of the limit, then the end."""
+    """Cuts a pair to `limit` tokens: first the start of the prompt, but not below half of the limit, then the
+    end.
+    """
     if len(prompt) + len(completion) <= limit:
         return prompt, completion, False
     kept = min(len(prompt), max(limit - len(completion), limit // 2))
@@ -157,7 +165,9 @@ def fit(prompt: list[int], completion: list[int], limit: int) -> tuple[list[int]
 
 
 class _Tokeniser:
-    """Adds the tokenizer's beginning-of-text token (if it has one) and its end-of-text token around plain token ids."""
+    """Adds the tokenizer's beginning-of-text token (if it has one) and its end-of-text token around plain
+    token ids.
+    """
 
     def __init__(self, tokenizer: Any, limit: int) -> None:
         self.tokenizer = tokenizer
@@ -204,7 +214,8 @@ class _Tokeniser:
                 labels[len(before) : len(after)] = after[len(before) :]
         if all(label == IGNORED for label in labels):
             raise UserError(
-                f"{place}: the chat template rewrites earlier turns when later ones follow, so no assistant turn can be"
+                f"{place}: the chat template rewrites earlier turns when later ones follow, so no"
+                f" assistant turn can be"
                 " told apart; use 'prompt' and 'completion'"
             )
         if len(ids) > self.limit:
@@ -274,9 +285,11 @@ def _arrow(examples: Iterator[Tokens], report: DataReport) -> Any:
 
 
 def causal_dataset(path: str | Path, tokenizer: Any, seq_len: int) -> tuple[Any, DataReport]:
-    """Reads a jsonl file into a datasets.Dataset of input_ids and labels (int32 lists of at most `seq_len` tokens).
+    """Reads a jsonl file into a datasets.Dataset of input_ids and labels (int32 lists of at most `seq_len`
+    tokens).
 
-    Lines hold `messages`, `prompt` and `completion`, `question` and `answer`, or `text`; all lines of a file the same.
+    Lines hold `messages`, `prompt` and `completion`, `question` and `answer`, or `text`; all lines of a file
+    the same.
     Raises UserError that names file, line, what was found and what is allowed.
     """
     path = Path(path)
@@ -308,7 +321,9 @@ def pairs_dataset(
 
 
 def label_names(path: str | Path, text_column: str | None, label_column: str | None) -> list[str]:
-    """The distinct labels of a file: whole numbers in their order, then other texts in theirs; at least two."""
+    """The distinct labels of a file: whole numbers in their order, then other texts in theirs; at least
+    two.
+    """
     names = {label for _, _, label in read_labelled_rows(Path(path), text_column, label_column)}
     if len(names) < 2:
         raise UserError(
@@ -332,9 +347,11 @@ def classification_dataset(
     text_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[Any, DataReport]:
-    """Reads tsv, csv or jsonl rows into a datasets.Dataset of input_ids (at most `seq_len`, cut at the end) and labels.
+    """Reads tsv, csv or jsonl rows into a datasets.Dataset of input_ids (at most `seq_len`, cut at the end)
+    and labels.
 
-    Raises UserError that names file and line of a label that is not one of `labels`, and as `read_labelled_rows` does.
+    Raises UserError that names file and line of a label that is not one of `labels`, and as
+    `read_labelled_rows` does.
     """
     import datasets
     import pyarrow
@@ -360,7 +377,9 @@ def classification_dataset(
 
 
 def label_map(names: Sequence[str], known: dict[str, int] | None) -> dict[str, int]:
-    """Numbers the labels: as the model's own label2id does if it knows every one of them, else in the order of `names`."""
+    """Numbers the labels: as the model's own label2id does if it knows every one of them, else in the order
+    of `names`.
+    """
     if known and all(name in known for name in names):
         return dict(known)
     return {name: index for index, name in enumerate(names)}

@@ -1,4 +1,6 @@
-"""Puts together what is trained: model, tokenizer, data, and the optimizer; everything that may be wrong with them."""
+"""Puts together what is trained: model, tokenizer, data, and the optimizer; everything that may be wrong with
+them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,7 +61,8 @@ class Job:
 
 def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
     """Loads and checks what `settings` names; raises UserError for what cannot be trained."""
-    assert settings.model is not None and settings.data is not None
+    assert settings.model is not None
+    assert settings.data is not None
     config = config_of(settings.model)
     longest = longest_sequence(config)
     if longest is not None and settings.seq_len > longest:
@@ -81,7 +84,8 @@ def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
 def _causal_job(
     settings: FinetuneSettings, tokenizer: Any, dtype: torch.dtype, device: torch.device, pad: int
 ) -> Job:
-    assert settings.model is not None and settings.data is not None
+    assert settings.model is not None
+    assert settings.data is not None
     train, report = causal_dataset(settings.data, tokenizer, settings.seq_len)
     reports = [report]
     evaluation = None
@@ -102,7 +106,8 @@ def _classification_job(
     device: torch.device,
     pad: int,
 ) -> Job:
-    assert settings.model is not None and settings.data is not None
+    assert settings.model is not None
+    assert settings.data is not None
     columns = (settings.text_column, settings.label_column)
     names = label_names(settings.data, *columns)
     trained = "ForSequenceClassification" in "".join(getattr(config, "architectures", None) or [])

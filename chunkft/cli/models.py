@@ -76,7 +76,8 @@ def _reason(error: BaseException) -> str:
 def config_of(model: str, *, weights: bool = True) -> Any:
     """The transformers config of a model directory or hub id.
 
-    Raises UserError for a directory without config.json or (with `weights`) without weights, and for an unknown id.
+    Raises UserError for a directory without config.json or (with `weights`) without weights, and for an
+    unknown id.
     """
     from transformers import AutoConfig
 
@@ -98,7 +99,9 @@ def load_tokenizer(model: str) -> Any:
 
 
 def pad_token(tokenizer: Any, config: Any) -> int:
-    """The id to pad with: the tokenizer's, else the config's, else the end-of-text token (padding is masked anyway)."""
+    """The id to pad with: the tokenizer's, else the config's, else the end-of-text token (padding is masked
+    anyway).
+    """
     text = getattr(config, "text_config", config)
     for candidate in (tokenizer.pad_token_id, getattr(text, "pad_token_id", None), tokenizer.eos_token_id):
         if candidate is not None and candidate >= 0:
@@ -214,7 +217,9 @@ def longest_sequence(config: Any) -> int | None:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """Recomputes activations in the backward pass, by the non-reentrant way that partly frozen modules need."""
+    """Recomputes activations in the backward pass, by the non-reentrant way that partly frozen modules
+    need.
+    """
     model.config.use_cache = False
     options = {"use_reentrant": False}
     if not getattr(model, "supports_gradient_checkpointing", False):
@@ -237,5 +242,6 @@ def empty_model(model: str, task: str) -> torch.nn.Module:
             return built
     except ValueError as error:
         raise UserError(
-            f"--model {model}: model type {config.model_type!r} cannot be built for --task {task}: {_reason(error)}"
+            f"--model {model}: model type {config.model_type!r} cannot be built for --task {task}:"
+            f" {_reason(error)}"
         ) from error

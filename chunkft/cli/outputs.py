@@ -17,7 +17,21 @@ __all__ = ["RunDirectory", "open_run"]
 
 RUN_FILE = "run.json"
 MAY_CHANGE = frozenset(
-    "chunks interval partition schedule slice_dim always_active device eval_every save_every steps epochs quiet out".split()
+    (
+        "chunks",
+        "interval",
+        "partition",
+        "schedule",
+        "slice_dim",
+        "always_active",
+        "device",
+        "eval_every",
+        "save_every",
+        "steps",
+        "epochs",
+        "quiet",
+        "out",
+    )
 )
 EMBEDDED_NAME = "arithmetic"
 
@@ -88,15 +102,19 @@ def _saved_settings(path: Path) -> FinetuneSettings:
         raise UserError(f"--resume: {file} is not the record of a run of this version: {error}") from error
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _merged(saved: FinetuneSettings, settings: FinetuneSettings, given: frozenset[str]) -> FinetuneSettings:
     changed = {
         name: getattr(settings, name) for name in given if getattr(settings, name) != getattr(saved, name)
     }
     for name in sorted(changed.keys() - MAY_CHANGE):
-        option = name.replace("_", "-")
+        allowed = ", ".join(map(_option, sorted(MAY_CHANGE - {"out"})))
+        was = getattr(saved, name)
         raise UserError(
-            f"--resume: --{option} {changed[name]} differs from the {getattr(saved, name)} of the run;"
-            f" only {', '.join('--' + field.replace('_', '-') for field in sorted(MAY_CHANGE - {'out'}))} may change"
+            f"--resume: {_option(name)} {changed[name]} differs from {was} of the run; may change: {allowed}"
         )
     if "steps" in changed:
         changed["epochs"] = None
@@ -117,7 +135,8 @@ def open_run(
 ) -> tuple[RunDirectory, FinetuneSettings]:
     """Finds or makes the directory of a run, and completes the settings of a run that is resumed.
 
-    Raises UserError if a new run would write into a directory with something in it, or a resumed run has other settings.
+    Raises UserError if a new run would write into a directory with something in it, or a resumed run has
+    other settings.
     """
     if resume:
         assert settings.out is not None
@@ -130,7 +149,8 @@ def open_run(
             raise UserError(f"--out {path}: a file, expected a directory")
         if (path / RUN_FILE).exists():
             raise UserError(
-                f"--out {path}: already holds a run; add --resume to go on with it, or choose another directory"
+                f"--out {path}: already holds a run; add --resume to go on with it, or choose"
+                f" another directory"
             )
         if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise UserError(f"--out {path}: the directory is not empty")

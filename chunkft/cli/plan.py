@@ -12,7 +12,9 @@ __all__ = ["show_plan"]
 
 
 def show_plan(settings: PlanSettings | None) -> int:
-    """Prints the plan of a model, saves it if asked to, and returns the exit status; raises UserError for wrong input."""
+    """Prints the plan of a model, saves it if asked to, and returns the exit status; raises UserError for
+    wrong input.
+    """
     assert settings is not None
     with quiet_transformers():
         model = empty_model(settings.model, settings.task)

@@ -43,7 +43,9 @@ def _duration(seconds: float) -> str:
 
 
 class Metrics(TrainerCallback):
-    """Appends a record for every optimizer step and every evaluation to a jsonl file, and tells `watchers` of it."""
+    """Appends a record for every optimizer step and every evaluation to a jsonl file, and tells `watchers` of
+    it.
+    """
 
     def __init__(self, path: Path, device: torch.device, memory: MemoryReport | None = None) -> None:
         self.path = path
@@ -85,10 +87,7 @@ class Metrics(TrainerCallback):
             return
         self._trained = optimizer.active, optimizer.sweep
         if self.memory is not None:
-            leaves = (leaf for _, leaf in optimizer.active_parameters())
-            self.memory.observe(
-                optimizer.memory(), sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-            )
+            self.memory.observe(optimizer.memory())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,7 +163,7 @@ class Progress(TrainerCallback):
             return
         loss = float(logs["loss"])
         self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
-        every = max(state.max_steps // PLAIN_LINES, 1)
+        every = -(-state.max_steps // PLAIN_LINES)
         last = state.global_step == state.max_steps
         if self.live or last or state.global_step % every == 0 or state.global_step == self._first_step + 1:
             self._line(self._describe(state), keep=last)

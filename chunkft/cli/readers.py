@@ -38,7 +38,8 @@ def open_lines(path: Path) -> Iterator[tuple[int, str]]:
                     line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{where(path, number)}: byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8"
+                        f"{where(path, number)}: byte 0x{raw[error.start]:02x} at column"
+                        f" {error.start + 1} is not UTF-8"
                     ) from error
                 if line.strip():
                     yield number, line
@@ -102,9 +103,12 @@ def read_labelled_rows(
 ) -> Iterator[tuple[int, str, str]]:
     """Yields (line number, text, label) of tsv or csv rows, or of jsonl objects.
 
-    The first row is a header if one of its cells is a name that is asked for, or else text, sentence, label, labels or
-    class. Without a header, and without columns asked for, a file of two columns is label, text. A tsv knows no quoting.
-    Raises UserError for columns that are not there, a row of another width, an empty text or label, an empty file.
+    The first row is a header if one of its cells is a name that is asked for, or else text, sentence, label,
+    labels or
+    class. Without a header, and without columns asked for, a file of two columns is label, text. A tsv knows
+    no quoting.
+    Raises UserError for columns that are not there, a row of another width, an empty text or label, an empty
+    file.
     """
     suffix = suffix_of(path, SUFFIXES)
     if suffix == ".jsonl":
@@ -152,7 +156,8 @@ def _columns(
         missing = "text (or sentence)" if text_at is None else "label"
         found = ", ".join(repr(cell) for cell in cells)
         raise UserError(
-            f"{where(path, 1)}: no {missing} column among {found}; name it in a header, or give --text-column and"
+            f"{where(path, 1)}: no {missing} column among {found}; name it in a header, or give"
+            f" --text-column and"
             " --label-column (without a header, exactly two columns are label, text)"
         )
     if text_at == label_at:
@@ -180,17 +185,20 @@ def _labelled_objects(
         if text_key is None or label_key is None:
             found = ", ".join(repr(name) for name in row) or "no keys"
             raise UserError(
-                f"{where(path, number)}: found {found}; a labelled line has one of {', '.join(texts)} and one of"
+                f"{where(path, number)}: found {found}; a labelled line has one of"
+                f" {', '.join(texts)} and one of"
                 f" {', '.join(labels)}"
             )
         text, label = row[text_key], row[label_key]
         if not isinstance(text, str) or not text.strip():
             raise UserError(
-                f"{where(path, number)}: {text_key!r} is {_shown(json.dumps(text))}, expected a text that is not empty"
+                f"{where(path, number)}: {text_key!r} is {_shown(json.dumps(text))}, expected a"
+                f" text that is not empty"
             )
         if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
             raise UserError(
-                f"{where(path, number)}: {label_key!r} is {_shown(json.dumps(label))}, expected a text or whole number"
+                f"{where(path, number)}: {label_key!r} is {_shown(json.dumps(label))}, expected a"
+                f" text or whole number"
             )
         rows += 1
         yield number, text.strip(), str(label).strip()

@@ -26,7 +26,9 @@ def human_bytes(count: float) -> str:
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Aligns rows of text: the first column to the left, the others to the right; the first row is underlined."""
+    """Aligns rows of text: the first column to the left, the others to the right; the first row is
+    underlined.
+    """
     cells = [tuple(row) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = [
@@ -41,9 +43,11 @@ def table(rows: Iterable[tuple[str, ...]]) -> str:
 
 
 class MemoryReport:
-    """Bytes beside the weights: what full fine-tuning with AdamW holds, and what this run held on its device and host.
+    """Bytes beside the weights: what full fine-tuning with AdamW holds, and what this run held on its device
+    and host.
 
-    `trained` and `trained_bytes`: elements and bytes of all trainable weights, tied ones once. Gradients of full
+    `trained` and `trained_bytes`: elements and bytes of all trainable weights, tied ones once. Gradients of
+    full
     fine-tuning have the weights' dtype, moments are fp32, and 16-bit weights have an fp32 master.
     """
 
@@ -60,12 +64,12 @@ class MemoryReport:
         self.run["saved activations"] = None
         self.host = 0
 
-    def observe(self, memory: dict[str, int], gradients: int) -> None:
-        """Keeps the largest of what `optimizer.memory()` said so far; `gradients`: bytes of all active leaves."""
+    def observe(self, memory: dict[str, int]) -> None:
+        """Keeps the largest of what `optimizer.memory()` said so far."""
         seen = {
-            "gradients": max(memory["gradients"], gradients),
-            "optimizer state": memory["state_device"],
-            "master weights": memory["master"],
+            "gradients": memory["gradients"],
+            "optimizer state": memory["state_active"],
+            "master weights": memory["master_active"],
         }
         for name, value in seen.items():
             self.run[name] = max(self.run[name] or 0, value)
@@ -88,7 +92,7 @@ class MemoryReport:
             ("together", human_bytes(full_sum), human_bytes(run_sum), f"{run_sum / max(full_sum, 1):.3f}")
         )
         rows.append(("weights", human_bytes(self.weights), human_bytes(self.weights), "1"))
-        rows.append(("paged out to the host", "0 B", human_bytes(self.host), "-"))
+        rows.append(("state of all chunks, on the host", "0 B", human_bytes(self.host), "-"))
         return rows
 
     def _comparable(self) -> tuple[dict[str, int | None], dict[str, int | None]]:
@@ -108,7 +112,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of metrics.jsonl; an unfinished last line, which a killed run leaves, is passed over."""
+    """Yields the records of metrics.jsonl; an unfinished last line, which a killed run leaves, is passed
+    over.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -125,7 +131,9 @@ def trim_metrics(path: Path, last_step: int) -> None:
 
 
 def plot_loss(metrics: Path, picture: Path, title: str) -> None:
-    """Draws the loss over steps (each step, a running mean, and the evaluations) from metrics.jsonl as a PNG."""
+    """Draws the loss over steps (each step, a running mean, and the evaluations) from metrics.jsonl as
+    a PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

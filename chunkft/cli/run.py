@@ -175,12 +175,14 @@ class Finetuning:
             chunks = len(self.chunk_optimizer.plan)
             sweeps = self.steps / (chunks * self.interval)
             print(
-                f"  {chunks} chunks ({settings.partition}), the next one every {self.interval} steps ({settings.schedule}):"
+                f"  {chunks} chunks ({settings.partition}), the next one every {self.interval}"
+                f" steps ({settings.schedule}):"
                 f" {sweeps:.1f} sweeps in {self.steps:,} steps"
             )
             if sweeps < 1:
                 print(
-                    f"  note: only {math.ceil(sweeps * chunks)} of {chunks} chunks will be trained; lower --interval or --chunks"
+                    f"  note: only {math.ceil(sweeps * chunks)} of {chunks} chunks will be trained;"
+                    f" lower --interval or --chunks"
                 )
         if self.checkpoint is not None:
             print(f"  resuming at step {self.resumed_at} from {self.checkpoint}")
@@ -247,7 +249,8 @@ class Finetuning:
         for line in lines:
             print(line)
         print(
-            f"loss {first:.4f} -> {last:.4f} in {len(records):,} steps, {seconds:.1f} s ({seconds / len(records) * 1e3:.0f} ms a step)"
+            f"loss {first:.4f} -> {last:.4f} in {len(records):,} steps, {seconds:.1f} s"
+            f" ({seconds / len(records) * 1e3:.0f} ms a step)"
         )
         if self.chunk_optimizer is not None and self.chunk_optimizer.skipped:
             print(

@@ -1,4 +1,6 @@
-"""The trainer of `chunkft finetune`: ChunkTrainer that counts tokens and measures the activations autograd saves."""
+"""The trainer of `chunkft finetune`: ChunkTrainer that counts tokens and measures the activations autograd
+saves.
+"""
 
 from typing import Any
 
@@ -14,7 +16,8 @@ __all__ = ["FinetuneTrainer", "activations_of_full_training"]
 class FinetuneTrainer(ChunkTrainer):
     """Counts the tokens of every step, and measures saved activations once for every chunk.
 
-    `saved_peak` is the largest number of bytes that a forward pass saved, `peak_batch` the batch it was measured on.
+    `saved_peak` is the largest number of bytes that a forward pass saved, `peak_batch` the batch it was
+    measured on.
     """
 
     def __init__(self, *args: Any, metrics: Metrics, **kwargs: Any) -> None:
@@ -43,7 +46,8 @@ class FinetuneTrainer(ChunkTrainer):
 
 
 def activations_of_full_training(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int | None:
-    """Bytes that a forward pass on `batch` saves when every weight of `model` is trained; None if memory does not hold it.
+    """Bytes that a forward pass on `batch` saves when every weight of `model` is trained; None if memory does
+    not hold it.
 
     The model must be free of chunk operators; its mode and requires_grad flags are as before afterwards.
     """

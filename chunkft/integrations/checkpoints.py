@@ -61,7 +61,9 @@ def clean_up(root: str | Path) -> list[Path]:
 
 @contextlib.contextmanager
 def staging(root: str | Path, name: str) -> Iterator[Path]:
-    """Gives a directory in which `name` may be written; it is removed at the end, with whatever was not published."""
+    """Gives a directory in which `name` may be written; it is removed at the end, with whatever was not
+    published.
+    """
     root = Path(root)
     aside = root / f"{STAGED}{name}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -73,7 +75,9 @@ def staging(root: str | Path, name: str) -> Iterator[Path]:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Flushes the directory `staged` to disk and renames it to `target`, replacing a directory that is there."""
+    """Flushes the directory `staged` to disk and renames it to `target`, replacing a directory that is
+    there.
+    """
     flush_tree(staged)
     if target.exists():
         aside = target.with_name(f"{REPLACED}{target.name}")
@@ -88,7 +92,9 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def rotate(root: str | Path, keep: int | None, protected: Path | None = None) -> None:
-    """Deletes the oldest checkpoints under `root` until `keep` are left, never `protected`; None or 0 keeps all."""
+    """Deletes the oldest checkpoints under `root` until `keep` are left, never `protected`; None or 0 keeps
+    all.
+    """
     if not keep or keep < 1:
         return
     for path in complete_checkpoints(root)[:-keep]:
@@ -100,7 +106,9 @@ def rotate(root: str | Path, keep: int | None, protected: Path | None = None) ->
 
 @contextlib.contextmanager
 def writing(target: Path, directory: Path, expected: int) -> Iterator[None]:
-    """Turns a failed write below `directory` into a CheckpointWriteError that names `target`, bytes written and needed."""
+    """Turns a failed write below `directory` into a CheckpointWriteError that names `target`, bytes written
+    and needed.
+    """
     try:
         yield
     except Exception as error:

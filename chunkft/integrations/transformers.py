@@ -1,4 +1,6 @@
-"""transformers' Trainer for chunk optimizers: clipping by the optimizer, complete-or-absent checkpoints, clean stops."""
+"""transformers' Trainer for chunk optimizers: clipping by the optimizer, complete-or-absent checkpoints,
+clean stops.
+"""
 
 import contextlib
 import os
@@ -36,7 +38,9 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 
 def last_checkpoint(root: str | Path) -> Path | None:
-    """The newest complete checkpoint under `root`, after removing what a killed run left half-written; None if none."""
+    """The newest complete checkpoint under `root`, after removing what a killed run left half-written; None
+    if none.
+    """
     clean_up(root)
     found = complete_checkpoints(root)
     return found[-1] if found else None
@@ -45,7 +49,8 @@ def last_checkpoint(root: str | Path) -> Path | None:
 class ChunkTrainer(Trainer):
     """A Trainer whose checkpoints are complete or absent, and whose optimizer may be a ChunkOptimizer.
 
-    Pass `optimizers=(ChunkAdamW(model, max_grad_norm=...), None)` and `TrainingArguments(max_grad_norm=0)`: Trainer would
+    Pass `optimizers=(ChunkAdamW(model, max_grad_norm=...), None)` and `TrainingArguments(max_grad_norm=0)`:
+    Trainer would
     clip `model.parameters()`, where the gradients of slices are not. Raises ValueError otherwise.
     """
 
@@ -54,7 +59,8 @@ class ChunkTrainer(Trainer):
         self._staged: Path | None = None
         if isinstance(unwrap_optimizer(self.optimizer), ChunkOptimizer) and self.args.max_grad_norm:
             raise ValueError(
-                f"TrainingArguments(max_grad_norm={self.args.max_grad_norm}) cannot clip the gradients of slices:"
+                f"TrainingArguments(max_grad_norm={self.args.max_grad_norm}) cannot clip the"
+                f" gradients of slices:"
                 " set it to 0 and give max_grad_norm to the chunk optimizer"
             )
 
@@ -113,7 +119,7 @@ class ChunkTrainer(Trainer):
             trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
             return weights + 8 * trained
         memory = optimizer.memory()
-        return weights + memory["state_device"] + memory["state_host"] + memory["master"]
+        return weights + max(memory["state_host"], memory["state_active"] + memory["master_active"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = self.chunk_optimizer
@@ -124,7 +130,8 @@ class ChunkTrainer(Trainer):
         torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Trainer loads with strict=False, which leaves a family whose saved names differ at its initial weights.
+        # Trainer loads with strict=False, which leaves a family whose saved names differ at its initial
+        # weights.
         model = self.model if model is None else model
         if not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -143,7 +150,9 @@ class ChunkTrainer(Trainer):
 
 
 class GracefulStop(TrainerCallback):
-    """On SIGINT or SIGTERM: finishes the optimizer step, saves a checkpoint, stops. A second signal stops at once."""
+    """On SIGINT or SIGTERM: finishes the optimizer step, saves a checkpoint, stops. A second signal stops at
+    once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -195,6 +204,7 @@ class NonFiniteGuard(TrainerCallback):
         self._skipped = skipped
         if self._in_a_row >= self.limit:
             raise FloatingPointError(
-                f"the gradients of the last {self._in_a_row} steps were not finite (step {state.global_step}):"
+                f"the gradients of the last {self._in_a_row} steps were not finite (step"
+                f" {state.global_step}):"
                 " a smaller learning rate, or fp32 weights, may help"
             )

@@ -92,7 +92,7 @@ def resident(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     if not hasattr(optimizer, "memory"):
         return {"state": unique_bytes(state_tensors(optimizer)), "state_host": 0, "masters": 0}
     held = optimizer.memory()
-    return {"state": held["state_device"], "state_host": held["state_host"], "masters": held["master"]}
+    return {"state": held["state_active"], "state_host": held["state_host"], "masters": held["master_active"]}
 
 
 def count(variant: dict[str, Any], size: llama.Size) -> dict[str, Any]:

@@ -54,11 +54,11 @@ class Job:
 
 @dataclass
 class Data:
-    """Tokenised sentences with labels: `train` in file order, `probe` for the curve, `test` for the end."""
+    """Tokenised sentences with labels: `train` in file order, `probe` for the curve, both others to test."""
 
     train: Encoded
     probe: Encoded
-    test: Encoded
+    rest: Encoded
 
 
 def read_polarity() -> tuple[list[tuple[str, int]], list[tuple[str, int]], list[tuple[str, int]]]:
@@ -84,7 +84,7 @@ def load_data(limit: int | None = None) -> Data:
         return [(row, label) for row, (_, label) in zip(ids, pairs, strict=False)]
 
     train, dev, rest = (encode(part) for part in read_polarity())
-    return Data(train=train, probe=dev, test=dev + rest)
+    return Data(train=train, probe=dev, rest=rest)
 
 
 def load_model(seed: int) -> nn.Module:
@@ -156,9 +156,29 @@ def _build_chunk(
     job: Job, model: nn.Module, options: dict[str, Any]
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], float]]:
     import chunkft
+    from bench import schedules
 
     warm = options.pop("switch_warmup", 0)
-    optimizer = chunkft.ChunkAdamW(model, lr=job.lr, weight_decay=WEIGHT_DECAY, seed=job.seed, **options)
+    seldom = options.pop("seldom", None)
+    head_rate = options.pop("head_rate", None)
+    if seldom is not None:
+        plan = chunkft.partition(
+            model,
+            options["chunks"],
+            by=options.get("partition", "bytes"),
+            always_active=options.get("always_active"),
+        )
+        if seldom != "embeddings":
+            raise ValueError(f"seldom={seldom!r}: allowed is 'embeddings'")
+        order = options.pop("schedule", "random")
+        options["schedule"] = schedules.rare(plan, schedules.embedding_chunks(plan), job.seed, order)
+    target: Any = model
+    if head_rate is not None:
+        chunkft.attach(model)
+        head = [p for n, p in model.named_parameters() if n.startswith("classifier.")]
+        rest = [p for n, p in model.named_parameters() if not n.startswith("classifier.")]
+        target = [{"params": rest}, {"params": head, "rate": head_rate}]
+    optimizer = chunkft.ChunkAdamW(target, lr=job.lr, weight_decay=WEIGHT_DECAY, seed=job.seed, **options)
 
     def factor() -> float:
         return min(1.0, (optimizer.interval_position + 1) / (warm + 1))
@@ -181,7 +201,7 @@ def train(job: Job, data: Data, probes: int = 4) -> dict[str, Any]:
     for step in range(job.steps):
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = job.lr * rate(step, job.steps) * factor()
+            group["lr"] = job.lr * rate(step, job.steps) * factor() * group.get("rate", 1.0)
         loss = model(**next(stream)).loss
         loss.backward()
         optimizer.step()
@@ -194,10 +214,13 @@ def train(job: Job, data: Data, probes: int = 4) -> dict[str, Any]:
         if step + 1 in marks:
             curve.append([step + 1, accuracy(model, data.probe)])
     tail = losses[-min(50, len(losses)) :]
+    probe, rest = accuracy(model, data.probe), accuracy(model, data.rest)
+    right = probe * len(data.probe) + rest * len(data.rest)
+    tested = len(data.probe) + len(data.rest)
     return {
-        "accuracy": accuracy(model, data.test),
-        "probe_accuracy": accuracy(model, data.probe),
-        "test_sentences": len(data.test),
+        "accuracy": right / tested,
+        "probe_accuracy": probe,
+        "test_sentences": tested,
         "curve": curve,
         "train_loss": sum(tail) / len(tail),
         "train_cpu_seconds": cpu,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from chunkft.autograd import Slice, SlicedForward, operator_for
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs
 
+# Weak on both sides: an attachment lives as long as its model.
 _attachments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -46,7 +48,9 @@ class Attachment:
         self.model = model
         self.specs: list[ParameterSpec] = parameter_specs(model)
         self.generation = 0
-        self._dtypes = {spec.name: model.get_parameter(spec.name).dtype for spec in self.specs}
+        self._expected = {
+            spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in self.specs
+        }
         self._bound: dict[str, _Bound] = {}
         self._order: list[Slice] = []
         self._hooks: list[RemovableHandle] = []
@@ -145,19 +149,21 @@ class Attachment:
         return type(None), ()
 
     def _current(self, name: str) -> nn.Parameter:
-        spec = next(spec for spec in self.specs if spec.name == name)
+        shape, dtype = self._expected[name]
         try:
             parameter = self.model.get_parameter(name)
         except AttributeError as error:
-            raise RuntimeError(f"parameter {name!r} is no longer in the model; build a new optimizer") from error
-        if tuple(parameter.shape) != spec.shape:
             raise RuntimeError(
-                f"parameter {name!r} had shape {spec.shape} when the optimizer was built and has "
+                f"parameter {name!r} is no longer in the model; build a new optimizer"
+            ) from error
+        if tuple(parameter.shape) != shape:
+            raise RuntimeError(
+                f"parameter {name!r} had shape {shape} when the optimizer was built and has "
                 f"{tuple(parameter.shape)} now; detach() the optimizer, then build a new one"
             )
-        if parameter.dtype != self._dtypes[name]:
+        if parameter.dtype != dtype:
             raise RuntimeError(
-                f"parameter {name!r} was {self._dtypes[name]} when the optimizer was built and is "
+                f"parameter {name!r} was {dtype} when the optimizer was built and is "
                 f"{parameter.dtype} now; convert the model first, then build the optimizer"
             )
         return parameter
@@ -171,7 +177,9 @@ class Attachment:
                 continue
             operator = operator_for(module)
             if operator is None:
-                raise RuntimeError(f"{type(module).__name__} that holds {name!r} has no sliced operator any more")
+                raise RuntimeError(
+                    f"{type(module).__name__} that holds {name!r} has no sliced operator any more"
+                )
 
             def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = operator.weight) -> None:
                 weight = owner._parameters[attribute]
@@ -187,7 +195,7 @@ class Attachment:
         replaced = parameter is not bound.parameter
         if replaced:
             self._names[parameter] = name
-            _attachments[parameter] = self
+            _attachments[parameter] = weakref.ref(self)
         for i, (piece, leaf) in enumerate(bound.pairs):
             if piece.dim is None:
                 if replaced:
@@ -235,14 +243,14 @@ def attach(model: nn.Module) -> Attachment:
     attachment = Attachment(model)
     model.__dict__["_chunkft"] = attachment
     for spec in attachment.specs:
-        _attachments[model.get_parameter(spec.name)] = attachment
+        _attachments[model.get_parameter(spec.name)] = weakref.ref(attachment)
     return attachment
 
 
 def attachment_of(parameter: Tensor) -> Attachment | None:
     """The attachment of the model that a parameter belongs to, or None."""
-    found: Attachment | None = _attachments.get(parameter)
-    return found
+    reference = _attachments.get(parameter)
+    return None if reference is None else reference()
 
 
 def _refuse_lost_gradient(module: nn.Module, args: Any) -> None:
@@ -256,7 +264,11 @@ def _refuse_lost_gradient(module: nn.Module, args: Any) -> None:
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "forward" and code.co_filename.endswith("checkpoint.py") and "args" in frame.f_locals:
+        if (
+            code.co_name == "forward"
+            and code.co_filename.endswith("checkpoint.py")
+            and "args" in frame.f_locals
+        ):
             inputs = frame.f_locals["args"]
             if not any(isinstance(arg, Tensor) and arg.requires_grad for arg in inputs):
                 raise RuntimeError(

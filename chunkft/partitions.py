@@ -53,7 +53,9 @@ def partition(
             user's own does not cover every trainable element exactly once.
     """
     if getattr(model, "_chunkft", None) is not None:
-        raise ValueError("model is attached to an optimizer of chunkft; use optimizer.plan, or detach() it first")
+        raise ValueError(
+            "model is attached to an optimizer of chunkft; use optimizer.plan, or detach() it first"
+        )
     specs = parameter_specs(model, state_bytes)
     return make_plan(model, specs, chunks, by, slice_dim, always_active, row_multiple)
 
@@ -76,14 +78,18 @@ def make_plan(
         raise ValueError(f"chunks={chunks!r} is not allowed; needs an integer >= 1")
     if isinstance(by, ChunkPlan):
         if chunks is not None and chunks != len(by):
-            raise ValueError(f"chunks={chunks} disagrees with the plan, which has {len(by)}; give chunks=None")
+            raise ValueError(
+                f"chunks={chunks} disagrees with the plan, which has {len(by)}; give chunks=None"
+            )
         check_plan(by, specs)
         return by
     always_names = _always_active(model, specs, always_active)
     always = tuple(spec.whole() for spec in specs if spec.name in always_names)
     rest = [spec for spec in specs if spec.name not in always_names]
     if not rest:
-        raise ValueError(f"always_active={always_active!r} takes every trainable parameter; leave some for the chunks")
+        raise ValueError(
+            f"always_active={always_active!r} takes every trainable parameter; leave some for the chunks"
+        )
     label = by if isinstance(by, str) else "user"
     if by == "bytes":
         groups = _by_bytes(rest, _required(chunks, by), slice_dim, row_multiple)
@@ -159,7 +165,9 @@ def _by_bytes(specs: list[ParameterSpec], chunks: int, slice_dim: int, multiple:
     return groups
 
 
-def _append(group: list[Slice], spec: ParameterSpec, dim: int | None, start: int, stop: int | None = None) -> None:
+def _append(
+    group: list[Slice], spec: ParameterSpec, dim: int | None, start: int, stop: int | None = None
+) -> None:
     size = spec.shape[dim] if dim is not None else (spec.shape[0] if spec.shape else 1)
     stop = size if stop is None else stop
     if start < stop:
@@ -229,9 +237,7 @@ def _by_layers(model: nn.Module, specs: list[ParameterSpec], chunks: int | None)
         ends.append((ends[-1] if ends else 0) + sum(piece.nbytes for piece in unit))
     cuts = _balanced_cuts(ends, chunks)
     starts = [0, *(cut + 1 for cut in cuts[:-1])]
-    return [
-        [piece for unit in units[a : b + 1] for piece in unit] for a, b in zip(starts, cuts, strict=True)
-    ]
+    return [[piece for unit in units[a : b + 1] for piece in unit] for a, b in zip(starts, cuts, strict=True)]
 
 
 def _block_prefixes(model: nn.Module) -> list[str]:
@@ -239,7 +245,9 @@ def _block_prefixes(model: nn.Module) -> list[str]:
     lists: list[str] = []
     prefixes: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(outer) for outer in lists) or not isinstance(module, nn.ModuleList | nn.Sequential):
+        if any(name.startswith(outer) for outer in lists) or not isinstance(
+            module, nn.ModuleList | nn.Sequential
+        ):
             continue
         members = [child for child, block in module.named_children() if any(True for _ in block.parameters())]
         if len(members) < 2:
@@ -276,7 +284,9 @@ def _by_user(specs: list[ParameterSpec], by: Any) -> list[list[Slice]]:
     return groups
 
 
-def _always_active(model: nn.Module, specs: list[ParameterSpec], patterns: str | Sequence[str] | None) -> set[str]:
+def _always_active(
+    model: nn.Module, specs: list[ParameterSpec], patterns: str | Sequence[str] | None
+) -> set[str]:
     if patterns is None:
         return set()
     if patterns == "head":
@@ -296,7 +306,9 @@ def _always_active(model: nn.Module, specs: list[ParameterSpec], patterns: str |
 def _head_names(model: nn.Module, specs: list[ParameterSpec]) -> set[str]:
     """Parameters after the last block: final norm and task head; tied tables sit below and stay in the chunks."""
     blocks = tuple(_block_prefixes(model))
-    last = max((i for i, spec in enumerate(specs) if spec.name.startswith(blocks)), default=-1) if blocks else -1
+    last = (
+        max((i for i, spec in enumerate(specs) if spec.name.startswith(blocks)), default=-1) if blocks else -1
+    )
     names = {spec.name for spec in specs[last + 1 :]}
     if last < 0 or not names:
         raise ValueError(

@@ -125,7 +125,8 @@ class ChunkPlan:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"plan has format {found!r}; allowed is {PLAN_FORMAT!r}")
         chunks = tuple(
-            Chunk(index, tuple(_from_list(entry) for entry in pieces)) for index, pieces in enumerate(data["chunks"])
+            Chunk(index, tuple(_from_list(entry) for entry in pieces))
+            for index, pieces in enumerate(data["chunks"])
         )
         return cls(chunks, tuple(_from_list(entry) for entry in data["always"]), str(data["by"]))
 
@@ -179,7 +180,9 @@ def parameter_owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            name = first_name.setdefault(id(parameter), f"{module_name}.{attribute}" if module_name else attribute)
+            name = first_name.setdefault(
+                id(parameter), f"{module_name}.{attribute}" if module_name else attribute
+            )
             holder = owners.setdefault(name, [])
             holder.append((module, attribute))
             if id(module) in enclosed:
@@ -210,9 +213,13 @@ def check_plan(plan: ChunkPlan, specs: Iterable[ParameterSpec]) -> None:
     for piece in plan.slices():
         spec = by_name.get(piece.name)
         if spec is None:
-            raise ValueError(f"plan has a slice of {piece.name!r}, which is not a trainable parameter of the model")
+            raise ValueError(
+                f"plan has a slice of {piece.name!r}, which is not a trainable parameter of the model"
+            )
         if tuple(piece.parameter_shape) != spec.shape:
-            raise ValueError(f"plan has {piece.name!r} of shape {piece.parameter_shape}, the model has {spec.shape}")
+            raise ValueError(
+                f"plan has {piece.name!r} of shape {piece.parameter_shape}, the model has {spec.shape}"
+            )
         if piece.dim is not None and piece.dim not in spec.dims:
             allowed = f"dim in {spec.dims}" if spec.dims else "no slicing, dim=None: it is atomic"
             raise ValueError(f"plan cuts {piece.name!r} along dim={piece.dim}; allowed is {allowed}")
@@ -226,7 +233,9 @@ def check_plan(plan: ChunkPlan, specs: Iterable[ParameterSpec]) -> None:
 
 def _check_cover(spec: ParameterSpec, pieces: list[Slice]) -> None:
     if not pieces:
-        raise ValueError(f"plan leaves out {spec.name!r}, which is trainable; freeze it or put it into a chunk")
+        raise ValueError(
+            f"plan leaves out {spec.name!r}, which is trainable; freeze it or put it into a chunk"
+        )
     dims = {piece.dim for piece in pieces}
     if len(dims) > 1:
         raise ValueError(f"plan cuts {spec.name!r} along several dimensions ({dims}); use one")
@@ -235,7 +244,9 @@ def _check_cover(spec: ParameterSpec, pieces: list[Slice]) -> None:
         if piece.start != position:
             word = "twice" if piece.start < position else "not at all"
             low, high = sorted((piece.start, position))
-            raise ValueError(f"plan covers {spec.name!r} [{low}:{high}) {word}; each element must be in one chunk")
+            raise ValueError(
+                f"plan covers {spec.name!r} [{low}:{high}) {word}; each element must be in one chunk"
+            )
         position = piece.stop
     (dim,) = dims
     size = (spec.shape[0] if spec.shape else 1) if dim is None else spec.shape[dim]
@@ -256,7 +267,15 @@ def _row(label: str, pieces: tuple[Slice, ...]) -> tuple[str, ...]:
     rows = sum((piece.stop - piece.start) for piece in pieces)
     numel = sum(piece.numel for piece in pieces)
     nbytes = sum(piece.nbytes for piece in pieces)
-    return (label, str(len(pieces)), f"{rows:,}", f"{numel:,}", _bytes(nbytes), str(pieces[0]), str(pieces[-1]))
+    return (
+        label,
+        str(len(pieces)),
+        f"{rows:,}",
+        f"{numel:,}",
+        _bytes(nbytes),
+        str(pieces[0]),
+        str(pieces[-1]),
+    )
 
 
 def _bytes(count: float) -> str:
@@ -273,6 +292,8 @@ def _to_list(piece: Slice) -> list[Any]:
 
 def _from_list(entry: list[Any]) -> Slice:
     if len(entry) != 6:
-        raise ValueError(f"plan has slice entry {entry!r}; needs [name, dim, start, stop, shape, element_bytes]")
+        raise ValueError(
+            f"plan has slice entry {entry!r}; needs [name, dim, start, stop, shape, element_bytes]"
+        )
     name, dim, start, stop, shape, element_bytes = entry
     return Slice(str(name), dim, int(start), int(stop), tuple(shape), int(element_bytes))

@@ -63,7 +63,11 @@ class SlicedForward:
     """
 
     def __init__(
-        self, module: nn.Module, operator: SlicedOperator, active: Active, verify: Callable[[nn.Module], None] | None
+        self,
+        module: nn.Module,
+        operator: SlicedOperator,
+        active: Active,
+        verify: Callable[[nn.Module], None] | None,
     ) -> None:
         self.module = module
         self.operator = operator

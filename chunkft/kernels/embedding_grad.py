@@ -36,10 +36,14 @@ def embedding_grad(
         ValueError: if the shapes or the bounds do not fit.
     """
     if dy.shape[:-1] != ids.shape:
-        raise ValueError(f"dy must be of shape ids.shape + (H,), got {tuple(dy.shape)} for ids {tuple(ids.shape)}")
+        raise ValueError(
+            f"dy must be of shape ids.shape + (H,), got {tuple(dy.shape)} for ids {tuple(ids.shape)}"
+        )
     start, stop = (0, num_embeddings) if rows is None else rows
     if not 0 <= start <= stop <= num_embeddings:
-        raise ValueError(f"rows=({start}, {stop}) is not allowed; needs 0 <= start <= stop <= {num_embeddings}")
+        raise ValueError(
+            f"rows=({start}, {stop}) is not allowed; needs 0 <= start <= stop <= {num_embeddings}"
+        )
     flat_dy = dy.reshape(-1, dy.shape[-1])
     flat_ids = ids.reshape(-1)
     if cols is not None:

@@ -1,0 +1,25 @@
+"""Full-parameter fine-tuning of language models on GPUs that are far too small for it."""
+
+from chunkft.activations import saved_activations
+from chunkft.attach import Attachment, attach
+from chunkft.autograd import Slice
+from chunkft.optim import ChunkAdamW, ChunkOptimizer, load_checkpoint, save_checkpoint
+from chunkft.partitions import partition
+from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attachment",
+    "Chunk",
+    "ChunkAdamW",
+    "ChunkOptimizer",
+    "ChunkPlan",
+    "ParameterSpec",
+    "Slice",
+    "attach",
+    "load_checkpoint",
+    "partition",
+    "save_checkpoint",
+    "saved_activations",
+]

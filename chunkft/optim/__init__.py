@@ -1,0 +1,7 @@
+"""Optimizers over chunks, and their checkpoints."""
+
+from chunkft.optim.adamw import ChunkAdamW
+from chunkft.optim.checkpoint import load_checkpoint, save_checkpoint
+from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+__all__ = ["ChunkAdamW", "ChunkOptimizer", "load_checkpoint", "save_checkpoint"]

@@ -1,0 +1,466 @@
+"""An optimizer that trains one chunk of the parameters at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from chunkft.attach import Attachment, attach, attachment_of
+from chunkft.autograd import Slice
+from chunkft.optim.distributed import average_gradients
+from chunkft.optim.master import WorkingWeight, resolve_master
+from chunkft.optim.serialize import load_optimizer_state, optimizer_state
+from chunkft.optim.state import State, StateStore
+from chunkft.partitions import Partition, make_plan
+from chunkft.plan import ChunkPlan, ParameterSpec
+from chunkft.schedule import Schedule, active_chunk, check_schedule
+
+ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
+
+
+class ChunkOptimizer(torch.optim.Optimizer):
+    """Any ``torch.optim`` optimizer, applied to one chunk of the model at a time (ChunkFT, arXiv 2605.21177).
+
+    The trainable parameters are cut into ``chunks`` chunks; one is active for ``interval`` optimizer steps, then
+    the next. Gradients exist for the active slices only, and so does optimizer state on the parameters' device.
+    ``step()`` consumes the gradients: afterwards every ``.grad`` is None.
+
+    Args:
+        model: a module, or a list of parameter groups (or parameters) of a module on which ``chunkft.attach`` was
+            called. Groups keep their hyper-parameters for life; only their ``params`` change at a switch.
+        base: class of the optimizer that updates the active slices.
+        chunks: K; see ``chunkft.partition``, also for ``partition``, ``slice_dim`` and ``always_active``.
+        interval: T, optimizer steps (not micro-batches) before the next chunk becomes active.
+        partition: how to cut; ``"bytes"``, ``"layers"``, ``"interleaved"``, a plan, or one's own.
+        schedule: ``"cyclic"``, ``"reverse"``, ``"random"`` or a callable; see ``chunkft.schedule.active_chunk``.
+        slice_dim: 0 cuts rows, 1 columns.
+        always_active: patterns of parameters that train at every step, or ``"head"``.
+        keep_state: False forgets the optimizer state of a chunk when it becomes inactive (BAdam).
+        max_grad_norm: clip the norm over all active slices to this, or None.
+        master: how 16-bit weights keep small updates; see ``chunkft.optim.master.resolve_master``.
+        state_device: ``"auto"`` or ``"host"``: state of inactive chunks lives in host memory; ``"device"``: it
+            stays where the parameters are.
+        residency: ``"chunk"``: the state of the active chunk stays on the device for the interval.
+        update: ``"step"``: parameters are updated in ``step()``.
+        seed: of the random schedule and of stochastic rounding.
+        **base_kwargs: passed to ``base``.
+
+    Attributes:
+        plan: the ``ChunkPlan``.
+        active: index of the active chunk.
+        sweep: number of complete passes over the chunks.
+        interval_position: optimizer steps done in this interval.
+        updates: optimizer steps applied so far; ``skipped``: those left out for non-finite gradients.
+        grad_norm: norm over the active slices at the last step that clipped, or None.
+
+    Raises:
+        TypeError: if ``model`` or ``base`` is of the wrong kind.
+        ValueError: if an argument is not allowed. The model is left as it was.
+    """
+
+    def __init__(
+        self,
+        model: ModelOrGroups,
+        base: type[torch.optim.Optimizer],
+        *,
+        chunks: int | None = 32,
+        interval: int = 50,
+        partition: Partition = "bytes",
+        schedule: Schedule = "cyclic",
+        slice_dim: int = 0,
+        always_active: str | Sequence[str] | None = None,
+        keep_state: bool = True,
+        max_grad_norm: float | None = None,
+        master: str = "auto",
+        state_device: str = "auto",
+        residency: str = "chunk",
+        update: str = "step",
+        seed: int = 0,
+        **base_kwargs: Any,
+    ) -> None:
+        _check_base(base)
+        _check_choices(interval, max_grad_norm, state_device, residency, update, seed)
+        check_schedule(schedule)
+        defaults = base([nn.Parameter(torch.zeros(1))], **base_kwargs).defaults
+        attachment, groups, owned = _attachment_and_groups(model)
+        try:
+            specs = _trained_specs(attachment, groups)
+            plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
+            for group in groups:
+                base([{**group, "params": [nn.Parameter(torch.zeros(1))]}], **base_kwargs)
+            modes = {
+                spec.name: resolve_master(master, attachment.model.get_parameter(spec.name).dtype)
+                for spec in specs
+            }
+        except BaseException:
+            if owned:
+                attachment.detach()
+            raise
+        self._ready = False
+        self._attachment = attachment
+        self._base_class = base
+        self._base_kwargs = base_kwargs
+        self._modes = modes
+        self._store = StateStore(in_arena=state_device != "device")
+        self._keep_state = keep_state
+        self._schedule = schedule
+        self._seed = seed
+        self._base: torch.optim.Optimizer | None = None
+        self._working: dict[Slice, WorkingWeight] = {}
+        self._carried: dict[Slice, State] = {}  # state of what is always active, while leaves are replaced
+        self._group_of = {attachment.name_of(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self.plan: ChunkPlan = plan
+        self.interval = interval
+        self.max_grad_norm = max_grad_norm
+        self.updates = 0
+        self.skipped = 0
+        self.grad_norm: Tensor | None = None
+        self._interval_index = 0
+        self.interval_position = 0
+        super().__init__(groups, defaults)
+        self._ready = True
+        attachment.freeze()
+        self._activate()
+
+    @property
+    def active(self) -> int:
+        """Index of the active chunk."""
+        return active_chunk(self._schedule, self._interval_index, len(self.plan), self._seed)
+
+    @property
+    def sweep(self) -> int:
+        """Number of complete passes over the chunks."""
+        return self._interval_index // len(self.plan)
+
+    def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
+        """Pairs of each active slice and the leaf that holds its weights and its gradient."""
+        return iter(self._attachment.active())
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the active slices from their gradients, then consume the gradients.
+
+        Non-finite gradients are dropped without any update. After ``interval`` updates the next chunk becomes
+        active.
+
+        Args:
+            closure: recomputes the loss, as for every ``torch.optim.Optimizer``.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._follow_weights()
+        average_gradients([leaf for _, leaf in self._attachment.active()])
+        with_gradient = [leaf for _, leaf in self._attachment.active() if leaf.grad is not None]
+        if not with_gradient:
+            return loss
+        if self._usable(with_gradient):
+            self._update()
+            self._show_state()
+            self.updates += 1
+            self.interval_position += 1
+        else:
+            self.skipped += 1
+        for leaf in with_gradient:
+            leaf.grad = None
+        if self.interval_position >= self.interval:
+            self._advance()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimizer as tensors and plain values; loads with ``weights_only=True``.
+
+        Returns:
+            A dict with ``state`` (for each parameter its full-shape state tensors, and the step count and other
+            values of each range of rows), ``param_groups``, ``cursor``, ``plan`` and, inside of an accumulation
+            window, ``gradients``.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        result = optimizer_state(self)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, result)
+            result = result if replaced is None else replaced
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a ``state_dict``; also from one with other chunks, whose moments are cut anew.
+
+        With the same plan the run goes on bit-exactly; with another one it goes on at the start of the sweep.
+
+        Raises:
+            ValueError: if it is not a state of chunkft, or of another model; nothing is changed then.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        load_optimizer_state(self, state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not possible after construction: the plan is fixed. Raises RuntimeError."""
+        if getattr(self, "_ready", False):
+            raise RuntimeError(
+                "parameters cannot be added: the plan is fixed; detach() and build a new optimizer"
+            )
+        super().add_param_group(param_group)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by kind.
+
+        Returns:
+            ``weights``: of the whole model; ``gradients``: of the active slices, while they exist;
+            ``state_active`` and ``master_active``: what the base optimizer and the masters hold for the active
+            slices; ``state_host``: host memory of all chunks that have been active (on a CPU the active chunk
+            uses its part of it in place).
+        """
+        weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
+        leaves = [leaf for _, leaf in self._attachment.active()]
+        state = master = 0
+        for piece, working in self._working.items():
+            state += _tensor_bytes(self._base_state(piece, working))
+            master += _tensor_bytes(working.extra)
+        return {
+            "weights": weights,
+            "gradients": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
+            "state_active": state,
+            "master_active": master,
+            "state_host": self._store.nbytes,
+        }
+
+    def detach(self) -> None:
+        """Give the model back as it was, trained: every parameter trainable, no operator of chunkft left."""
+        self._base = None
+        self._working.clear()
+        self._store.clear()
+        self._attachment.detach()
+        for group in self.param_groups:
+            group["params"] = []
+
+    def _usable(self, leaves: list[nn.Parameter]) -> bool:
+        """Whether all gradients are finite; clips them if asked to."""
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if not bool(torch.isfinite(get_total_norm(grads, float("inf")))):
+            return False
+        if self.max_grad_norm is not None:
+            self.grad_norm = get_total_norm(grads, 2.0)
+            clip_grads_with_norm_(leaves, self.max_grad_norm, self.grad_norm)
+        return True
+
+    def _update(self) -> None:
+        assert self._base is not None
+        self._share_hyperparameters(to_base=True)
+        for working in self._working.values():
+            working.open()
+        done = False
+        try:
+            self._base.step()
+            done = True
+        finally:
+            for working in self._working.values():
+                working.close(f"{self._seed}/{self.updates}" if done else None)
+        self._share_hyperparameters(to_base=False)
+
+    def _share_hyperparameters(self, to_base: bool) -> None:
+        """Groups of the base optimizer and ours hold the same values: schedulers change ours, some bases theirs."""
+        assert self._base is not None
+        for ours, base in zip(self._filled_groups(), self._base.param_groups, strict=True):
+            source, target = (ours, base) if to_base else (base, ours)
+            target.update({key: value for key, value in source.items() if key != "params"})
+
+    def _filled_groups(self) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["params"]]
+
+    def _follow_weights(self) -> None:
+        generation = self._attachment.generation
+        self._attachment.verify()
+        if self._attachment.generation != generation:
+            self._stash()
+            self._bind(self._attachment.active())
+            return
+        for piece, working in self._working.items():
+            device = working.leaf.device
+            for holder in (self._base_state(piece, working), working.extra):
+                for key, value in holder.items():
+                    if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
+                        holder[key] = value.to(device)
+
+    def _advance(self) -> None:
+        """Begin the next interval."""
+        before = self.active
+        upcoming = active_chunk(self._schedule, self._interval_index + 1, len(self.plan), self._seed)
+        if upcoming != before or not self._keep_state:
+            self._stash()
+        self._interval_index += 1
+        self.interval_position = 0
+        if not self._working:
+            self._activate()
+
+    def _activate(self) -> None:
+        chunk = self.plan.chunks[self.active]
+        self._bind(self._attachment.activate([*self.plan.always, *chunk.slices]))
+
+    def _bind(self, pairs: list[tuple[Slice, nn.Parameter]]) -> None:
+        """Point the groups and a new base optimizer at these leaves and give them their state."""
+        carried, self._carried = self._carried, {}
+        states = {
+            piece: carried[piece] if piece in carried else self._store.take(piece, leaf.device)
+            for piece, leaf in pairs
+        }
+        self._working = {
+            piece: WorkingWeight(piece, leaf, self._modes[piece.name], states[piece]) for piece, leaf in pairs
+        }
+        for group in self.param_groups:
+            group["params"] = []
+        base_groups = [{**group, "params": []} for group in self.param_groups]
+        for piece, leaf in pairs:
+            index = self._group_of[piece.name]
+            self.param_groups[index]["params"].append(leaf)
+            base_groups[index]["params"].append(self._working[piece].parameter)
+        for working in self._working.values():
+            working.open()
+        self._base = self._base_class(
+            [group for group in base_groups if group["params"]], **self._base_kwargs
+        )
+        for working in self._working.values():
+            working.close(None)
+        for piece, working in self._working.items():
+            if states[piece]:
+                self._base.state[working.parameter] = states[piece]
+        self._show_state()
+
+    def _show_state(self) -> None:
+        """``optimizer.state`` shows the state of the active leaves, as with any optimizer."""
+        self.state.clear()
+        for piece, working in self._working.items():
+            state = self._base_state(piece, working)
+            if state:
+                self.state[working.leaf] = state
+
+    def _stash(self) -> None:
+        """Put the state of the active slices into the store, or drop it if it is not kept."""
+        always = set(self.plan.always)
+        kept: dict[Slice, State] = {}
+        for piece, working in self._working.items():
+            state = {**self._base_state(piece, working), **working.extra}
+            if piece in always:
+                self._carried[piece] = state
+            elif self._keep_state:
+                if state:
+                    kept[piece] = state
+            else:
+                self._store.drop(piece)
+                if working.extra:
+                    kept[piece] = dict(working.extra)  # a master is part of the weight, not of the moments
+        self._store.put(kept)
+        self._working = {}
+
+    def _discard_state(self) -> None:
+        """Forget all state, before other state is loaded."""
+        self._working = {}
+        self._carried = {}
+        self._store.clear()
+
+    def _slice_states(self) -> dict[Slice, State]:
+        """The state of every slice that has some, by slice, where it is now."""
+        states = {piece: self._store.get(piece) for piece in self._store.pieces()}
+        for piece, working in self._working.items():
+            states[piece] = {**self._base_state(piece, working), **working.extra}
+        return {piece: state for piece, state in states.items() if state}
+
+    def _base_state(self, piece: Slice, working: WorkingWeight) -> State:
+        assert self._base is not None
+        state: State = self._base.state.get(working.parameter, {})
+        return state
+
+
+def _check_base(base: Any) -> None:
+    if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
+        raise TypeError(f"base must be a subclass of torch.optim.Optimizer, got {base!r}")
+    if issubclass(base, ChunkOptimizer | torch.optim.LBFGS):
+        raise ValueError(f"base={base.__name__} cannot be used: it does not update parameters one by one")
+
+
+def _check_choices(
+    interval: Any, max_grad_norm: Any, state_device: str, residency: str, update: str, seed: Any
+) -> None:
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval={interval!r} is not allowed; needs an integer >= 1")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm={max_grad_norm!r} is not allowed; needs a number > 0, or None")
+    if state_device not in ("auto", "host", "device"):
+        raise ValueError(
+            f"state_device={state_device!r} is not known; allowed are 'auto', 'host' and 'device'"
+        )
+    if residency != "chunk":
+        raise ValueError(f"residency={residency!r} is not known to this version; allowed is 'chunk'")
+    if update != "step":
+        raise ValueError(f"update={update!r} is not known to this version; allowed is 'step'")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} is not allowed; needs an integer")
+
+
+def _attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[str, Any]], bool]:
+    """The attachment, the parameter groups with full parameters, and whether we attached just now."""
+    if isinstance(model, nn.Module):
+        if model.__dict__.get("_chunkft") is not None:
+            _check_unused(model._chunkft)  # type: ignore[arg-type]
+        owned = model.__dict__.get("_chunkft") is None
+        attachment = attach(model)
+        return attachment, [{"params": [model.get_parameter(spec.name) for spec in attachment.specs]}], owned
+    entries = list(model) if isinstance(model, Iterable) else []
+    if not entries or isinstance(model, Tensor):
+        raise TypeError(
+            f"model must be a torch.nn.Module or a list of parameter groups, got {type(model).__name__}"
+        )
+    if isinstance(entries[0], Tensor):
+        entries = [{"params": entries}]
+    groups: list[dict[str, Any]] = []
+    attachments: dict[int, Attachment] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or "params" not in entry:
+            raise TypeError(
+                f"parameter group {number} must be a dict with 'params', got {type(entry).__name__}"
+            )
+        params = [entry["params"]] if isinstance(entry["params"], Tensor) else list(entry["params"])
+        for parameter in params:
+            found = attachment_of(parameter)
+            if found is None:
+                if not parameter.requires_grad:
+                    continue
+                raise ValueError(
+                    f"parameter group {number} has a parameter of shape {tuple(parameter.shape)} whose model is not "
+                    "known; call chunkft.attach(model) first, or pass the model itself"
+                )
+            attachments[id(found)] = found
+        groups.append({**entry, "params": [p for p in params if attachment_of(p) is not None]})
+    if len(attachments) != 1:
+        raise ValueError(
+            f"parameter groups must be of one attached model, got parameters of {len(attachments)}"
+        )
+    (attachment,) = attachments.values()
+    _check_unused(attachment)
+    return attachment, groups, False
+
+
+def _check_unused(attachment: Attachment) -> None:
+    if attachment.active():
+        raise ValueError("model is attached to another optimizer of chunkft already; detach() that one first")
+
+
+def _trained_specs(attachment: Attachment, groups: list[dict[str, Any]]) -> list[ParameterSpec]:
+    names = {attachment.name_of(parameter) for group in groups for parameter in group["params"]}
+    return [spec for spec in attachment.specs if spec.name in names]
+
+
+def _tensor_bytes(state: State) -> int:
+    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)

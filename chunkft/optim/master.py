@@ -1,0 +1,106 @@
+"""Master weights: what a 16-bit weight needs so that small updates are not lost."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft.autograd import Slice
+from chunkft.kernels import apply_residual, split_residual, stochastic_round
+
+MASTERS = ("auto", "fp32", "residual", "stochastic", "none")
+STATE_KEYS = {"fp32": "master", "residual": "residual"}
+
+
+def resolve_master(master: str, dtype: torch.dtype) -> str:
+    """The master mode of a weight of this dtype.
+
+    Args:
+        master: ``"fp32"``: an fp32 copy in the state, 4 bytes per element; ``"residual"``: the 16 bits of the
+            fp32 master that a bf16 weight lacks, 2 bytes, exact; ``"stochastic"``: stochastic rounding of bf16
+            weights, 0 bytes; ``"none"``: updates in the weight's own precision; ``"auto"``: residual for bf16,
+            fp32 for fp16, none for fp32 and fp64.
+        dtype: of the weight.
+
+    Raises:
+        ValueError: if the mode is not known, or not possible for the dtype.
+    """
+    if master not in MASTERS:
+        raise ValueError(f"master={master!r} is not known; allowed are {', '.join(map(repr, MASTERS))}")
+    if dtype in (torch.float32, torch.float64) or master == "none":
+        return "none"
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"parameters of dtype {dtype} cannot be trained; allowed are float64/32/16 and bfloat16"
+        )
+    if master == "auto":
+        return "residual" if dtype == torch.bfloat16 else "fp32"
+    if dtype == torch.float16 and master in ("residual", "stochastic"):
+        raise ValueError(
+            f"master={master!r} needs bfloat16 weights, got float16; allowed are 'fp32' and 'none'"
+        )
+    return master
+
+
+class WorkingWeight:
+    """The tensor that the base optimizer updates in place of one leaf.
+
+    With mode ``none`` that is the leaf itself; otherwise an fp32 parameter, which exists between ``open`` and
+    ``close`` only, unless it is the stored master.
+    """
+
+    def __init__(self, piece: Slice, leaf: nn.Parameter, mode: str, state: dict[str, Any]) -> None:
+        self.piece = piece
+        self.leaf = leaf
+        self.mode = mode
+        self.extra: dict[str, Tensor] = {}
+        if mode == "none":
+            self.parameter = leaf
+            return
+        key = STATE_KEYS.get(mode)
+        if mode == "fp32":
+            master = state.pop("master", None)
+            self.extra["master"] = leaf.detach().float() if master is None else master
+        elif mode == "residual":
+            residual = state.pop("residual", None)
+            self.extra["residual"] = torch.zeros(leaf.shape, dtype=torch.int16, device=leaf.device)
+            if residual is not None:
+                self.extra["residual"] = residual
+        self.parameter = nn.Parameter(torch.empty(0, device=leaf.device), requires_grad=False)
+        self.parameter.requires_grad_(True)
+        assert key is None or key in self.extra
+
+    def open(self) -> None:
+        """Make the fp32 value, and the gradient if there is one, available to the base optimizer."""
+        if self.mode == "none":
+            return
+        if self.mode == "fp32":
+            self.parameter.data = self.extra["master"]
+        elif self.mode == "residual":
+            self.parameter.data = apply_residual(self.leaf.detach(), self.extra["residual"])
+        else:
+            self.parameter.data = self.leaf.detach().float()
+        if self.leaf.grad is not None:
+            self.parameter.grad = self.leaf.grad.float()
+
+    def close(self, seed: str | None) -> None:
+        """Write the updated value back into the leaf (not if ``seed`` is None) and let go of the fp32 copy."""
+        if self.mode == "none":
+            return
+        value = self.parameter.data
+        self.parameter.grad = None
+        self.parameter.data = torch.empty(0, device=self.leaf.device)
+        if seed is None or self.leaf.grad is None:
+            return
+        if self.mode == "fp32":
+            self.leaf.detach().copy_(value)
+        elif self.mode == "residual":
+            weight, residual = split_residual(value)
+            self.leaf.detach().copy_(weight)
+            self.extra["residual"].copy_(residual)
+        else:
+            digest = hashlib.blake2b(f"{seed}/{self.piece}".encode(), digest_size=7).digest()
+            self.leaf.detach().copy_(stochastic_round(value, int.from_bytes(digest)))

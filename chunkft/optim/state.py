@@ -1,0 +1,104 @@
+"""Where the optimizer state of inactive slices lives: exact-size host memory, one arena a chunk."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft.autograd import Slice
+from chunkft.streaming import HostArena
+
+ALIGNMENT = 256
+State = dict[str, Any]
+
+
+class StateStore:
+    """State of slices by slice; tensors are views into host arenas.
+
+    State that is on the CPU is used in place: taking it out gives the views themselves, and putting it back
+    copies nothing. State of another device is copied out and back.
+    """
+
+    def __init__(self, in_arena: bool = True) -> None:
+        self._in_arena = in_arena
+        self._states: dict[Slice, State] = {}
+        self._arenas: list[HostArena] = []
+        self._homes: dict[tuple[Slice, str], Tensor] = {}
+
+    def __contains__(self, piece: Slice) -> bool:
+        return piece in self._states
+
+    def get(self, piece: Slice) -> State:
+        """State of a slice where it is kept; empty if it has none yet. Not to be changed."""
+        return self._states.get(piece, {})
+
+    def pieces(self) -> list[Slice]:
+        """The slices that have state."""
+        return list(self._states)
+
+    def put(self, states: dict[Slice, State]) -> None:
+        """Keep the states of these slices, which are active together; makes one arena for what is new."""
+        if not self._in_arena:
+            self._states.update(states)
+            return
+        homeless: list[tuple[Slice, str, Tensor]] = []
+        for piece, state in states.items():
+            kept: State = {}
+            for key, value in state.items():
+                kept[key] = value
+                if not isinstance(value, Tensor):
+                    continue
+                if value.dim() == 0 or value.numel() == 0:
+                    kept[key] = value.detach().cpu()
+                    continue
+                home = self._homes.get((piece, key))
+                if home is None or home.shape != value.shape or home.dtype != value.dtype:
+                    homeless.append((piece, key, value))
+                    continue
+                if home.data_ptr() != value.data_ptr():
+                    home.copy_(value.detach())
+                kept[key] = home
+            self._states[piece] = kept
+        if homeless:
+            self._house(homeless)
+
+    def take(self, piece: Slice, device: torch.device) -> State:
+        """State of a slice for use on a device; views of host memory if that is the CPU."""
+        return {
+            key: value.to(device) if isinstance(value, Tensor) and value.dim() > 0 else value
+            for key, value in self._states.get(piece, {}).items()
+        }
+
+    def clear(self) -> None:
+        """Forget all state and release its memory."""
+        self._states.clear()
+        self._homes.clear()
+        for arena in self._arenas:
+            arena.close()
+        self._arenas.clear()
+
+    def drop(self, piece: Slice) -> None:
+        """Forget the state of one slice; its place in the arena is used again when the slice returns."""
+        self._states.pop(piece, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that arenas hold."""
+        return sum(arena.nbytes for arena in self._arenas)
+
+    def _house(self, tensors: list[tuple[Slice, str, Tensor]]) -> None:
+        offsets = []
+        total = 0
+        for _, _, tensor in tensors:
+            offsets.append(total)
+            total += math.ceil(tensor.numel() * tensor.element_size() / ALIGNMENT) * ALIGNMENT
+        arena = HostArena(total)
+        self._arenas.append(arena)
+        for offset, (piece, key, tensor) in zip(offsets, tensors, strict=True):
+            home = arena.tensor(offset, tuple(tensor.shape), tensor.dtype)
+            home.copy_(tensor.detach())
+            self._homes[piece, key] = home
+            self._states[piece][key] = home

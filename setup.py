@@ -85,6 +85,7 @@ class CMakeBuild(build_ext):
             # Passed each time: what the cache holds from an isolated build went away with its environment.
             *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={pybind11}"),
             *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"),
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DCHUNKFT_VERSION={self.distribution.get_version()}",
         ]
         for command in (configure, [cmake, "--build", str(build), "--target", "_core"]):
@@ -96,13 +97,10 @@ class CMakeBuild(build_ext):
                     f"{error.returncode}; the lines above say why"
                 ) from None
 
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = build / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-        # Replaced, not overwritten: a running process may have the old file mapped.
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.copy2(built, temporary)
-        os.replace(temporary, target)
+        # With a new time stamp: setuptools updates the file in the source tree only if this one is newer.
+        shutil.copy(build / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}", target)
 
 
 setup(ext_modules=[Extension("chunkft._core", sources=[])], cmdclass={"build_ext": CMakeBuild})

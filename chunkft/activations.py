@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-class saved_activations:  # noqa: N801 - a context manager, used like a function
+class saved_activations:
     """Context manager that counts the bytes of activations that autograd saves.
 
     Storages are counted once, however many views of them are saved, for as long as autograd holds them. The

@@ -60,7 +60,7 @@ class Attachment:
 
     def name_of(self, parameter: Tensor) -> str | None:
         """Name of a parameter that was trainable when the model was attached, or None."""
-        name: str | None = self._names.get(parameter)
+        name: str | None = self._names.get(parameter)  # type: ignore[no-untyped-call]
         return name
 
     def freeze(self) -> None:
@@ -91,7 +91,8 @@ class Attachment:
                 bound = _Bound(parameter, parameter.data_ptr(), parameter.device, [])
                 self._bound[piece.name] = bound
             if piece.dim is None:
-                leaf = parameter.requires_grad_(True)
+                leaf = parameter
+                leaf.requires_grad_(True)
             else:
                 leaf = nn.Parameter(piece.of(parameter.detach()))
             bound.pairs.append((piece, leaf))
@@ -138,8 +139,8 @@ class Attachment:
                 self.model.get_parameter(spec.name).requires_grad_(True)
             except AttributeError:
                 continue  # removed by its owner since
-        for parameter in list(self._names.keys()):
-            _attachments.pop(parameter, None)
+        for parameter in list(self._names.keys()):  # type: ignore[no-untyped-call]
+            _attachments.pop(parameter, None)  # type: ignore[no-untyped-call]
         self.model.__dict__.pop("_chunkft", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -199,7 +200,8 @@ class Attachment:
         for i, (piece, leaf) in enumerate(bound.pairs):
             if piece.dim is None:
                 if replaced:
-                    bound.pairs[i] = (piece, parameter.requires_grad_(True))
+                    parameter.requires_grad_(True)
+                    bound.pairs[i] = (piece, parameter)
                     self.generation += 1
                 continue
             grad, leaf.grad = leaf.grad, None
@@ -249,7 +251,7 @@ def attach(model: nn.Module) -> Attachment:
 
 def attachment_of(parameter: Tensor) -> Attachment | None:
     """The attachment of the model that a parameter belongs to, or None."""
-    reference = _attachments.get(parameter)
+    reference = _attachments.get(parameter)  # type: ignore[no-untyped-call]
     return None if reference is None else reference()
 
 

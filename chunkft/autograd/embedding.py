@@ -65,7 +65,7 @@ class _SlicedEmbedding(Function):
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
         grads: list[Tensor | None] = []

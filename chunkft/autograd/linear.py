@@ -92,7 +92,7 @@ class _SlicedMatmul(Function):
         return _conv1d(x, weight, bias) if input_major else F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *kept = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])

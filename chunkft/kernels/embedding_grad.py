@@ -57,6 +57,7 @@ def embedding_grad(
     padding = -1
     if padding_idx is not None and start <= padding_idx < stop:
         padding = padding_idx - start
-    return torch.ops.aten.embedding_dense_backward(
+    gradient: Tensor = torch.ops.aten.embedding_dense_backward(
         flat_dy, flat_ids, stop - start, padding, scale_grad_by_freq
     )
+    return gradient

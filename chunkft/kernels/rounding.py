@@ -29,7 +29,7 @@ def split_residual(master: Tensor) -> tuple[Tensor, Tensor]:
     high = rounded >> 16
     weight = high.to(torch.int16).view(torch.bfloat16)
     residual = bits - (high << 16)
-    # A truncated NaN keeps low bits up to 0xffff, stored modulo 2^16; apply_residual undoes that for non-finite weights.
+    # A truncated NaN keeps low bits up to 0xffff, stored modulo 2^16; apply_residual undoes that.
     return weight.view(master.shape), residual.to(torch.int16).view(master.shape)
 
 

@@ -224,7 +224,7 @@ def _write_header(file: IO[bytes], entries: list[_Entry], header: dict[str, Any]
 def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:
     data = tensor.detach().cpu().contiguous().reshape(-1)
     if data.numel():
-        file.write(memoryview(data.view(torch.uint8).numpy()))
+        file.write(data.view(torch.uint8).numpy().data)
 
 
 def _write_zeros(file: IO[bytes], count: int) -> None:

@@ -141,7 +141,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return iter(self._attachment.active())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the active slices from their gradients, then consume the gradients.
 
         Non-finite gradients are dropped without any update. After ``interval`` updates the next chunk becomes
@@ -183,11 +183,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
             values of each range of rows), ``param_groups``, ``cursor``, ``plan`` and, inside of an accumulation
             window, ``gradients``.
         """
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         result = optimizer_state(self)
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = hook(self, result)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, result)
             result = result if replaced is None else replaced
         return result
 
@@ -199,12 +199,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if it is not a state of chunkft, or of another model; nothing is changed then.
         """
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         load_optimizer_state(self, state_dict)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible after construction: the plan is fixed. Raises RuntimeError."""

@@ -1,7 +1,10 @@
 """What the tests of the command line share: tiny models with byte tokenizers, and running the command."""
 
 import json
+import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +138,119 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{len(different)} of {len(first)} tensors differ, first {different[0]}"
+
+
+def run_main(arguments: list[str], log: str | None = None) -> None:
+    """Runs the command in this process, one thread, its output into the file `log`, and exits with its
+    status.
+    """
+    from chunkft.cli import main
+
+    torch.set_num_threads(1)
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    sys.exit(main(arguments))
+
+
+class Launcher:
+    """Starts the command in processes forked from one that has imported everything, so that a start takes a
+    moment.
+    """
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(
+            ["chunkft.cli.run", "chunkft.cli.demo", "datasets", "tokenizers"]
+        )
+
+    def start(self, arguments: list[object], log: Path) -> Any:
+        """Starts the command; the process has `pid`, `join` and `exitcode`."""
+        process = self._context.Process(target=run_main, args=([*map(str, arguments)], str(log)))
+        process.start()
+        return process
+
+    def run(self, arguments: list[object], log: Path) -> int:
+        """Runs the command to its end and returns its exit status."""
+        process = self.start(arguments, log)
+        process.join()
+        return int(process.exitcode)
+
+
+FAULT_STEPS = 36
+
+
+def fault_run(root: Path) -> list[object]:
+    """A run that everything random is in: dropout, shuffled epochs, accumulation, a random order of chunks,
+    saves.
+    """
+    model = root / "model"
+    if not model.exists():
+        save_tiny_llama(model, dropout=0.1)
+        sums(root / "train.jsonl", 40)
+        sums(root / "held-out.jsonl", 8)
+    options = {
+        "model": model,
+        "data": root / "train.jsonl",
+        "eval-data": root / "held-out.jsonl",
+        "eval-every": 9,
+        "steps": FAULT_STEPS,
+        "save-every": 3,
+        "chunks": 4,
+        "interval": 2,
+        "schedule": "random",
+        "batch-size": 4,
+        "grad-accum": 2,
+        "seq-len": 32,
+        "lr": 1e-2,
+        "device": "cpu",
+    }
+    return ["finetune", *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def losses_of(path: Path) -> list[tuple[int, float]]:
+    """Step and loss of every record of metrics.jsonl, evaluations included."""
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record.get("loss", record.get("eval_loss"))) for record in records]
+
+
+def kill_and_resume(
+    launcher: Launcher, run: list[object], out: Path, delays: list[float], log: Path
+) -> list[dict[str, Any]]:
+    """Kills a run with SIGKILL after each delay (seconds), resumes it every time, and lets the last one
+    finish.
+
+    Returns a record of every kill: how far the run was, and what lay in its directory.
+    """
+    kills = []
+    started = False
+    for delay in delays:
+        process = launcher.start(
+            [*run, "--out", out] if not started else ["finetune", "--resume", "--out", out], log
+        )
+        process.join(delay)
+        alive = process.exitcode is None
+        if alive:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        checkpoints = out / "checkpoints"
+        here = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
+        steps = losses_of_killed(out)
+        kills.append(
+            {"after_seconds": round(delay, 3), "killed": alive, "step": max(steps, default=0), "found": here}
+        )
+        started = (out / "run.json").exists()
+        if not started:
+            shutil.rmtree(out, ignore_errors=True)
+    status = launcher.run(["finetune", "--resume", "--out", out] if started else [*run, "--out", out], log)
+    if status != 0:
+        raise AssertionError(f"the resumed run ended with status {status}:\n{log.read_text()[-3000:]}")
+    return kills
+
+
+def losses_of_killed(path: Path) -> list[int]:
+    """The steps in a metrics.jsonl whose last line may be cut off."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [json.loads(line)["step"] for line in lines]

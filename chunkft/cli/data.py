@@ -266,22 +266,19 @@ def _batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _arrow(examples: Iterator[Tokens], report: DataReport) -> Any:
-    import datasets
-    import pyarrow
+    from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 
-    schema = pyarrow.schema(
-        [("input_ids", pyarrow.list_(pyarrow.int32())), ("labels", pyarrow.list_(pyarrow.int32()))]
-    )
-    tables = []
+    features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
+    parts = []
     for batch in _batched(examples, TOKENISE_AT_ONCE):
         report.examples += len(batch)
         report.tokens += sum(len(ids) for ids, _ in batch)
         report.learned += sum(label != IGNORED for _, labels in batch for label in labels)
         columns = {"input_ids": [ids for ids, _ in batch], "labels": [labels for _, labels in batch]}
-        tables.append(pyarrow.table(columns, schema=schema))
-    if not tables:
+        parts.append(Dataset.from_dict(columns, features=features))
+    if not parts:
         raise UserError(f"{report.path}: no example is left to learn from within the sequence length")
-    return datasets.Dataset(pyarrow.concat_tables(tables))
+    return concatenate_datasets(parts)
 
 
 def causal_dataset(path: str | Path, tokenizer: Any, seq_len: int) -> tuple[Any, DataReport]:
@@ -353,12 +350,12 @@ def classification_dataset(
     Raises UserError that names file and line of a label that is not one of `labels`, and as
     `read_labelled_rows` does.
     """
-    import datasets
-    import pyarrow
+    from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 
+    features = Features({"input_ids": Sequence(Value("int32")), "labels": Value("int64")})
     path = Path(path)
     report = DataReport(str(path), "text/label")
-    tables = []
+    parts = []
     for batch in _batched(read_labelled_rows(path, text_column, label_column), TOKENISE_AT_ONCE):
         for number, _, label in batch:
             if label not in labels:
@@ -371,9 +368,10 @@ def classification_dataset(
         report.cut += sum(len(row) > seq_len for row in whole)
         report.examples += len(batch)
         report.tokens += sum(map(len, ids))
-        tables.append(pyarrow.table({"input_ids": ids, "labels": [labels[label] for _, _, label in batch]}))
+        columns = {"input_ids": ids, "labels": [labels[label] for _, _, label in batch]}
+        parts.append(Dataset.from_dict(columns, features=features))
     report.learned = report.tokens
-    return datasets.Dataset(pyarrow.concat_tables(tables)), report
+    return concatenate_datasets(parts), report
 
 
 def label_map(names: Sequence[str], known: dict[str, int] | None) -> dict[str, int]:

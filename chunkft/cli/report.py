@@ -81,10 +81,10 @@ class MemoryReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Rows for `table`: part, full fine-tuning, this run, ratio."""
-        rows = [("held beside the weights", "full AdamW", "this run", "ratio")]
+        rows: list[tuple[str, ...]] = [("held beside the weights", "full AdamW", "this run", "ratio")]
         for name in HELD:
             full, run = self.full[name], self.run[name]
-            if full is None or run is None:
+            if full is None or run is None or full == run == 0:
                 continue
             rows.append((name, human_bytes(full), human_bytes(run), f"{run / full:.3f}" if full else "-"))
         full_sum, run_sum = (sum(value or 0 for value in side.values()) for side in self._comparable())

@@ -113,12 +113,12 @@ class ChunkTrainer(Trainer):
             self.state.save_to_json(str(staged / STATE_FILE))
 
     def _checkpoint_bytes(self) -> int:
-        weights = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
+        weights: int = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
         optimizer = self.chunk_optimizer
         if optimizer is None:
-            trained = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+            trained: int = sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
             return weights + 8 * trained
-        memory = optimizer.memory()
+        memory: dict[str, int] = optimizer.memory()
         return weights + max(memory["state_host"], memory["state_active"] + memory["master_active"])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

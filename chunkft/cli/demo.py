@@ -1,0 +1,106 @@
+"""`chunkft finetune` without a model: the embedded byte-level Llama learns arithmetic word problems."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from chunkft.cli.arguments import FinetuneSettings
+from chunkft.cli.data import Collator, pairs_dataset
+from chunkft.cli.errors import UserError
+from chunkft.cli.job import Job
+from chunkft.cli.models import enable_gradient_checkpointing, load_causal, load_tokenizer, resolve_dtype
+from chunkft.cli.outputs import RunDirectory
+from chunkft.cli.problems import Problem, embedded_model_dir, exact_match, generate
+from chunkft.cli.report import write_json
+from chunkft.cli.run import Finetuning
+
+__all__ = ["demo_settings", "run_demo"]
+
+RECIPE = FinetuneSettings(
+    chunks=8,
+    interval=1,
+    schedule="random",
+    lr=1e-3,
+    lr_schedule="cosine",
+    warmup=10,
+    steps=400,
+    batch_size=32,
+    seq_len=160,
+    save_every=200,
+)
+TRAIN_PROBLEMS = 20_000
+HELD_OUT_PROBLEMS = 300
+SHOWN = 3
+NOT_FOR_DEMO = ("task", "eval_data", "eval_every", "text_column", "label_column")
+
+
+def demo_settings(settings: FinetuneSettings, given: frozenset[str]) -> FinetuneSettings:
+    """The recipe, changed by what was given; raises UserError for options that need a model and data of one's
+    own.
+    """
+    for name in NOT_FOR_DEMO:
+        if name in given:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} {getattr(settings, name)} needs --model DIR|ID and --data FILE")
+    changes = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name in given}
+    if "epochs" in given:
+        changes["steps"] = None
+    return replace(RECIPE, **changes)
+
+
+def _pairs(problems: list[Problem]) -> list[tuple[str, str]]:
+    return [(problem["prompt"], problem["completion"]) for problem in problems]
+
+
+def _job(settings: FinetuneSettings, device: torch.device, held_out: list[Problem]) -> Job:
+    source = str(embedded_model_dir())
+    tokenizer = load_tokenizer(source)
+    model: Any = load_causal(source, resolve_dtype(settings.dtype, None, device), device)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    problems = generate(TRAIN_PROBLEMS, settings.seed, "train")
+    train, report = pairs_dataset(_pairs(problems), tokenizer, settings.seq_len, "generated word problems")
+    evaluation, _ = pairs_dataset(_pairs(held_out), tokenizer, settings.seq_len, "held-out word problems")
+    return Job(
+        name="embedded byte-level Llama",
+        model=model,
+        tokenizer=tokenizer,
+        train=train,
+        collator=Collator(tokenizer.pad_token_id, settings.seq_len),
+        evaluation=evaluation,
+        reports=[report],
+        notes=[f"{len(held_out)} held-out problems, whose sums are in no training problem"],
+    )
+
+
+def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.device, resume: bool) -> int:
+    """Trains the embedded model, prints exact match on held-out problems before and after; returns the exit
+    status.
+    """
+    held_out = generate(HELD_OUT_PROBLEMS, settings.seed, "heldout")
+    job = _job(settings, device, held_out)
+    before = exact_match(job.model, job.tokenizer, held_out)
+    run = Finetuning(directory, settings, device, job, resume)
+    run.introduce()
+    print(f"exact match before: {before:.1%}", flush=True)
+    if not run.train():
+        return run.stopped()
+    run.save()
+    after = exact_match(job.model, job.tokenizer, held_out)
+    scores = {"problems": len(held_out), "before": before, "after": after}
+    write_json(directory.path / "exact_match.json", scores)
+    examples = [_example(job, problem) for problem in held_out[:SHOWN]]
+    run.summarise(*examples, "", f"exact match on held-out problems: {before:.1%} -> {after:.1%}")
+    return 0
+
+
+@torch.no_grad()
+def _example(job: Job, problem: Problem) -> str:
+    inputs = job.tokenizer(problem["prompt"], return_tensors="pt").to(job.model.device)
+    job.model.eval()
+    made = job.model.generate(
+        **inputs, max_new_tokens=8, do_sample=False, pad_token_id=job.tokenizer.pad_token_id
+    )
+    answer = job.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return f"  {problem['prompt']}{answer}"

@@ -3,8 +3,8 @@
     python scripts/pretrain_embedded.py --out chunkft/data/tiny-llama-bytes
 
 The text holds counting, number words, bare sums, and little stories told as statements. No question with a
-numeric answer occurs in it, and no story about a sum of the held-out split of chunkft.cli.problems: fine-tuning has
-to teach both.
+numeric answer occurs in it, and no story about a sum of the held-out split of chunkft.cli.problems: both are
+left to fine-tuning.
 """
 
 import argparse

@@ -48,6 +48,16 @@ def byte_tokenizer(*, begin: bool = False, chat_template: str | None = None) -> 
     return made
 
 
+def save(model: Any, tokenizer: Any, path: Path) -> Path:
+    """Writes a model directory without a word."""
+    from chunkft.cli.models import quiet_transformers
+
+    with quiet_transformers():
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
+
+
 def save_tiny_llama(path: Path, seed: int = 0, dropout: float = 0.0, **options: Any) -> Path:
     """Writes a random Llama of about 35,000 parameters with a byte tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,9 +76,7 @@ def save_tiny_llama(path: Path, seed: int = 0, dropout: float = 0.0, **options: 
         bos_token_id=None,
         eos_token_id=END,
     )
-    LlamaForCausalLM(config).save_pretrained(path)
-    byte_tokenizer(**options).save_pretrained(path)
-    return path
+    return save(LlamaForCausalLM(config), byte_tokenizer(**options), path)
 
 
 def save_tiny_bert(path: Path, seed: int = 0) -> Path:
@@ -85,9 +93,7 @@ def save_tiny_bert(path: Path, seed: int = 0) -> Path:
         max_position_embeddings=128,
         pad_token_id=PAD,
     )
-    BertForMaskedLM(config).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
+    return save(BertForMaskedLM(config), byte_tokenizer(), path)
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

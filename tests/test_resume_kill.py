@@ -1,5 +1,4 @@
-"""A run that is killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit.
-"""
+"""A run that is killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit."""
 
 import errno
 import json
@@ -157,13 +156,17 @@ def make_checkpoint(root, step, content=b"whole"):
         publish(aside / "checkpoint", root / f"checkpoint-{step}")
 
 
+def fail_after_five_bytes(root, name):
+    with staging(root, name) as aside, writing(root / name, aside, 4321):
+        (aside / "weights").write_bytes(b"12345")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_failed_write_is_told_with_path_and_bytes_and_leaves_the_rest(tmp_path):
     make_checkpoint(tmp_path, 1)
+    with pytest.raises(CheckpointWriteError) as caught:
+        fail_after_five_bytes(tmp_path, "checkpoint-2")
     target = tmp_path / "checkpoint-2"
-    with pytest.raises(CheckpointWriteError) as caught, staging(tmp_path, "checkpoint-2") as aside:
-        with writing(target, aside, 4321):
-            (aside / "weights").write_bytes(b"12345")
-            raise OSError(errno.ENOSPC, "No space left on device")
     message = str(caught.value)
     assert all(part in message for part in (str(target), "No space left on device", "5 bytes", "4,321"))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]

@@ -220,7 +220,6 @@ def enable_gradient_checkpointing(model: Any) -> None:
     """Recomputes activations in the backward pass, by the non-reentrant way that partly frozen modules
     need.
     """
-    model.config.use_cache = False
     options = {"use_reentrant": False}
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"--gradient-checkpointing: {type(model).__name__} does not support it")

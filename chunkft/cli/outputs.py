@@ -68,10 +68,12 @@ class RunDirectory:
         return f"chunkft finetune --resume --out {self.path}"
 
     def record(self, settings: FinetuneSettings) -> None:
-        """Writes down what the run is run with."""
+        """Makes the directory, and writes down what the run is run with."""
         import chunkft
 
-        write_json(self.path / RUN_FILE, {"chunkft": chunkft.__version__, "settings": asdict(settings)})
+        with _usable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / RUN_FILE, {"chunkft": chunkft.__version__, "settings": asdict(settings)})
 
     def save_model(self, model: Any, tokenizer: Any, expected: int) -> None:
         """Puts weights, config and tokenizer into the directory, each file complete or absent."""
@@ -133,7 +135,7 @@ def _unused(name: str) -> Path:
 def open_run(
     settings: FinetuneSettings, given: frozenset[str], resume: bool
 ) -> tuple[RunDirectory, FinetuneSettings]:
-    """Finds or makes the directory of a run, and completes the settings of a run that is resumed.
+    """Finds the directory of a run, and completes the settings of a run that is resumed.
 
     Raises UserError if a new run would write into a directory with something in it, or a resumed run has
     other settings.
@@ -154,5 +156,4 @@ def open_run(
             )
         if path.is_dir() and any(not entry.name.startswith(".") for entry in path.iterdir()):
             raise UserError(f"--out {path}: the directory is not empty")
-        path.mkdir(parents=True, exist_ok=True)
     return RunDirectory(path), settings

@@ -68,6 +68,9 @@ class Finetuning:
         self.checkpoint = last_checkpoint(directory.checkpoints) if resume else None
         self.resumed_at = int(self.checkpoint.name.rpartition("-")[2]) if self.checkpoint is not None else 0
         self.steps = self._total_steps()
+        self.use_cache = getattr(
+            job.model.config, "use_cache", True
+        )  # Trainer turns it off, also in what it saves
         self.interval = chosen_interval(settings, self.steps)
         weights = list(job.model.parameters())
         self.memory = MemoryReport(
@@ -191,7 +194,7 @@ class Finetuning:
     def train(self) -> bool:
         """Trains to the end or until a signal; returns whether the end was reached."""
         self.directory.record(self.settings)
-        trim_metrics(self.directory.metrics, self.resumed_at)
+        trim_metrics(self.directory.metrics, -1 if self.checkpoint is None else self.resumed_at)
         if self.checkpoint is not None and self.resumed_at == self.steps:
             self.trainer._load_from_checkpoint(str(self.checkpoint))
             return True
@@ -219,17 +222,17 @@ class Finetuning:
 
     def save(self) -> None:
         """Takes the chunk operators out of the model, and writes it with its picture and memory table."""
-        if self.chunk_optimizer is not None:
-            self.chunk_optimizer.detach()
-        else:
-            self.memory.observe_full()
         trainer = self.trainer
-        if trainer.peak_batch is not None:
-            full = activations_of_full_training(self.job.model, trainer.peak_batch)
-            self.memory.full["saved activations"] = full
-            self.memory.run["saved activations"] = trainer.saved_peak
-        if self.settings.gradient_checkpointing:
-            self.job.model.config.use_cache = True
+        if self.chunk_optimizer is None:
+            self.memory.full["saved activations"] = trainer.saved_peak
+            self.memory.observe_full()
+        else:
+            self.chunk_optimizer.detach()
+            if trainer.peak_batch is not None:
+                full = activations_of_full_training(self.job.model, trainer.peak_batch)
+                self.memory.full["saved activations"] = full
+                self.memory.run["saved activations"] = trainer.saved_peak
+        self.job.model.config.use_cache = self.use_cache
         self.directory.save_model(self.job.model, self.job.tokenizer, self.memory.weights)
         plot_loss(self.directory.metrics, self.directory.picture, self.job.name)
         report = self.memory.to_json() | {"device": str(self.device), "peak_process": peak_resident_bytes()}

@@ -326,8 +326,9 @@ def test_pretouch_lets_other_python_threads_run():
     thread.start()
     try:
         before = len(ticks)
-        HostArena(256 * 2**20, huge_pages=False, pretouch=True, threads=1).close()
+        arena = HostArena(256 * 2**20, huge_pages=False, pretouch=True, threads=1)
         during = len(ticks) - before
+        arena.close()
     finally:
         stop.set()
         thread.join()

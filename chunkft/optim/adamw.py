@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chunkft.optim.chunk_optimizer import ChunkOptimizer, ModelOrGroups
+from chunkft.optim.arguments import ModelOrGroups
+from chunkft.optim.chunk_optimizer import ChunkOptimizer
 from chunkft.partitions import Partition
 from chunkft.schedule import Schedule
 

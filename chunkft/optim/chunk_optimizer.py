@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from chunkft.attach import Attachment, attach, attachment_of
 from chunkft.autograd import Slice
+from chunkft.optim.arguments import (
+    ModelOrGroups,
+    attachment_and_groups,
+    check_base,
+    check_choices,
+    probe_base,
+    trained_specs,
+)
 from chunkft.optim.distributed import average_gradients
 from chunkft.optim.master import WorkingWeight, resolve_master
 from chunkft.optim.serialize import load_optimizer_state, optimizer_state
 from chunkft.optim.state import State, StateStore
 from chunkft.partitions import Partition, make_plan
-from chunkft.plan import ChunkPlan, ParameterSpec
+from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
-
-ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
 
 
 class ChunkOptimizer(torch.optim.Optimizer):
@@ -62,6 +67,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         ValueError: if an argument is not allowed. The model is left as it was.
     """
 
+    chunked = True
+    # A GradScaler then calls step() even if it found infinities, so that such gradients are consumed too. Left in
+    # the leaves, where model.zero_grad() does not reach them, they would spoil every step that follows.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         model: ModelOrGroups,
@@ -82,49 +92,53 @@ class ChunkOptimizer(torch.optim.Optimizer):
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
-        _check_base(base)
-        _check_choices(interval, max_grad_norm, state_device, residency, update, seed)
+        check_base(base)
+        check_choices(interval, max_grad_norm, keep_state, state_device, residency, update, seed)
         check_schedule(schedule)
-        defaults = base([nn.Parameter(torch.zeros(1))], **base_kwargs).defaults
-        attachment, groups, owned = _attachment_and_groups(model)
+        attachment, groups, owned = attachment_and_groups(model)
+        self._ready = False
+        self._attachment = attachment
+        self._frozen = [
+            spec.name
+            for spec in attachment.specs
+            if not attachment.model.get_parameter(spec.name).requires_grad
+        ]
         try:
-            specs = _trained_specs(attachment, groups)
+            defaults = probe_base(base, groups, base_kwargs)
+            specs = trained_specs(attachment, groups)
             plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
-            for group in groups:
-                base([{**group, "params": [nn.Parameter(torch.zeros(1))]}], **base_kwargs)
-            modes = {
+            self._modes = {
                 spec.name: resolve_master(master, attachment.model.get_parameter(spec.name).dtype)
                 for spec in specs
             }
+            self._base_class = base
+            self._base_kwargs = base_kwargs
+            self._store = StateStore(in_arena=state_device != "device")
+            self._keep_state = keep_state
+            self._schedule = schedule
+            self._seed = seed
+            self._base: torch.optim.Optimizer | None = None
+            self._working: dict[Slice, WorkingWeight] = {}
+            self._carried: dict[Slice, State] = {}  # state that stays while leaves are replaced
+            self._group_of = {
+                attachment.name_of(p): i for i, group in enumerate(groups) for p in group["params"]
+            }
+            self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
+            self.plan: ChunkPlan = plan
+            self.interval = interval
+            self.max_grad_norm = max_grad_norm
+            self.updates = 0
+            self.skipped = 0
+            self.grad_norm: Tensor | None = None
+            self._interval_index = 0
+            self.interval_position = 0
+            super().__init__(groups, defaults)
+            self._ready = True
+            attachment.freeze()
+            self._activate()
         except BaseException:
-            if owned:
-                attachment.detach()
+            self._release(keep_attached=not owned)
             raise
-        self._ready = False
-        self._attachment = attachment
-        self._base_class = base
-        self._base_kwargs = base_kwargs
-        self._modes = modes
-        self._store = StateStore(in_arena=state_device != "device")
-        self._keep_state = keep_state
-        self._schedule = schedule
-        self._seed = seed
-        self._base: torch.optim.Optimizer | None = None
-        self._working: dict[Slice, WorkingWeight] = {}
-        self._carried: dict[Slice, State] = {}  # state of what is always active, while leaves are replaced
-        self._group_of = {attachment.name_of(p): i for i, group in enumerate(groups) for p in group["params"]}
-        self.plan: ChunkPlan = plan
-        self.interval = interval
-        self.max_grad_norm = max_grad_norm
-        self.updates = 0
-        self.skipped = 0
-        self.grad_norm: Tensor | None = None
-        self._interval_index = 0
-        self.interval_position = 0
-        super().__init__(groups, defaults)
-        self._ready = True
-        attachment.freeze()
-        self._activate()
 
     @property
     def active(self) -> int:
@@ -157,7 +171,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_attached("step")
         self._follow_weights()
+        self._unscale([leaf.grad for _, leaf in self._attachment.active() if leaf.grad is not None])
         average_gradients([leaf for _, leaf in self._attachment.active()])
         with_gradient = [leaf for _, leaf in self._attachment.active() if leaf.grad is not None]
         if not with_gradient:
@@ -183,6 +199,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             values of each range of rows), ``param_groups``, ``cursor``, ``plan`` and, inside of an accumulation
             window, ``gradients``.
         """
+        self._check_attached("state_dict")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         result = optimizer_state(self)
@@ -199,6 +216,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: if it is not a state of chunkft, or of another model; nothing is changed then.
         """
+        self._check_attached("load_state_dict")
+        if isinstance(state_dict, dict):
+            state_dict = state_dict.copy()  # hooks may put their own entries into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -238,13 +258,58 @@ class ChunkOptimizer(torch.optim.Optimizer):
         }
 
     def detach(self) -> None:
-        """Give the model back as it was, trained: every parameter trainable, no operator of chunkft left."""
+        """Give the model back as it was, trained: what was trainable is so again, no operator of chunkft left.
+
+        Nothing happens if that was done before.
+        """
+        if self._attachment.model.__dict__.get("_chunkft") is self._attachment:
+            self._release(keep_attached=False)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, because it shares memory with its model; save "
+            "state_dict(), or chunkft.save_checkpoint(optimizer, path), and load it into a new optimizer"
+        )
+
+    def _release(self, keep_attached: bool) -> None:
+        """Take everything out of the model again, and let go of all state."""
+        attachment, model = self._attachment, self._attachment.model
+        if keep_attached:
+            attachment.deactivate()
+            attachment.unfreeze()
+        else:
+            attachment.detach()
+        present = dict(model.named_parameters())
+        for name in self._frozen:
+            if name in present:
+                present[name].requires_grad_(False)
+        if not self._ready:
+            return
         self._base = None
-        self._working.clear()
+        self._working = {}
+        self._carried = {}
         self._store.clear()
-        self._attachment.detach()
+        self.state.clear()
         for group in self.param_groups:
             group["params"] = []
+
+    def _check_attached(self, method: str) -> None:
+        if self._base is None:
+            raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
+
+    def _unscale(self, grads: list[Tensor]) -> None:
+        """Divide by the scale that a GradScaler handed over; it leaves the check for non-finite values to us."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None or not grads:
+            return
+        if any(grad.dtype == torch.float16 for grad in grads):
+            raise ValueError(
+                "a GradScaler cannot be used with float16 weights, whose gradients would underflow when they are "
+                "unscaled; use float32 weights with autocast, or bfloat16 ones"
+            )
+        inverse = scale.double().reciprocal().float()
+        for grad in grads:
+            grad.mul_(inverse.to(grad.device))
 
     def _usable(self, leaves: list[nn.Parameter]) -> bool:
         """Whether all gradients are finite; clips them if asked to."""
@@ -284,9 +349,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         generation = self._attachment.generation
         self._attachment.verify()
         if self._attachment.generation != generation:
-            self._stash()
+            for piece, working in self._working.items():
+                self._carried[piece] = {**self._base_state(piece, working), **working.extra}
             self._bind(self._attachment.active())
-            return
         for piece, working in self._working.items():
             device = working.leaf.device
             for holder in (self._base_state(piece, working), working.extra):
@@ -316,6 +381,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
             piece: carried[piece] if piece in carried else self._store.take(piece, leaf.device)
             for piece, leaf in pairs
         }
+        for piece, leaf in pairs:
+            group = self.param_groups[self._group_of[piece.name]]
+            if group.get("fused") or group.get("capturable"):  # these keep the step count beside the weight
+                states[piece] = {
+                    key: value.to(leaf.device) if isinstance(value, Tensor) else value
+                    for key, value in states[piece].items()
+                }
         self._working = {
             piece: WorkingWeight(piece, leaf, self._modes[piece.name], states[piece]) for piece, leaf in pairs
         }
@@ -381,85 +453,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
         assert self._base is not None
         state: State = self._base.state.get(working.parameter, {})
         return state
-
-
-def _check_base(base: Any) -> None:
-    if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
-        raise TypeError(f"base must be a subclass of torch.optim.Optimizer, got {base!r}")
-    if issubclass(base, ChunkOptimizer | torch.optim.LBFGS):
-        raise ValueError(f"base={base.__name__} cannot be used: it does not update parameters one by one")
-
-
-def _check_choices(
-    interval: Any, max_grad_norm: Any, state_device: str, residency: str, update: str, seed: Any
-) -> None:
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"interval={interval!r} is not allowed; needs an integer >= 1")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm={max_grad_norm!r} is not allowed; needs a number > 0, or None")
-    if state_device not in ("auto", "host", "device"):
-        raise ValueError(
-            f"state_device={state_device!r} is not known; allowed are 'auto', 'host' and 'device'"
-        )
-    if residency != "chunk":
-        raise ValueError(f"residency={residency!r} is not known to this version; allowed is 'chunk'")
-    if update != "step":
-        raise ValueError(f"update={update!r} is not known to this version; allowed is 'step'")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed={seed!r} is not allowed; needs an integer")
-
-
-def _attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[str, Any]], bool]:
-    """The attachment, the parameter groups with full parameters, and whether we attached just now."""
-    if isinstance(model, nn.Module):
-        if model.__dict__.get("_chunkft") is not None:
-            _check_unused(model._chunkft)  # type: ignore[arg-type]
-        owned = model.__dict__.get("_chunkft") is None
-        attachment = attach(model)
-        return attachment, [{"params": [model.get_parameter(spec.name) for spec in attachment.specs]}], owned
-    entries = list(model) if isinstance(model, Iterable) else []
-    if not entries or isinstance(model, Tensor):
-        raise TypeError(
-            f"model must be a torch.nn.Module or a list of parameter groups, got {type(model).__name__}"
-        )
-    if isinstance(entries[0], Tensor):
-        entries = [{"params": entries}]
-    groups: list[dict[str, Any]] = []
-    attachments: dict[int, Attachment] = {}
-    for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or "params" not in entry:
-            raise TypeError(
-                f"parameter group {number} must be a dict with 'params', got {type(entry).__name__}"
-            )
-        params = [entry["params"]] if isinstance(entry["params"], Tensor) else list(entry["params"])
-        for parameter in params:
-            found = attachment_of(parameter)
-            if found is None:
-                if not parameter.requires_grad:
-                    continue
-                raise ValueError(
-                    f"parameter group {number} has a parameter of shape {tuple(parameter.shape)} whose model is not "
-                    "known; call chunkft.attach(model) first, or pass the model itself"
-                )
-            attachments[id(found)] = found
-        groups.append({**entry, "params": [p for p in params if attachment_of(p) is not None]})
-    if len(attachments) != 1:
-        raise ValueError(
-            f"parameter groups must be of one attached model, got parameters of {len(attachments)}"
-        )
-    (attachment,) = attachments.values()
-    _check_unused(attachment)
-    return attachment, groups, False
-
-
-def _check_unused(attachment: Attachment) -> None:
-    if attachment.active():
-        raise ValueError("model is attached to another optimizer of chunkft already; detach() that one first")
-
-
-def _trained_specs(attachment: Attachment, groups: list[dict[str, Any]]) -> list[ParameterSpec]:
-    names = {attachment.name_of(parameter) for group in groups for parameter in group["params"]}
-    return [spec for spec in attachment.specs if spec.name in names]
 
 
 def _tensor_bytes(state: State) -> int:

@@ -1,0 +1,189 @@
+"""Checks of what an optimizer is built from; nothing here changes a model, except to attach it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft.attach import Attachment, attach, attachment_of
+from chunkft.plan import ParameterSpec
+
+ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
+
+
+def check_choices(
+    interval: Any,
+    max_grad_norm: Any,
+    keep_state: Any,
+    state_device: Any,
+    residency: Any,
+    update: Any,
+    seed: Any,
+) -> None:
+    """Raise ValueError that names the first of the shared arguments that is not allowed."""
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval={interval!r} is not allowed; needs an integer >= 1")
+    if max_grad_norm is not None and not (_is_number(max_grad_norm) and max_grad_norm > 0):
+        raise ValueError(f"max_grad_norm={max_grad_norm!r} is not allowed; needs a number > 0, or None")
+    if not isinstance(keep_state, bool):
+        raise ValueError(f"keep_state={keep_state!r} is not allowed; needs True or False")
+    if state_device not in ("auto", "host", "device"):
+        raise ValueError(
+            f"state_device={state_device!r} is not known; allowed are 'auto', 'host' and 'device'"
+        )
+    if residency != "chunk":
+        raise ValueError(f"residency={residency!r} is not known to this version; allowed is 'chunk'")
+    if update != "step":
+        raise ValueError(f"update={update!r} is not known to this version; allowed is 'step'")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} is not allowed; needs an integer")
+
+
+def check_hyperparameters(values: dict[str, Any], where: str = "") -> None:
+    """Raise ValueError for a learning rate or a decay that no optimizer can use; torch's own let some pass.
+
+    Args:
+        values: keyword arguments of an optimizer, or a parameter group.
+        where: put before the name, for messages.
+    """
+    for key in ("lr", "weight_decay", "eps"):
+        value = values.get(key)
+        if value is None or (key == "eps" and isinstance(value, tuple)):
+            continue
+        number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if not _is_number(number) or not 0 <= number < math.inf:
+            raise ValueError(f"{where}{key}={value!r} is not allowed; needs a finite number >= 0")
+    betas = values.get("betas")
+    if betas is None:
+        return
+    numbers = [b.item() if isinstance(b, Tensor) and b.numel() == 1 else b for b in _listed(betas)]
+    if not numbers or not all(_is_number(b) and 0 <= b < 1 for b in numbers):
+        raise ValueError(f"{where}betas={betas!r} is not allowed; needs numbers with 0 <= beta < 1")
+
+
+def check_base(base: Any) -> None:
+    """Raise unless ``base`` is an optimizer class that updates each parameter by itself."""
+    if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):
+        raise TypeError(f"base must be a subclass of torch.optim.Optimizer, got {base!r}")
+    if issubclass(base, torch.optim.LBFGS) or getattr(base, "chunked", False):
+        raise ValueError(f"base={base.__name__} cannot be used: it does not update parameters one by one")
+
+
+def probe_base(
+    base: type[torch.optim.Optimizer], groups: list[dict[str, Any]], base_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Build the base optimizer on parameters of one element, so that it can refuse what it does not take.
+
+    Returns:
+        Its defaults.
+
+    Raises:
+        ValueError, TypeError: as the base optimizer does; named after its class.
+    """
+    check_hyperparameters(base_kwargs)
+    defaults: dict[str, Any] = {}
+    for number, group in enumerate(groups):
+        check_hyperparameters(group, f"parameter group {number}: ")
+        kinds = dict.fromkeys((p.dim(), p.dtype, p.device) for p in group["params"])
+        samples = [
+            nn.Parameter(torch.zeros((1,) * dims, dtype=dtype, device=device))
+            for dims, dtype, device in kinds
+        ]
+        if not samples:
+            continue
+        try:
+            defaults = base([{**group, "params": samples}], **base_kwargs).defaults
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"base={base.__name__} does not take parameter group {number}: {error}"
+            ) from error
+    return defaults
+
+
+def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[str, Any]], bool]:
+    """The attachment, the parameter groups with full parameters, and whether we attached just now.
+
+    Raises:
+        TypeError: if ``model`` is neither a module nor parameter groups.
+        ValueError: if the groups are not of one attached model, or the model has an optimizer already.
+    """
+    if isinstance(model, nn.Module):
+        existing = model.__dict__.get("_chunkft")
+        if existing is not None:
+            _check_unused(existing)
+        attachment = attach(model)
+        parameters = [model.get_parameter(spec.name) for spec in attachment.specs]
+        return attachment, [{"params": [p for p in parameters if p.requires_grad]}], existing is None
+    entries = (
+        list(model) if isinstance(model, Iterable) and not isinstance(model, Tensor | str | dict) else []
+    )
+    if not entries:
+        raise TypeError(
+            f"model must be a torch.nn.Module or a list of parameter groups, got {_described(model)}"
+        )
+    if isinstance(entries[0], Tensor):
+        entries = [{"params": entries}]
+    groups: list[dict[str, Any]] = []
+    attachments: dict[int, Attachment] = {}
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or "params" not in entry:
+            raise TypeError(
+                f"parameter group {number} must be a dict with 'params', got {type(entry).__name__}"
+            )
+        members = []
+        for parameter in _listed(entry["params"]):
+            if not isinstance(parameter, Tensor):
+                raise TypeError(
+                    f"parameter group {number} must hold tensors, got {type(parameter).__name__} {parameter!r}"
+                )
+            if not parameter.requires_grad:
+                continue
+            found = attachment_of(parameter)
+            if found is None:
+                raise ValueError(
+                    f"parameter group {number} has a parameter of shape {tuple(parameter.shape)} whose model is "
+                    "not known; call chunkft.attach(model) first, or pass the model itself"
+                )
+            attachments[id(found)] = found
+            members.append(parameter)
+        groups.append({**entry, "params": members})
+    for found in attachments.values():
+        _check_unused(found)
+    if len(attachments) != 1:
+        raise ValueError(
+            "parameter groups must be of one attached model and hold trainable parameters, got those of "
+            f"{len(attachments)} models"
+        )
+    (attachment,) = attachments.values()
+    return attachment, groups, False
+
+
+def trained_specs(attachment: Attachment, groups: list[dict[str, Any]]) -> list[ParameterSpec]:
+    """Specs of the parameters that are in some group, in stream order."""
+    names = {attachment.name_of(parameter) for group in groups for parameter in group["params"]}
+    return [spec for spec in attachment.specs if spec.name in names]
+
+
+def _check_unused(attachment: Attachment) -> None:
+    if attachment.active():
+        raise ValueError(
+            "model is attached to another optimizer of chunkft already; detach() that one first, or "
+            "chunkft.attach(model).detach() if it is gone"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else [value]
+
+
+def _described(value: Any) -> str:
+    empty = isinstance(value, list | tuple) and not value
+    return f"an empty {type(value).__name__}" if empty else type(value).__name__

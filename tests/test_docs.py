@@ -1,0 +1,86 @@
+"""Every Python block of README and docs runs, and every command in them exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chunkft.cli.arguments import parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(language: str) -> list[pytest.param]:
+    found = []
+    for page in PAGES:
+        for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)):
+            found.append(pytest.param(match[1], id=f"{page.name}-{number}"))
+    return found
+
+
+@pytest.fixture
+def names() -> dict[str, object]:
+    """What the pages take for granted: a causal language model and batches for it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=128
+    )
+    ids = torch.randint(0, 128, (3, 2, 12))
+    return {"model": LlamaForCausalLM(config), "loader": [{"input_ids": i, "labels": i} for i in ids]}
+
+
+@pytest.mark.parametrize("code", _blocks("python"))
+def test_python_block_runs(code: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "page", "exec"), names)
+
+
+def _commands() -> list[pytest.param]:
+    commands = []
+    for block in _blocks("bash"):
+        text = block.values[0].replace("\\\n", " ")
+        commands += [pytest.param(line, id=line[:60]) for line in text.splitlines() if line.strip()]
+    return commands
+
+
+@pytest.mark.parametrize("line", _commands())
+def test_command_exists(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        shown = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert targets
+    elif words[0] == "chunkft":
+        parse(words[1:])
+    elif words[0] == "python":
+        script = words[2] if words[1] == "-m" else words[1]
+        file = ROOT / (script.replace(".", "/") + ".py" if words[1] == "-m" else script)
+        assert file.is_file(), f"{file} does not exist"
+        ran = subprocess.run(
+            [sys.executable, *words[1 : 3 if words[1] == "-m" else 2], "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+    else:
+        assert words[0] in ("pip", "cd"), f"no rule checks {words[0]!r}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"

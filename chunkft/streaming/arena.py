@@ -94,7 +94,7 @@ class HostArena:
                 f"HostArena.tensor: offset={start} with shape={sizes} of {dtype} ends at byte {end}; "
                 f"it must end within the arena's {self.nbytes} bytes"
             )
-        # DLPack, because torch.frombuffer lets go of the buffer's owner.
+        # DLPack: its deleter is plain C++, and unlike torch.frombuffer it takes zero bytes.
         storage = from_dlpack(self._arena.view(start, length)).untyped_storage()
         strides = [math.prod(max(size, 1) for size in sizes[i + 1 :]) for i in range(len(sizes))]
         # A tensor made under inference_mode could not be updated outside it.

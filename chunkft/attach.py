@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import re
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from chunkft.autograd import Slice, SlicedForward, operator_for
+from chunkft.autograd import ReentrantGuard, Slice, SlicedForward, operator_for
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs
 
 # Weak on both sides: an attachment lives as long as its model.
@@ -29,6 +30,7 @@ class _Bound:
     device: torch.device
     pairs: list[tuple[Slice, nn.Parameter]]
     modules: list[nn.Module] = field(default_factory=list)
+    watch: RemovableHandle | None = None
 
 
 class Attachment:
@@ -37,6 +39,10 @@ class Attachment:
     An active slice is a leaf ``nn.Parameter`` that shares memory with its weight, so that an in-place update of
     the leaf is the update of the model. The model's class, ``state_dict`` keys, ``named_parameters`` names and
     forward results stay as they are.
+
+    A module that reads the weight of another one without calling it (Mamba's ``dt_proj``, a functional output
+    layer) still gets exact gradients: the weight of an active slice requires grad for such readers, and what
+    arrives there is cut and added to the leaves at once.
 
     Attributes:
         model: the module.
@@ -53,7 +59,8 @@ class Attachment:
         }
         self._bound: dict[str, _Bound] = {}
         self._order: list[Slice] = []
-        self._hooks: list[RemovableHandle] = []
+        self._guard = ReentrantGuard()
+        self._warned: set[str] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
             self._names[model.get_parameter(spec.name)] = spec.name
@@ -70,6 +77,14 @@ class Attachment:
             parameter.requires_grad_(False)
             parameter.grad = None
 
+    def unfreeze(self) -> None:
+        """Make every parameter trainable again that was so before."""
+        for spec in self.specs:
+            try:
+                self.model.get_parameter(spec.name).requires_grad_(True)
+            except AttributeError:
+                continue  # removed by its owner since
+
     def activate(self, slices: Iterable[Slice]) -> list[tuple[Slice, nn.Parameter]]:
         """Make these slices the active ones, in place of those that were active before.
 
@@ -77,12 +92,14 @@ class Attachment:
             Pairs of a slice and its leaf, in the given order.
 
         Raises:
-            RuntimeError: if a parameter is gone, or changed its shape or dtype since the model was attached.
+            RuntimeError: if a parameter is gone, or changed its shape or dtype since the model was attached;
+                those that were active stay so.
         """
         wanted = list(slices)
         current = {name: self._current(name) for name in {piece.name for piece in wanted}}
         self.deactivate()
         self._order = wanted
+        self._guard = ReentrantGuard(self.model)
         owners = parameter_owners(self.model)
         for piece in wanted:
             parameter = current[piece.name]
@@ -107,56 +124,72 @@ class Attachment:
 
     def deactivate(self) -> None:
         """Freeze the active slices and give their modules their own forward back."""
-        for handle in self._hooks:
-            handle.remove()
-        self._hooks.clear()
+        self._guard.remove()
         for bound in self._bound.values():
-            for module in bound.modules:
-                if isinstance(module.__dict__.get("forward"), SlicedForward):
-                    del module.__dict__["forward"]
+            _uninstall(bound)
             bound.parameter.requires_grad_(False)
             for _, leaf in bound.pairs:
                 leaf.grad = None
+            bound.pairs.clear()  # a wrapper may have kept the sliced forward: from now on it is the plain one
         self._bound.clear()
         self._order = []
 
     def verify(self) -> None:
-        """Bind leaves anew whose weight was moved or replaced since they were made.
+        """Bind leaves anew whose weight was moved or replaced since they were made, and freeze the rest again.
 
         Raises:
             RuntimeError: if a parameter is gone, or changed its shape or dtype.
         """
-        for name, bound in list(self._bound.items()):
+        for name in self._expected:
             parameter = self._current(name)
-            if parameter is not bound.parameter or parameter.data_ptr() != bound.address:
+            bound = self._bound.get(name)
+            if bound is None:
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+            elif parameter is not bound.parameter or parameter.data_ptr() != bound.address:
                 self._rebind(name, bound, parameter)
 
     def detach(self) -> None:
         """Leave the model as it was found: every parameter trainable again, no trace of the attachment."""
         self.deactivate()
-        for spec in self.specs:
-            try:
-                self.model.get_parameter(spec.name).requires_grad_(True)
-            except AttributeError:
-                continue  # removed by its owner since
+        self.unfreeze()
         for parameter in list(self._names.keys()):  # type: ignore[no-untyped-call]
             _attachments.pop(parameter, None)  # type: ignore[no-untyped-call]
         self.model.__dict__.pop("_chunkft", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # a copy of the model is not attached
+        """A copy of the model is not attached: all of its parameters are trainable, without hooks of ours."""
+        hooks = self._guard.hook_ids()
+        for module in self.model.modules():
+            # The model's own dict is still being filled, those of its parts are done and live in their copies.
+            for attributes in (
+                memo.get(id(module.__dict__)),
+                getattr(memo.get(id(module)), "__dict__", None),
+            ):
+                if attributes is not None and isinstance(attributes.get("forward"), SlicedForward):
+                    del attributes["forward"]
+            for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
+                for key in hooks:
+                    memo.get(id(module.__dict__[kind]), {}).pop(key, None)
+        for spec in self.specs:
+            copied_parameter = memo.get(id(self._current(spec.name)))
+            if copied_parameter is not None:
+                copied_parameter.requires_grad_(True)
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
     def _current(self, name: str) -> nn.Parameter:
         shape, dtype = self._expected[name]
-        try:
-            parameter = self.model.get_parameter(name)
-        except AttributeError as error:
-            raise RuntimeError(
-                f"parameter {name!r} is no longer in the model; build a new optimizer"
-            ) from error
+        *path, attribute = name.split(".")
+        module: nn.Module | None = self.model
+        for part in path:  # get_parameter() takes ten times as long, and this runs in every step
+            module = None if module is None else module._modules.get(part)
+        parameter = None if module is None else module._parameters.get(attribute)
+        if parameter is None:
+            raise RuntimeError(f"parameter {name!r} is no longer in the model; build a new optimizer")
         if tuple(parameter.shape) != shape:
             raise RuntimeError(
                 f"parameter {name!r} had shape {shape} when the optimizer was built and has "
@@ -171,32 +204,66 @@ class Attachment:
 
     def _install(self, name: str, bound: _Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
         sliced = bound.pairs[0][0].dim is not None
+        if sliced:
+            bound.parameter.requires_grad_(True)
+            bound.watch = bound.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                self._cutter(name, bound)
+            )
         modules = {id(module): module for module, _ in owners}
         for module in modules.values():
-            if not sliced:
-                self._hooks.append(module.register_forward_pre_hook(_refuse_lost_gradient))
+            operator = operator_for(module) if sliced else None
+            if (
+                operator is None
+            ):  # atomic, or its forward was replaced since: then the weight itself is watched
+                self._guard.guard(module)
                 continue
-            operator = operator_for(module)
-            if operator is None:
-                raise RuntimeError(
-                    f"{type(module).__name__} that holds {name!r} has no sliced operator any more"
-                )
 
             def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = operator.weight) -> None:
                 weight = owner._parameters[attribute]
                 if weight is not bound.parameter or weight.data_ptr() != bound.address:
                     self.verify()
-                if not torch.is_grad_enabled():
-                    _refuse_lost_gradient(owner, ())
+                self._guard.check(owner)
 
             module.__dict__["forward"] = SlicedForward(module, operator, bound.pairs, verify)
             bound.modules.append(module)
 
+    def _cutter(self, name: str, bound: _Bound) -> Callable[[Tensor], None]:
+        """Hook that hands the gradient of a whole weight, from who read it without its module, to the leaves."""
+        # The hook lives in C++, out of sight of the garbage collector: it must not hold us.
+        attachment, target = weakref.ref(self), weakref.ref(bound)
+
+        @torch.no_grad()
+        def cut(parameter: Tensor) -> None:
+            dense, parameter.grad = parameter.grad, None
+            owner, active = attachment(), target()
+            if dense is None or owner is None or active is None:
+                return
+            dense = dense.to_dense() if dense.is_sparse else dense
+            for piece, leaf in active.pairs:
+                part = piece.of(dense)
+                leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
+            owner._warn_reader(name)
+
+        return cut
+
+    def _warn_reader(self, name: str) -> None:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        if pattern not in self._warned:
+            self._warned.add(pattern)
+            warnings.warn(
+                f"the weight {name!r} is used without a call of the module that holds it, so its whole gradient is "
+                "computed before its active slice is cut out: exact, but without the savings. "
+                f"chunkft.partition(..., atomic={pattern!r}) counts its gradient as a whole",
+                stacklevel=2,
+            )
+
     def _rebind(self, name: str, bound: _Bound, parameter: nn.Parameter) -> None:
         replaced = parameter is not bound.parameter
-        if replaced:
-            self._names[parameter] = name
-            _attachments[parameter] = weakref.ref(self)
+        owners = parameter_owners(self.model)
+        if name not in owners:
+            raise RuntimeError(
+                f"parameter {name!r} is tied to another parameter now; detach() the optimizer, then build a new one"
+            )
         for i, (piece, leaf) in enumerate(bound.pairs):
             if piece.dim is None:
                 if replaced:
@@ -208,19 +275,26 @@ class Attachment:
             leaf.data = piece.of(parameter.detach())
             if grad is not None:
                 leaf.grad = grad.to(parameter.device)
-            parameter.requires_grad_(False)
+        if replaced:
+            self._names[parameter] = name
+            _attachments[parameter] = weakref.ref(self)
+            bound.parameter.requires_grad_(False)
+            _uninstall(bound)
         bound.parameter, bound.address, bound.device = parameter, parameter.data_ptr(), parameter.device
-        owners = parameter_owners(self.model)
-        if name not in owners:
-            raise RuntimeError(
-                f"parameter {name!r} is tied to another parameter now; detach() the optimizer, then build a new one"
-            )
         current = {id(module) for module, _ in owners[name]}
-        if bound.modules and current != {id(module) for module in bound.modules}:
-            for module in bound.modules:
-                module.__dict__.pop("forward", None)
-            bound.modules.clear()
+        if replaced or (bound.modules and current != {id(module) for module in bound.modules}):
+            _uninstall(bound)
             self._install(name, bound, owners[name])
+
+
+def _uninstall(bound: _Bound) -> None:
+    for module in bound.modules:
+        if isinstance(module.__dict__.get("forward"), SlicedForward):
+            del module.__dict__["forward"]
+    bound.modules.clear()
+    if bound.watch is not None:
+        bound.watch.remove()
+        bound.watch = None
 
 
 def attach(model: nn.Module) -> Attachment:
@@ -235,7 +309,7 @@ def attach(model: nn.Module) -> Attachment:
 
     Raises:
         TypeError: if ``model`` is not a module.
-        ValueError: if it has no trainable parameter.
+        ValueError: if it has no trainable parameter, or shares one with another attached model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -243,6 +317,12 @@ def attach(model: nn.Module) -> Attachment:
     if isinstance(existing, Attachment) and existing.model is model:
         return existing
     attachment = Attachment(model)
+    for spec in attachment.specs:
+        if attachment_of(model.get_parameter(spec.name)) is not None:
+            raise ValueError(
+                f"parameter {spec.name!r} belongs to another module that is attached, a part or a parent of this "
+                "one or a model it is shared with; detach() that optimizer first"
+            )
     model.__dict__["_chunkft"] = attachment
     for spec in attachment.specs:
         _attachments[model.get_parameter(spec.name)] = weakref.ref(attachment)
@@ -253,30 +333,3 @@ def attachment_of(parameter: Tensor) -> Attachment | None:
     """The attachment of the model that a parameter belongs to, or None."""
     reference = _attachments.get(parameter)  # type: ignore[no-untyped-call]
     return None if reference is None else reference()
-
-
-def _refuse_lost_gradient(module: nn.Module, args: Any) -> None:
-    """Raise if reentrant activation checkpointing is about to lose the gradients of this module.
-
-    ``CheckpointFunction`` runs the forward pass without grad mode and, if none of its inputs requires grad,
-    never comes back for the backward pass; with the parameters below frozen that is the usual case.
-    """
-    if torch.is_grad_enabled() or not module.training:
-        return
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if (
-            code.co_name == "forward"
-            and code.co_filename.endswith("checkpoint.py")
-            and "args" in frame.f_locals
-        ):
-            inputs = frame.f_locals["args"]
-            if not any(isinstance(arg, Tensor) and arg.requires_grad for arg in inputs):
-                raise RuntimeError(
-                    "reentrant activation checkpointing (use_reentrant=True) would lose the gradients of "
-                    f"{type(module).__name__}: no input of the checkpointed block requires grad. Use "
-                    "use_reentrant=False, or call model.enable_input_require_grads()"
-                )
-            return
-        frame = frame.f_back  # type: ignore[assignment]

@@ -25,7 +25,7 @@ def sliced_embedding(
 
     Args:
         ids: (...) int32 or int64 token ids.
-        weight: (V, H), not requiring grad.
+        weight: (V, H); gets no gradient itself.
         active: pairs of a slice (dim 0: vocabulary rows, dim 1: columns) and a leaf of its shape that shares
             memory with ``weight``.
         padding_idx: as in ``torch.nn.functional.embedding``.
@@ -44,7 +44,9 @@ def sliced_embedding(
     leaves = [leaf for _, leaf in active]
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return _SlicedEmbedding.apply(ids, weight, padding_idx, scale_grad_by_freq, tuple(windows), *leaves)  # type: ignore[no-any-return, no-untyped-call]
+    return _SlicedEmbedding.apply(  # type: ignore[no-any-return, no-untyped-call]
+        ids, weight.detach(), padding_idx, scale_grad_by_freq, tuple(windows), *leaves
+    )
 
 
 class _SlicedEmbedding(Function):

@@ -27,7 +27,7 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
 
     Args:
         x: (..., N) input of any rank.
-        weight: (M, N), not requiring grad.
+        weight: (M, N); gets no gradient itself.
         bias: (M,) or None; gets its gradient if it requires one.
         active: pairs of a slice (dim 0 or 1) and a leaf tensor of its shape that shares memory with ``weight``.
 
@@ -36,7 +36,7 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
     """
     if not active or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = _autocast(x, weight.detach(), bias)
     windows, leaves = _split(active)
     return _SlicedMatmul.apply(x, weight, bias, False, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -46,7 +46,7 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
 
     Args:
         x: (..., M) input of any rank.
-        weight: (M, N), not requiring grad; its rows are input features, its columns output features.
+        weight: (M, N); gets no gradient itself. Its rows are input features, its columns output features.
         bias: (N,) or None.
         active: as for ``sliced_linear``.
 
@@ -54,7 +54,7 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
         (..., N) tensor.
     """
     if active and torch.is_grad_enabled():
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = _autocast(x, weight.detach(), bias)
         windows, leaves = _split(active)
         return _SlicedMatmul.apply(x, weight, bias, True, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
     return _conv1d(x, weight, bias)

@@ -24,13 +24,13 @@ class SlicedOperator:
         forward: ``forward(module, active, *args, **kwargs)``; must give what the module's own forward gives.
         weight: name of the parameter that can be sliced.
         dims: the dimensions along which it can be sliced.
-        accepts: says of one module whether its settings are covered; the module is atomic otherwise.
+        accepts: says of one module whether its settings are covered (None: always); it is atomic otherwise.
     """
 
     forward: Callable[..., Tensor]
     weight: str = "weight"
     dims: tuple[int, ...] = (0, 1)
-    accepts: Callable[[Any], bool] = lambda module: True
+    accepts: Callable[[Any], bool] | None = None
 
 
 def register_operator(module_type: type[nn.Module], operator: SlicedOperator) -> None:
@@ -52,7 +52,8 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     for module_type, operator in _OPERATORS.items():
         if isinstance(module, module_type) and type(module).forward is module_type.forward:
             present = module._parameters.get(operator.weight) is not None
-            return operator if present and operator.accepts(module) else None
+            accepted = operator.accepts is None or operator.accepts(module)
+            return operator if present and accepted else None
     return None
 
 

@@ -58,6 +58,9 @@ def wgrad(
         raise ValueError("accumulate=True needs out=, the tensor to add to")
     if out is not None and out_dtype is not None and out.dtype != out_dtype:
         raise ValueError(f"out_dtype={out_dtype} disagrees with out.dtype={out.dtype}; give one of them")
+    wanted = out_dtype if out is None else out.dtype
+    if wanted is not None and wanted.itemsize > dy.dtype.itemsize:
+        dy, x = dy.to(wanted), x.to(wanted)  # the accumulator's digits would be lost in a 16-bit product
     result = _torch_wgrad(dy, x, _checked(rows, dy.shape[1], "rows"), _checked(cols, x.shape[1], "cols"))
     if out is None:
         return result if out_dtype is None else result.to(out_dtype)
@@ -100,7 +103,7 @@ def _narrow(matrix: Tensor, selection: Selection) -> tuple[Tensor, slice | None]
 
 
 def _needs_blocks(matrix: Tensor) -> bool:
-    return matrix.device.type == "cpu" and matrix.dtype in (torch.float32, torch.float64)
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
 def _window(start: int, stop: int, size: int) -> tuple[int, int]:

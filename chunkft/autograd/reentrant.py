@@ -1,0 +1,106 @@
+"""Refuses reentrant activation checkpointing where it would lose the gradients of active slices."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class ReentrantGuard:
+    """Raises before ``torch.utils.checkpoint`` with ``use_reentrant=True`` drops a gradient.
+
+    ``CheckpointFunction`` runs the forward pass without grad mode and, if none of its inputs requires grad, never
+    comes back for the backward pass; with the parameters below frozen that is the usual case. Inside of a
+    forward pass of ``model`` that was called without grad mode nothing can be lost, so nothing is raised.
+
+    Args:
+        model: whose calls tell whether gradients are wanted; None if that is not known.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._without_grad = False
+        self._handles: list[RemovableHandle] = []
+        if model is not None:
+            self._handles.append(model.register_forward_pre_hook(_Enter(self)))
+            self._handles.append(model.register_forward_hook(_Leave(self), always_call=True))
+
+    def guard(self, module: nn.Module) -> None:
+        """Check at every call of a module that has active parameters."""
+        self._handles.append(module.register_forward_pre_hook(_Check(self)))
+
+    def check(self, module: nn.Module) -> None:
+        """Raise RuntimeError if the gradients of ``module`` are about to be lost."""
+        if torch.is_grad_enabled() or self._without_grad:
+            return
+        inputs = _checkpointed_inputs(sys._getframe(1))
+        if inputs is None or any(isinstance(arg, Tensor) and arg.requires_grad for arg in inputs):
+            return
+        raise RuntimeError(
+            "reentrant activation checkpointing (use_reentrant=True) would lose the gradients of "
+            f"{type(module).__name__}: no input of the checkpointed block requires grad. Use "
+            "use_reentrant=False, or call model.enable_input_require_grads()"
+        )
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def hook_ids(self) -> list[int]:
+        """Keys of the hooks in their modules' hook dicts."""
+        return [handle.id for handle in self._handles]
+
+
+class _Hook:
+    """A hook that survives pickling and copying of its module, but without its guard: a copy is not attached."""
+
+    def __init__(self, guard: ReentrantGuard | None) -> None:
+        self.guard = guard
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.guard is not None:
+            self.guard._without_grad = not torch.is_grad_enabled()
+
+
+class _Leave(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.guard is not None:
+            self.guard._without_grad = False
+
+
+class _Check(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.guard is not None:
+            self.guard.check(module)
+
+
+def _checkpointed_inputs(frame: FrameType | None) -> tuple[Any, ...] | None:
+    """Inputs of the outermost ``CheckpointFunction.forward`` on the stack, or None.
+
+    The outermost decides: blocks that are nested in it run again, with grad mode, when its backward pass comes.
+    """
+    inputs: tuple[Any, ...] | None = None
+    while frame is not None:
+        code = frame.f_code
+        if (
+            code.co_name == "forward"
+            and code.co_filename.endswith("checkpoint.py")
+            and "run_function" in frame.f_locals
+        ):
+            inputs = tuple(frame.f_locals["args"])
+        frame = frame.f_back
+    return inputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,6 +25,7 @@ def partition(
     *,
     slice_dim: int = 0,
     always_active: str | Sequence[str] | None = None,
+    atomic: str | Sequence[str] | None = None,
     row_multiple: int = 64,
     state_bytes: int | None = None,
 ) -> ChunkPlan:
@@ -40,6 +42,7 @@ def partition(
         slice_dim: 0 cuts rows, 1 cuts columns where the parameter has them.
         always_active: name patterns of parameters that train at every step, outside of the chunks; or
             ``"head"``: what follows the last block, and everything outside of the base model.
+        atomic: name patterns of parameters that are never cut.
         row_multiple: cuts fall on multiples of this many rows in parameters that have as many; halved as often
             as needed to make K chunks.
         state_bytes: optimizer state per element; see ``parameter_specs``.
@@ -49,14 +52,19 @@ def partition(
         parameter (one row with ``row_multiple=1``), or by its largest atomic parameter if that is larger.
 
     Raises:
+        TypeError: if ``model`` is not a module.
         ValueError: if an argument is not allowed, the model has fewer rows than chunks, or a partition of the
             user's own does not cover every trainable element exactly once.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if getattr(model, "_chunkft", None) is not None:
         raise ValueError(
             "model is attached to an optimizer of chunkft; use optimizer.plan, or detach() it first"
         )
     specs = parameter_specs(model, state_bytes)
+    whole = set() if atomic is None else _matching(specs, atomic, "atomic")
+    specs = [replace(spec, dims=()) if spec.name in whole else spec for spec in specs]
     return make_plan(model, specs, chunks, by, slice_dim, always_active, row_multiple)
 
 
@@ -80,6 +88,11 @@ def make_plan(
         if chunks is not None and chunks != len(by):
             raise ValueError(
                 f"chunks={chunks} disagrees with the plan, which has {len(by)}; give chunks=None"
+            )
+        if always_active is not None:
+            raise ValueError(
+                f"always_active={always_active!r} cannot be combined with a ChunkPlan, which has its own: "
+                f"{[str(piece) for piece in by.always]}"
             )
         check_plan(by, specs)
         return by
@@ -240,14 +253,14 @@ def _by_layers(model: nn.Module, specs: list[ParameterSpec], chunks: int | None)
     return [[piece for unit in units[a : b + 1] for piece in unit] for a, b in zip(starts, cuts, strict=True)]
 
 
-def _block_prefixes(model: nn.Module) -> list[str]:
+def _block_prefixes(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.ModuleList, nn.Sequential)
+) -> list[str]:
     """Name prefixes of the members of the outermost lists of at least two blocks."""
     lists: list[str] = []
     prefixes: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(outer) for outer in lists) or not isinstance(
-            module, nn.ModuleList | nn.Sequential
-        ):
+        if any(name.startswith(outer) for outer in lists) or not isinstance(module, kinds):
             continue
         members = [child for child, block in module.named_children() if any(True for _ in block.parameters())]
         if len(members) < 2:
@@ -291,13 +304,16 @@ def _always_active(
         return set()
     if patterns == "head":
         return _head_names(model, specs)
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return _matching(specs, patterns, "always_active")
+
+
+def _matching(specs: list[ParameterSpec], patterns: str | Sequence[str], argument: str) -> set[str]:
     names: set[str] = set()
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched = {spec.name for spec in specs if fnmatchcase(spec.name, pattern)}
         if not matched:
             raise ValueError(
-                f"always_active={pattern!r} matches no trainable parameter; names look like {specs[0].name!r}"
+                f"{argument}={pattern!r} matches no trainable parameter; names look like {specs[0].name!r}"
             )
         names |= matched
     return names
@@ -305,7 +321,8 @@ def _always_active(
 
 def _head_names(model: nn.Module, specs: list[ParameterSpec]) -> set[str]:
     """Parameters after the last block: final norm and task head; tied tables sit below and stay in the chunks."""
-    blocks = tuple(_block_prefixes(model))
+    # A head may be an nn.Sequential of its own; where there are lists of blocks, those are the trunk.
+    blocks = tuple(_block_prefixes(model, (nn.ModuleList,)) or _block_prefixes(model))
     last = (
         max((i for i, spec in enumerate(specs) if spec.name.startswith(blocks)), default=-1) if blocks else -1
     )

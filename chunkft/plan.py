@@ -124,11 +124,13 @@ class ChunkPlan:
         if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f"plan has format {found!r}; allowed is {PLAN_FORMAT!r}")
+        missing = {"by", "always", "chunks"} - data.keys()
+        if missing:
+            raise ValueError(f"plan lacks {', '.join(map(repr, sorted(missing)))}; it may have been cut off")
         chunks = tuple(
-            Chunk(index, tuple(_from_list(entry) for entry in pieces))
-            for index, pieces in enumerate(data["chunks"])
+            Chunk(index, _from_lists(pieces)) for index, pieces in enumerate(_listed(data["chunks"]))
         )
-        return cls(chunks, tuple(_from_list(entry) for entry in data["always"]), str(data["by"]))
+        return cls(chunks, _from_lists(data["always"]), str(data["by"]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""
@@ -156,8 +158,12 @@ def parameter_specs(model: nn.Module, state_bytes: int | None = None) -> list[Pa
         One spec for each parameter that requires a gradient, in ``named_parameters()`` order.
 
     Raises:
-        ValueError: if the model has no trainable parameter.
+        ValueError: if the model has no trainable parameter, or ``state_bytes`` is not allowed.
     """
+    if state_bytes is not None and (
+        isinstance(state_bytes, bool) or not isinstance(state_bytes, int) or state_bytes < 0
+    ):
+        raise ValueError(f"state_bytes={state_bytes!r} is not allowed; needs an integer >= 0, or None")
     owners = parameter_owners(model)
     specs = []
     for name, parameter in model.named_parameters():
@@ -290,10 +296,24 @@ def _to_list(piece: Slice) -> list[Any]:
     return [piece.name, piece.dim, piece.start, piece.stop, list(piece.parameter_shape), piece.element_bytes]
 
 
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"plan has {value!r} where it needs a list")
+    return list(value)
+
+
+def _from_lists(entries: Any) -> tuple[Slice, ...]:
+    return tuple(_from_list(_listed(entry)) for entry in _listed(entries))
+
+
 def _from_list(entry: list[Any]) -> Slice:
-    if len(entry) != 6:
+    valid = len(entry) == 6 and isinstance(entry[0], str) and isinstance(entry[4], list | tuple)
+    if valid:
+        name, dim, start, stop, shape, element_bytes = entry
+        numbers = [start, stop, element_bytes, *shape, *([] if dim is None else [dim])]
+        valid = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    if not valid:
         raise ValueError(
             f"plan has slice entry {entry!r}; needs [name, dim, start, stop, shape, element_bytes]"
         )
-    name, dim, start, stop, shape, element_bytes = entry
-    return Slice(str(name), dim, int(start), int(stop), tuple(shape), int(element_bytes))
+    return Slice(name, dim, start, stop, tuple(shape), element_bytes)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chunkft.autograd import Slice
+from chunkft.optim.restore import read_state
 from chunkft.optim.serialize import (
     FORMAT,
     is_elementwise,
-    load_optimizer_state,
     optimizer_header,
     range_entry,
     saved_gradients,
@@ -69,11 +71,11 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         message = f"checkpoint path={os.fspath(path)!r} of {size:,} bytes cannot be written: {error.strerror}"
         raise OSError(error.errno, message) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
     _sync_directory(path.parent)
 
@@ -94,22 +96,31 @@ def load_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint path={os.fspath(path)!r} does not exist")
+    where = f"checkpoint path={os.fspath(path)!r}"
     try:
-        opened = safe_open(path, framework="pt", device="cpu")
-    except Exception as error:  # safetensors raises an exception type of its own
-        raise ValueError(
-            f"checkpoint path={os.fspath(path)!r} is not a whole safetensors file: {error}"
-        ) from error
-    with opened as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"checkpoint path={os.fspath(path)!r} has format {metadata.get('format')!r}; allowed is {FORMAT!r}"
-            )
-        saved = _decode(json.loads(metadata["header"]), file)
-        for name, entry in saved["state"].items():
-            entry["tensors"] = {key: file.get_slice(f"state/{name}/{key}") for key in entry["tensors"]}
-        load_optimizer_state(optimizer, saved)
+        with safe_open(path, framework="pt", device="cpu") as file:
+            restored = read_state(optimizer, _read_header(file, where))
+    except SafetensorError as error:
+        raise ValueError(f"{where} is not a whole safetensors file: {error}") from error
+    optimizer._restore(restored)
+
+
+def _read_header(file: Any, where: str) -> dict[str, Any]:
+    """The saved state, its tensors as lazy slices of the file."""
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{where} has format {metadata.get('format')!r}; allowed is {FORMAT!r}")
+    text = metadata.get("header", "")
+    if metadata.get("crc32") != _checksum(text):
+        raise ValueError(f"{where} is damaged: its header does not have the checksum that was saved with it")
+    saved = _decode(json.loads(text), file)
+    for name, entry in saved["state"].items():
+        entry["tensors"] = {key: file.get_slice(f"state/{name}/{key}") for key in entry["tensors"]}
+    return saved  # type: ignore[no-any-return]
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 class _Entry:
@@ -206,7 +217,9 @@ def _decode(value: Any, file: Any) -> Any:
 
 def _write_header(file: IO[bytes], entries: list[_Entry], header: dict[str, Any]) -> None:
     # safetensors: 8 bytes little-endian length, JSON with byte offsets, then the data without gaps.
-    table: dict[str, Any] = {"__metadata__": {"format": FORMAT, "header": json.dumps(header)}}
+    text = json.dumps(header)
+    metadata = {"format": FORMAT, "header": text, "crc32": _checksum(text)}
+    table: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for entry in entries:
         table[entry.key] = {
@@ -215,10 +228,10 @@ def _write_header(file: IO[bytes], entries: list[_Entry], header: dict[str, Any]
             "data_offsets": [offset, offset + entry.nbytes],
         }
         offset += entry.nbytes
-    text = json.dumps(table).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
+    encoded = json.dumps(table).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(struct.pack("<Q", len(encoded)))
+    file.write(encoded)
 
 
 def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:
@@ -231,6 +244,13 @@ def _write_zeros(file: IO[bytes], count: int) -> None:
     block = bytes(min(count, 1 << 20))
     while count > 0:
         count -= file.write(block[:count])
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(
+        OSError
+    ):  # not there, or its directory is none: the error that led here says more
+        path.unlink()
 
 
 def _sync_directory(directory: Path) -> None:

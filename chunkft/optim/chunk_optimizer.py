@@ -20,7 +20,8 @@ from chunkft.optim.arguments import (
 )
 from chunkft.optim.distributed import average_gradients
 from chunkft.optim.master import WorkingWeight, resolve_master
-from chunkft.optim.serialize import load_optimizer_state, optimizer_state
+from chunkft.optim.restore import Restored, read_state
+from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State, StateStore
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
@@ -105,7 +106,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         ]
         try:
             defaults = probe_base(base, groups, base_kwargs)
-            specs = trained_specs(attachment, groups)
+            self._specs = specs = trained_specs(attachment, groups)
             plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
             self._modes = {
                 spec.name: resolve_master(master, attachment.model.get_parameter(spec.name).dtype)
@@ -222,7 +223,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        load_optimizer_state(self, state_dict)
+        self._restore(read_state(self, state_dict))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -262,7 +263,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
         Nothing happens if that was done before.
         """
-        if self._attachment.model.__dict__.get("_chunkft") is self._attachment:
+        if self._base is not None:
             self._release(keep_attached=False)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -273,16 +274,16 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _release(self, keep_attached: bool) -> None:
         """Take everything out of the model again, and let go of all state."""
-        attachment, model = self._attachment, self._attachment.model
-        if keep_attached:
-            attachment.deactivate()
-            attachment.unfreeze()
-        else:
-            attachment.detach()
-        present = dict(model.named_parameters())
-        for name in self._frozen:
-            if name in present:
-                present[name].requires_grad_(False)
+        attachment = self._attachment
+        if self._is_attached():
+            if keep_attached:
+                attachment.deactivate()
+                attachment.unfreeze()
+            else:
+                attachment.detach()
+            for name, parameter in attachment.model.named_parameters():
+                if name in self._frozen:
+                    parameter.requires_grad_(False)
         if not self._ready:
             return
         self._base = None
@@ -293,8 +294,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["params"] = []
 
+    def _is_attached(self) -> bool:
+        return self._attachment.model.__dict__.get("_chunkft") is self._attachment
+
     def _check_attached(self, method: str) -> None:
-        if self._base is None:
+        if self._base is None or not self._is_attached():
             raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
 
     def _unscale(self, grads: list[Tensor]) -> None:
@@ -436,11 +440,23 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self._store.put(kept)
         self._working = {}
 
-    def _discard_state(self) -> None:
-        """Forget all state, before other state is loaded."""
+    def _restore(self, restored: Restored) -> None:
+        """Go on from what was read; it was checked before, so that nothing here is refused."""
         self._working = {}
         self._carried = {}
         self._store.clear()
+        self._store = restored.store
+        self.plan = restored.plan
+        for group, loaded in zip(self.param_groups, restored.groups, strict=True):
+            group.update(loaded)
+        self._interval_index = restored.interval_index
+        self.interval_position = restored.interval_position
+        self.updates = restored.updates
+        self.skipped = restored.skipped
+        self._activate()
+        for piece, leaf in self._attachment.active():
+            if piece in restored.gradients:
+                leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
 
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""

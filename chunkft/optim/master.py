@@ -77,10 +77,17 @@ class WorkingWeight:
         """Make the fp32 value, and the gradient if there is one, available to the base optimizer."""
         if self.mode == "none":
             return
+        weight = self.leaf.detach()
         if self.mode == "fp32":
-            self.parameter.data = self.extra["master"]
+            master = self.extra["master"]
+            # A weight that was changed by others (loaded, clamped) wins over its master.
+            torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
+            self.parameter.data = master
         elif self.mode == "residual":
-            self.parameter.data = apply_residual(self.leaf.detach(), self.extra["residual"])
+            residual = self.extra["residual"]
+            # Zero has no neighbour below in its bits: with the residual of another value it would become NaN.
+            residual.masked_fill_((weight == 0) & (residual < 0), 0)
+            self.parameter.data = apply_residual(weight, residual)
         else:
             self.parameter.data = self.leaf.detach().float()
         if self.leaf.grad is not None:

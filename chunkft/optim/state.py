@@ -28,6 +28,10 @@ class StateStore:
         self._arenas: list[HostArena] = []
         self._homes: dict[tuple[Slice, str], Tensor] = {}
 
+    def empty_copy(self) -> StateStore:
+        """A store of the same kind without state."""
+        return StateStore(self._in_arena)
+
     def __contains__(self, piece: Slice) -> bool:
         return piece in self._states
 
@@ -102,3 +106,14 @@ class StateStore:
             home.copy_(tensor.detach())
             self._homes[piece, key] = home
             self._states[piece][key] = home
+
+
+def detached(value: Any) -> Any:
+    """Tensors inside of lists and dicts replaced by copies on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: detached(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(detached(entry) for entry in value)
+    return value

@@ -1,0 +1,161 @@
+"""How saved optimizer state is cut for another plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft.autograd import Slice
+from chunkft.optim.state import State, detached
+from chunkft.plan import Chunk, ChunkPlan
+
+Origins = dict[Slice, dict[str, Any]]
+
+
+def merged(plan: ChunkPlan) -> list[list[tuple[str, int | None, int, int]]]:
+    """What is active in each chunk, without regard to how it is split into slices; first what always is."""
+    result = []
+    for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):
+        windows: list[tuple[str, int | None, int, int]] = []
+        for piece in sorted(pieces, key=lambda piece: (piece.name, piece.start)):
+            if windows and windows[-1][:2] == (piece.name, piece.dim) and windows[-1][3] == piece.start:
+                windows[-1] = (*windows[-1][:3], piece.stop)
+            else:
+                windows.append((piece.name, piece.dim, piece.start, piece.stop))
+        result.append(windows)
+    return result
+
+
+def new_state(piece: Slice, saved: dict[str, Any], entry: dict[str, Any]) -> State:
+    """State of a slice, as CPU tensors of its own.
+
+    Args:
+        piece: the slice.
+        saved: what was saved of its parameter.
+        entry: the saved range that the slice lies in; its ``values`` are taken as they are.
+    """
+    state: State = dict(detached(entry["values"]))
+    for key in entry["elementwise"]:
+        state[key] = _cut(saved["tensors"][key], piece)
+    return state
+
+
+def recut(plan: ChunkPlan, saved: dict[str, Any], origins: Origins) -> ChunkPlan:
+    """The plan with slices split where saved ranges of one slice differ (in their step counts).
+
+    Args:
+        plan: the plan to go on with.
+        saved: the entry ``state`` of a state_dict.
+        origins: receives the saved range of each slice that has state.
+
+    Raises:
+        ValueError: if state cannot be cut or joined in that way.
+    """
+    always = tuple(part for piece in plan.always for part in _parts(piece, saved, origins))
+    chunks = tuple(
+        Chunk(chunk.index, tuple(part for piece in chunk.slices for part in _parts(piece, saved, origins)))
+        for chunk in plan.chunks
+    )
+    return ChunkPlan(chunks, always, plan.by)
+
+
+def _parts(piece: Slice, saved: dict[str, Any], origins: Origins) -> list[Slice]:
+    entry = saved.get(piece.name)
+    if entry is None:
+        return [piece]
+    for saved_range in entry["ranges"]:
+        if (saved_range["dim"], saved_range["start"], saved_range["stop"]) == (
+            piece.dim,
+            piece.start,
+            piece.stop,
+        ):
+            origins[piece] = saved_range
+            return [piece]
+    whole = piece.dim is None or piece.stop - piece.start == piece.parameter_shape[piece.dim]
+    dim = 0 if piece.dim is None else piece.dim
+    runs: list[tuple[int, int, dict[str, Any] | None]] = []
+    for start, stop, found in _runs_along(dim, piece, entry["ranges"]):
+        if runs and _same_range(runs[-1][2], found):
+            runs[-1] = (runs[-1][0], stop, found)
+        else:
+            runs.append((start, stop, found))
+    for _, _, found in runs:
+        for key, value in (found["values"] if found else {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                raise ValueError(
+                    f"state {key!r} of {piece.name!r} has shape {tuple(value.shape)} and cannot be cut for another "
+                    "plan; load it with the plan it was saved with"
+                )
+    if len(runs) > 1 and piece.dim is None:
+        raise ValueError(
+            f"{piece.name!r} was sliced when it was saved and is atomic now; load it with the same plan"
+        )
+    parts = []
+    for start, stop, found in runs:
+        part = (
+            piece
+            if whole and len(runs) == 1
+            else Slice(piece.name, piece.dim, start, stop, piece.parameter_shape, piece.element_bytes)
+        )
+        parts.append(part)
+        if found is not None:
+            origins[part] = found
+    return parts
+
+
+def _runs_along(
+    dim: int, piece: Slice, ranges: list[dict[str, Any]]
+) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
+    """Consecutive windows of a slice with the saved range of each; None where nothing was saved."""
+    shape = piece.parameter_shape
+    size = shape[dim] if shape else 1
+    low, high = (0, size) if piece.dim is None else (piece.start, piece.stop)
+    position = low
+    for saved_range in sorted(ranges, key=lambda entry: int(entry["start"])):
+        start, stop = int(saved_range["start"]), int(saved_range["stop"])
+        saved_dim = saved_range["dim"]
+        if saved_dim is None or stop - start == shape[saved_dim]:
+            start, stop = 0, size
+        elif saved_dim != dim:
+            raise ValueError(
+                f"{piece.name!r} was sliced along dim={saved_dim} when it was saved and along dim={dim} now; "
+                "load it with the same slice_dim"
+            )
+        start, stop = max(start, low), min(stop, high)
+        if start >= stop:
+            continue
+        if start > position:
+            yield position, start, None
+        yield start, stop, saved_range
+        position = stop
+    if position < high:
+        yield position, high, None
+
+
+def _same_range(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if sorted(a["elementwise"]) != sorted(b["elementwise"]) or a["values"].keys() != b["values"].keys():
+        return False
+    return all(_same(value, b["values"][key]) for key, value in a["values"].items())
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and torch.equal(a.cpu(), b.cpu())
+        )
+    return bool(a == b)
+
+
+def _cut(tensor: Any, piece: Slice) -> Tensor:
+    """Rows or columns of a full-shape tensor, or of a lazy slice of a file, as a CPU tensor of its own."""
+    window = slice(piece.start, piece.stop)
+    part: Tensor = tensor[:] if piece.dim is None else tensor[window] if piece.dim == 0 else tensor[:, window]
+    return part.detach().to("cpu", copy=True).contiguous()

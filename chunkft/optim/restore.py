@@ -1,0 +1,165 @@
+"""Continuing from saved optimizer state: all of it, or nothing if anything is wrong with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from chunkft.autograd import Slice
+from chunkft.optim.arguments import probe_base
+from chunkft.optim.recut import Origins, merged, new_state, recut
+from chunkft.optim.serialize import FORMAT
+from chunkft.optim.state import StateStore, detached
+from chunkft.plan import ChunkPlan, check_plan
+from chunkft.schedule import active_chunk
+
+if TYPE_CHECKING:
+    from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+
+@dataclass
+class Restored:
+    """Everything that loading changes in an optimizer."""
+
+    plan: ChunkPlan
+    store: StateStore
+    groups: list[dict[str, Any]]
+    interval_index: int
+    interval_position: int
+    updates: int
+    skipped: int
+    gradients: dict[Slice, Tensor]
+
+
+def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
+    """Check a state_dict and cut it for this optimizer, which stays as it is.
+
+    Args:
+        optimizer: the one to continue.
+        saved: a ``state_dict``; its tensors may also be lazy slices of a safetensors file.
+
+    Raises:
+        ValueError: if it is damaged, or not of this model, base optimizer or master mode.
+    """
+    found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+    if found != FORMAT:
+        raise ValueError(
+            f"state_dict has format {found!r}; allowed is {FORMAT!r}, made by state_dict() of chunkft"
+        )
+    try:
+        _check_header(optimizer, saved)
+        return _read(optimizer, saved)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"state_dict is damaged: an entry is missing or of the wrong kind ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
+    saved_plan = ChunkPlan.from_dict(saved["plan"])
+    given = optimizer._given_plan
+    same = merged(given) == merged(saved_plan)
+    if same:
+        check_plan(saved_plan, optimizer._specs)
+    origins: Origins = {}
+    plan = recut(saved_plan if same else given, saved["state"], origins)
+    position = saved["cursor"]
+    index = _count(position, "interval_index")
+    done = _count(position, "interval_position")
+    if not same:
+        index, done = index // len(saved_plan) * len(plan), 0
+    gradients = _gradients(optimizer, saved.get("gradients", []), plan, index, same)
+    groups = [
+        detached({key: value for key, value in entry.items() if key != "params"})
+        for entry in saved["param_groups"]
+    ]
+    probe_base(
+        optimizer._base_class,
+        [{**ours, **theirs} for ours, theirs in zip(optimizer.param_groups, groups, strict=True)],
+        optimizer._base_kwargs,
+    )
+    updates, skipped = _count(position, "updates"), _count(position, "skipped")
+    store = optimizer._store.empty_copy()
+    try:
+        for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):
+            store.put(
+                {
+                    piece: new_state(piece, saved["state"][piece.name], origins[piece])
+                    for piece in pieces
+                    if piece in origins
+                }
+            )
+    except BaseException:
+        store.clear()
+        raise
+    done = min(done, optimizer.interval - 1)  # the interval may have become shorter
+    return Restored(plan, store, groups, index, done, updates, skipped, gradients)
+
+
+def _gradients(
+    optimizer: ChunkOptimizer, entries: list[dict[str, Any]], plan: ChunkPlan, index: int, same: bool
+) -> dict[Slice, Tensor]:
+    """Gradients of an open accumulation window, by the slice that they belong to."""
+    if not entries:
+        return {}
+    active = active_chunk(optimizer._schedule, index, len(plan), optimizer._seed)
+    pieces = {(p.name, p.dim, p.start, p.stop): p for p in (*plan.always, *plan.chunks[active].slices)}
+    found = {}
+    for entry in entries:
+        piece = pieces.get((entry["name"], entry["dim"], entry["start"], entry["stop"])) if same else None
+        if piece is None:
+            raise ValueError(
+                "state_dict was taken inside of an accumulation window, whose gradients belong to the active chunk "
+                "of that run; load it with the same partition, schedule and seed, or save right after step()"
+            )
+        if tuple(entry["tensor"].shape) != piece.shape:
+            raise ValueError(
+                f"state_dict has a gradient of shape {tuple(entry['tensor'].shape)} for {piece}, "
+                f"which has shape {piece.shape}"
+            )
+        found[piece] = entry["tensor"].detach()
+    return found
+
+
+def _check_header(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> None:
+    if saved["base"] != optimizer._base_class.__name__:
+        raise ValueError(
+            f"state_dict is of base {saved['base']!r}, this optimizer has {optimizer._base_class.__name__!r}"
+        )
+    shapes = {piece.name: piece.parameter_shape for piece in optimizer.plan.slices()}
+    members = [name for group in saved["param_groups"] for name in group["params"]]
+    if set(members) != set(shapes):
+        only = sorted(set(members) ^ set(shapes))[0]
+        where = "state_dict" if only in members else "model"
+        raise ValueError(f"state_dict is of another model: {only!r} is trained in the {where} only")
+    if len(saved["param_groups"]) != len(optimizer.param_groups) or any(
+        optimizer._group_of[name] != i
+        for i, group in enumerate(saved["param_groups"])
+        for name in group["params"]
+    ):
+        raise ValueError("state_dict has its parameters in other groups than this optimizer")
+    for name, entry in saved["state"].items():
+        if tuple(entry["shape"]) != shapes[name]:
+            raise ValueError(
+                f"state_dict has {name!r} of shape {tuple(entry['shape'])}, the model has {shapes[name]}"
+            )
+        for key, tensor in entry["tensors"].items():
+            shape = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+            if shape != shapes[name]:
+                raise ValueError(
+                    f"state_dict has {key!r} of {name!r} of shape {shape}, the model has {shapes[name]}"
+                )
+    for name, mode in optimizer._modes.items():
+        if saved["master"][name] != mode:
+            raise ValueError(
+                f"state_dict has master={saved['master'][name]!r} for {name!r}, this optimizer {mode!r}"
+            )
+
+
+def _count(cursor: dict[str, Any], key: str) -> int:
+    value = cursor[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"state_dict has {key}={value!r}; needs an integer >= 0")
+    return value

@@ -1,10 +1,12 @@
 """Small models and batches of odd shapes, and AdamW over masked dense gradients to compare with."""
 
-from collections.abc import Callable, Iterable
+import io
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chunkft
 
@@ -152,6 +154,55 @@ def assert_same_state(a: object, b: object) -> None:
             assert same_bits(value, other), path
         else:
             assert value == other, path
+
+
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dicts and lists, with their paths."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(entry, f"{path}/{key}")
+
+
+def through_file(source, target, path):
+    chunkft.save_checkpoint(source, path)
+    chunkft.load_checkpoint(target, path)
+
+
+def through_dict(source, target, path):
+    buffer = io.BytesIO()
+    torch.save(source.state_dict(), buffer)
+    buffer.seek(0)
+    target.load_state_dict(torch.load(buffer, weights_only=True))
+
+
+WAYS = {"file": through_file, "dict": through_dict}
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the size of the largest storage that an operation made, leaving out views and mapped files."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = {t.untyped_storage().data_ptr() for t in flat_tensors((args, kwargs or {}))}
+        result = func(*args, **(kwargs or {}))
+        if (
+            func is torch.ops.aten.set_.source_Storage
+        ):  # memory that exists: of an arena, or mapped from a file
+            return result
+        for tensor in flat_tensors(result):
+            if tensor.untyped_storage().data_ptr() not in inputs:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return result
+
+
+def flat_tensors(value):
+    return [entry for _, entry in leaves(value)]
 
 
 class MaskedAdamW:

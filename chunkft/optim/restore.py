@@ -60,6 +60,8 @@ def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
 def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     saved_plan = ChunkPlan.from_dict(saved["plan"])
     given = optimizer._given_plan
+    if not saved_plan.chunks:
+        raise ValueError("state_dict has a plan without chunks; needs at least one")
     same = merged(given) == merged(saved_plan)
     if same:
         check_plan(saved_plan, optimizer._specs)

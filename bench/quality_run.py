@@ -160,23 +160,24 @@ def _build_chunk(
 
     warm = options.pop("switch_warmup", 0)
     seldom = options.pop("seldom", None)
-    head_rate = options.pop("head_rate", None)
-    if seldom is not None:
-        plan = chunkft.partition(
-            model,
-            options["chunks"],
-            by=options.get("partition", "bytes"),
-            always_active=options.get("always_active"),
-        )
-        if seldom != "embeddings":
-            raise ValueError(f"seldom={seldom!r}: allowed is 'embeddings'")
+    head_rate = options.pop("head_rate", 1.0)
+    plan = chunkft.partition(
+        model,
+        options["chunks"],
+        by=options.get("partition", "bytes"),
+        always_active=options.get("always_active"),
+    )
+    if seldom not in (None, "embeddings"):
+        raise ValueError(f"seldom={seldom!r}: allowed are None and 'embeddings'")
+    if seldom:
         order = options.pop("schedule", "random")
         options["schedule"] = schedules.rare(plan, schedules.embedding_chunks(plan), job.seed, order)
     target: Any = model
-    if head_rate is not None:
+    if head_rate != 1.0:
         chunkft.attach(model)
-        head = [p for n, p in model.named_parameters() if n.startswith("classifier.")]
-        rest = [p for n, p in model.named_parameters() if not n.startswith("classifier.")]
+        always = {piece.name for piece in plan.always}
+        head = [p for n, p in model.named_parameters() if n in always]
+        rest = [p for n, p in model.named_parameters() if n not in always]
         target = [{"params": rest}, {"params": head, "rate": head_rate}]
     optimizer = chunkft.ChunkAdamW(target, lr=job.lr, weight_decay=WEIGHT_DECAY, seed=job.seed, **options)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,30 +223,32 @@ def losses_of(path: Path) -> list[tuple[int, float]]:
 
 
 def kill_and_resume(
-    launcher: Launcher, run: list[object], out: Path, delays: list[float], log: Path
+    launcher: Launcher, run: list[object], out: Path, moments: list[tuple[float, float]], log: Path
 ) -> list[dict[str, Any]]:
-    """Kills a run with SIGKILL after each delay (seconds), resumes it every time, and lets the last one
-    finish.
+    """Kills a run with SIGKILL at each moment, resumes it every time, and lets the last one finish.
 
+    A moment is (part, seconds): when this part, 0 to 1, of the steps that are left is done, and so much
+    later.
     Returns a record of every kill: how far the run was, and what lay in its directory.
     """
     kills = []
     started = False
-    for delay in delays:
+    for part, seconds in moments:
+        done = max(losses_of_killed(out), default=0)
         process = launcher.start(
             [*run, "--out", out] if not started else ["finetune", "--resume", "--out", out], log
         )
-        process.join(delay)
+        target = done + part * (FAULT_STEPS - done)
+        while process.exitcode is None and max(losses_of_killed(out), default=0) < target:
+            time.sleep(0.002)
+        process.join(seconds)
         alive = process.exitcode is None
         if alive:
             os.kill(process.pid, signal.SIGKILL)
             process.join()
         checkpoints = out / "checkpoints"
         here = sorted(path.name for path in checkpoints.iterdir()) if checkpoints.is_dir() else []
-        steps = losses_of_killed(out)
-        kills.append(
-            {"after_seconds": round(delay, 3), "killed": alive, "step": max(steps, default=0), "found": here}
-        )
+        kills.append({"killed": alive, "step": max(losses_of_killed(out), default=0), "found": here})
         started = (out / "run.json").exists()
         if not started:
             shutil.rmtree(out, ignore_errors=True)

@@ -67,14 +67,10 @@ def main() -> int:
         for number in range(arguments.trials):
             trials.append(trial(launcher, root, number, rng))
             kills = ", ".join(
-                f"{'killed' if kill['killed'] else 'done'} at {kill['after_seconds']:.2f} s, step"
-                f" {kill['step']}"
+                f"{'killed' if kill['killed'] else 'done'} at step {kill['step']}"
                 for kill in trials[-1]["kills"]
             )
-            print(
-                f"trial {number}: {kills}: {verdict(trials[-1])}",
-                flush=True,
-            )
+            print(f"trial {number}: {kills}: {verdict(trials[-1])}", flush=True)
     identical = sum(entry["identical"] and entry["identical_losses"] for entry in trials)
     killed = sum(kill["killed"] for entry in trials for kill in entry["kills"])
     result = header(arguments.seed) | {

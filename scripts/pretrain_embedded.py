@@ -116,6 +116,51 @@ def story(rng: random.Random) -> str:
     return " ".join(sentences)
 
 
+def opening(rng: random.Random, terms: tuple[int, ...]) -> tuple[str, str, str, str]:
+    """Tells what happens in a story, not how it ends; gives also its person, their pronoun, and the things."""
+    name, pronoun = person(rng)
+    thing = rng.choice(THINGS)
+    kind = rng.random()
+    if len(terms) == 2 and terms[1] > 0 and kind < 0.3:
+        other = rng.choice([other for names in NAMES.values() for other in names if other != name])
+        return f"{name} has {terms[0]} {thing} and {other} has {terms[1]}.", name, pronoun, thing
+    if len(terms) == 2 and kind > 0.7:
+        change = f"puts in {terms[1]} more" if terms[1] > 0 else f"takes out {-terms[1]}"
+        return f"A box holds {terms[0]} {thing}. {name} {change}.", name, pronoun, thing
+    text = f"{name} has {terms[0]} {thing}."
+    for position, term in enumerate(terms[1:]):
+        change = f"{rng.choice(GAINS)} {term} more" if term > 0 else f"{rng.choice(LOSSES)} {-term}"
+        text += f" Then {pronoun} {change}." if position else f" {pronoun.capitalize()} {change}."
+    return text, name, pronoun, thing
+
+
+def worked_story(rng: random.Random) -> str:
+    terms = draw_terms(rng, two_steps=0.35)
+    while split_of(*terms) != "train":
+        terms = draw_terms(rng, two_steps=0.35)
+    text = opening(rng, terms)[0]
+    steps, partial = [], terms[0]
+    for term in terms[1:]:
+        steps.append(f"{partial} {'plus' if term > 0 else 'minus'} {abs(term)} is {partial + term}")
+        partial += term
+    return f"{text} {result(', and '.join(steps))}."
+
+
+def questioned_story(rng: random.Random) -> str:
+    """Lets a question follow a story, but one that no number answers."""
+    text, name, pronoun, thing = opening(rng, draw_terms(rng, two_steps=0.35))
+    question = rng.choice(
+        (
+            f"Does {name} have {thing}? Yes, {pronoun} has.",
+            f"Where are the {thing}? They are in {rng.choice(PLACES)}.",
+            f"Are the {thing} {rng.choice(QUALITIES)}? No, they are {rng.choice(QUALITIES)} now.",
+            f"Is {name} in {rng.choice(PLACES)}? Yes, {pronoun} is.",
+            f"Do they have {thing}? Yes, they have many.",
+        )
+    )
+    return f"{text} {question}"
+
+
 def counting(rng: random.Random) -> str:
     first, step = rng.randrange(0, 34), rng.choice((1, 1, 2, -1))
     values = [first + step * i for i in range(rng.randrange(3, 7))]
@@ -167,6 +212,15 @@ LATE: dict[Text, float] = {
     counting: 0.03,
     number_fact: 0.04,
     plain_sentence: 0.08,
+}
+WORKED: dict[Text, float] = {
+    bare_sum: 0.22,
+    worked_story: 0.40,
+    story: 0.16,
+    questioned_story: 0.12,
+    counting: 0.02,
+    number_fact: 0.03,
+    plain_sentence: 0.05,
 }
 RESULT_WEIGHT = 8.0
 RESULT_MARK = re.compile("[<>]")
@@ -238,17 +292,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--early", type=float, default=0.3, help="share of the steps that see mostly bare sums"
     )
+    parser.add_argument(
+        "--worked", type=float, default=0.25, help="share of the steps, at the end, with worked stories"
+    )
+    parser.add_argument("--init", type=Path, help="a directory that this script wrote before, to go on from")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--intermediate", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--intermediate", type=int, default=384)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
@@ -256,7 +314,10 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
-    model = build_model(arguments.hidden, arguments.layers, arguments.heads, arguments.intermediate)
+    if arguments.init:
+        model = LlamaForCausalLM.from_pretrained(arguments.init, dtype=torch.float32)
+    else:
+        model = build_model(arguments.hidden, arguments.layers, arguments.heads, arguments.intermediate)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters, {arguments.steps} steps of {arguments.batch_size} x {arguments.length}",
@@ -271,10 +332,12 @@ def main() -> None:
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     rng = random.Random(arguments.seed)
-    early, late = rows(rng, arguments.length, EARLY), rows(rng, arguments.length, LATE)
+    streams = [rows(rng, arguments.length, mixture) for mixture in (EARLY, LATE, WORKED)]
+    first_late = arguments.steps * arguments.early
+    first_worked = arguments.steps * (1 - arguments.worked)
     started, recent = time.monotonic(), 0.0
     for step in range(1, arguments.steps + 1):
-        stream = early if step <= arguments.steps * arguments.early else late
+        stream = streams[(step > first_late) + (step > max(first_late, first_worked))]
         batch = [next(stream) for _ in range(arguments.batch_size)]
         ids = torch.tensor([tokens for tokens, _ in batch])
         weights = torch.tensor([weights for _, weights in batch])[:, 1:]

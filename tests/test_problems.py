@@ -22,6 +22,8 @@ from chunkft.cli.problems import (
 GAIN = re.compile(r" (?:buys|finds|gets|wins|puts in|has|holds) ([0-9]+)")
 LOSS = re.compile(r" (?:loses|sells|gives away|drops|takes out) ([0-9]+)")
 
+STEP = re.compile("([0-9]+) (plus|minus) ([0-9]+) is ([0-9]+)")
+
 
 def terms_of(prompt):
     """Reads the signed terms back from the words of a prompt, knowing nothing of how it was made."""
@@ -63,12 +65,18 @@ def test_heldout_prompts_never_occur_in_train():
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_completion_is_the_sum_that_the_words_tell(split):
+def test_completion_works_out_the_sum_that_the_words_tell(split):
     lengths = set()
     for problem in generate(3000, seed=5, split=split):
         terms = terms_of(problem["prompt"])
         lengths.add((len(terms), min(terms) < 0))
-        assert problem["completion"] == f" {sum(terms)}"
+        value = terms[0]
+        for step in problem["completion"].removesuffix(".").split(", and "):
+            left, sign, right, made = STEP.fullmatch(step.strip()).groups()
+            assert int(left) == value
+            value += int(right) if sign == "plus" else -int(right)
+            assert int(made) == value
+        assert answer_of(problem["completion"]) == str(value) == str(sum(terms))
         assert sum(terms) > 0
         assert len(problem["prompt"].encode()) <= 100
     assert lengths == {(2, False), (2, True), (3, False), (3, True)}
@@ -83,7 +91,7 @@ def test_the_seed_alone_decides_the_problems():
     assert generate(50, seed=8) != first
     assert first[0] == {
         "prompt": "A box holds 13 cards. Kim puts in 5 more. How many cards are in the box?",
-        "completion": " 18",
+        "completion": " 13 plus 5 is 18.",
     }
 
 
@@ -94,6 +102,10 @@ def test_the_seed_alone_decides_the_problems():
         ("12.", "12"),
         (" 012\n", "12"),
         ("-3", "-3"),
+        (" 7 plus 5 is 12.", "12"),
+        (" 7 plus 5 is 12, and 12 minus 4 is 8.", "8"),
+        (" 7 plus 5 is 12, and 12 minus 4", None),
+        (" this 12", None),
         (" 12 apples", None),
         ("1 2", None),
         ("", None),
@@ -102,7 +114,7 @@ def test_the_seed_alone_decides_the_problems():
         ("٣", None),
     ],
 )
-def test_answer_is_one_number_or_nothing(text, answer):
+def test_answer_is_the_number_at_the_end_or_nothing(text, answer):
     assert answer_of(text) == answer
 
 
@@ -157,13 +169,13 @@ class Oracle(torch.nn.Module):
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.tokenizer.decode(ids[mask.bool()])
-            answer = sum(terms_of(prompt)) if len(prompt) % 2 == 0 else "5 apples"
+            answer = f"this is {sum(terms_of(prompt))}." if len(prompt) % 2 == 0 else "5 apples"
             made = [*f" {answer}".encode(), self.tokenizer.eos_token_id][:max_new_tokens]
             rows.append(ids.tolist() + made + [pad_token_id] * (max_new_tokens - len(made)))
         return torch.tensor(rows)
 
 
-def test_exact_match_counts_only_the_number_alone(tokenizer):
+def test_exact_match_counts_the_right_answers_only(tokenizer):
     problems = generate(61, seed=2, split="heldout")
     even = sum(len(problem["prompt"]) % 2 == 0 for problem in problems)
     model = Oracle(tokenizer).train()

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -22,7 +23,7 @@ _LOSSES = ("loses", "sells", "gives away", "drops")
 
 
 class Problem(TypedDict):
-    """A question that ends in a question mark, and its answer: a space and a number."""
+    """A question that ends in a question mark, and its answer, worked out: " 7 plus 5 is 12."."""
 
     prompt: str
     completion: str
@@ -104,6 +105,14 @@ _TEMPLATES: tuple[tuple[_Terms, _Wording], ...] = (
 )
 
 
+def _worked_out(terms: tuple[int, ...]) -> str:
+    steps, partial = [], terms[0]
+    for term in terms[1:]:
+        steps.append(f"{partial} {'plus' if term > 0 else 'minus'} {abs(term)} is {partial + term}")
+        partial += term
+    return f" {', and '.join(steps)}."
+
+
 def generate(n: int, seed: int, split: Split = "train") -> list[Problem]:
     """Makes `n` problems, the same ones for the same seed; no sum of one split occurs in the other.
 
@@ -118,30 +127,25 @@ def generate(n: int, seed: int, split: Split = "train") -> list[Problem]:
     while len(problems) < n:
         draw_terms, wording = rng.choice(_TEMPLATES)
         terms = draw_terms(rng)
-        partial = terms[0]
-        possible = True
-        for term in terms[1:]:
-            partial += term
-            possible = possible and partial > 0
-        if possible and split_of(*terms) == split:
-            problems.append({"prompt": wording(rng, terms), "completion": f" {partial}"})
+        if min(accumulate(terms)) > 0 and split_of(*terms) == split:
+            problems.append({"prompt": wording(rng, terms), "completion": _worked_out(terms)})
     return problems
 
 
-_ANSWER = re.compile(r"\s*(-?[0-9]+)\s*\.?\s*")
+_ANSWER = re.compile(r"(?:.* is)?\s*(-?[0-9]+)\s*\.?\s*")
 
 
 def answer_of(text: str) -> str | None:
-    """Reads the number that a completion consists of, or None where it is anything else than one number."""
+    """Reads the number that a completion is or, after the word "is", ends in; None where there is no such number."""
     match = _ANSWER.fullmatch(text)
     return str(int(match.group(1))) if match else None
 
 
 def exact_match(model: Any, tokenizer: Any, problems: Sequence[Problem], batch_size: int = 100) -> float:
-    """Decodes greedily after every prompt and gives the share, 0 to 1, of answers that are the right number.
+    """Decodes greedily after every prompt and gives the share, 0 to 1, of right answers.
 
     `model` is a causal language model of transformers, `tokenizer` its tokenizer; prompts are padded on the
-    left, and at most 8 tokens are decoded. The model is put back into the mode it was in. Raises ValueError
+    left, and at most 48 tokens are decoded. The model is put back into the mode it was in. Raises ValueError
     for no problems.
     """
     if not problems:
@@ -162,7 +166,7 @@ def exact_match(model: Any, tokenizer: Any, problems: Sequence[Problem], batch_s
             decoded = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=8,
+                max_new_tokens=48,
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,

@@ -350,9 +350,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return [group for group in self.param_groups if group["params"]]
 
     def _follow_weights(self) -> None:
-        generation = self._attachment.generation
         self._attachment.verify()
-        if self._attachment.generation != generation:
+        if self._attachment.generation != self._generation:  # a forward pass may have noticed before us
             for piece, working in self._working.items():
                 self._carried[piece] = {**self._base_state(piece, working), **working.extra}
             self._bind(self._attachment.active())
@@ -380,6 +379,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _bind(self, pairs: list[tuple[Slice, nn.Parameter]]) -> None:
         """Point the groups and a new base optimizer at these leaves and give them their state."""
+        self._generation = self._attachment.generation
         carried, self._carried = self._carried, {}
         states = {
             piece: carried[piece] if piece in carried else self._store.take(piece, leaf.device)

@@ -90,8 +90,8 @@ define install
 	echo "error: chunkft needs a C++20 compiler (GCC >= 11, Clang >= 14), but none was found (CXX='$${CXX:-}')." \
 		"Install one: Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install" >&2; \
 	exit 1
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) -e ".$(1)"
+	$(if $(filter pyproject.toml constraints-cpu.txt,$?),$(PIP_INSTALL) torch,@echo "only sources changed: building anew")
+	$(PIP_INSTALL) $(if $(filter pyproject.toml constraints-cpu.txt,$?),-e ".$(1)",--no-deps -e .)
 	@find "$(VENV)" -maxdepth 1 -name '.chunkft-*' ! -name '*-$(ID)' -delete
 	@touch "$(2)"
 endef

@@ -2,6 +2,7 @@
 
 import pytest
 
+import chunkft
 from chunkft.cli import main
 from chunkft.cli.arguments import FinetuneSettings, parse
 
@@ -75,6 +76,13 @@ def test_traceback_only_with_debug(capsys):
     assert "Traceback" not in capsys.readouterr().err
     main(["finetune", "--steps", "0", "--debug"])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"chunkft {chunkft.__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["finetune", "plan"])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import chunkft
 from chunkft.cli.errors import UserError
 
 __all__ = ["Command", "FinetuneSettings", "PlanSettings", "parse"]
@@ -212,6 +213,7 @@ def _build() -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
+    parser.add_argument("--version", action="version", version=f"chunkft {chunkft.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text, fill in (
         ("finetune", "fine-tune a model", _finetune_parser),

@@ -81,15 +81,17 @@ class _SlicedMatmul(Function):
             kept = [x]
         else:
             # A copy: a view would keep all columns alive.
-            spans = [saved_columns(start, stop, x.shape[-1], x) for _, start, stop in wanted]
+            outputs = weight.shape[1 - input_dim]
+            spans = [saved_columns(start, stop, x.shape[-1], outputs, x) for _, start, stop in wanted]
             kept = [x if span == (0, x.shape[-1]) else x[..., slice(*span)].clone() for span in spans]
         ctx.whole = whole
         ctx.input_shape = x.shape
+        ctx.column_major = _is_column_major(x)
         ctx.input_major = input_major
         ctx.windows = windows
         ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        return _conv1d(x, weight, bias) if input_major else F.linear(x, weight, bias)
+        return _conv1d(x, weight, bias) if input_major else _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -98,7 +100,10 @@ class _SlicedMatmul(Function):
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = dy.mm(weight.t() if ctx.input_major else weight).view(ctx.input_shape)
+            matrix = weight.t() if ctx.input_major else weight
+            # PyTorch keeps the gradient of a transposed input transposed; so do we, for the sake of its bits.
+            dx = matrix.t().mm(dy.t()).t() if ctx.column_major else dy.mm(matrix)
+            dx = dx.reshape(ctx.input_shape)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         grads: list[Tensor | None] = []
@@ -117,7 +122,7 @@ def _slice_gradient(dy: Tensor, x: Tensor, window: Window, ctx: Any) -> Tensor:
     x = x.reshape(-1, x.shape[-1])
     if not ctx.whole:
         # Only a window of columns was kept: bounds move to its own coordinates.
-        low, _ = saved_columns(start, stop, ctx.input_shape[-1], x)
+        low, _ = saved_columns(start, stop, ctx.input_shape[-1], dy.shape[-1], x)
         if x.shape[-1] == ctx.input_shape[-1]:
             low = 0
         start, stop = start - low, stop - low
@@ -125,6 +130,23 @@ def _slice_gradient(dy: Tensor, x: Tensor, window: Window, ctx: Any) -> Tensor:
     if ctx.input_major:
         return wgrad(x, dy, rows=bounds) if dim == 0 else wgrad(x, dy, cols=bounds)
     return wgrad(dy, x, rows=bounds) if dim == 0 else wgrad(dy, x, cols=bounds)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` with the order of summation that it has when the weight requires grad."""
+    if x.dim() < 3 or x.is_contiguous():
+        return F.linear(x, weight, bias)
+    y = F.linear(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y.add_(bias)
+
+
+def _is_column_major(x: Tensor) -> bool:
+    """Whether the input, seen as a matrix, is a transposed one; looks at strides only."""
+    try:
+        flat = x.unsqueeze(0) if x.dim() == 1 else x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return False  # as a matrix it is a copy, which is row-major
+    return flat.stride() == (1, flat.shape[0])
 
 
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

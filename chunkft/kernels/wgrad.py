@@ -9,6 +9,9 @@ from torch import Tensor
 # last bit from the same rows of the whole product. Bounds that are rounded out to whole register blocks do
 # not: measured on MKL over random shapes (tests/test_wgrad.py). 32 covers the block sizes of AVX2 and AVX-512.
 BLAS_BLOCK = 32
+# Products with fewer rows or columns than this are summed in an order that depends on the whole shape and the
+# number of threads. They are so small that all of it is computed.
+BLAS_SMALL = 16
 
 Selection = slice | Tensor | None
 
@@ -69,18 +72,19 @@ def wgrad(
     return out.add_(result) if accumulate else out.copy_(result)
 
 
-def saved_columns(start: int, stop: int, size: int, reference: Tensor) -> tuple[int, int]:
-    """Column window of an input that has to be kept for the gradient of columns ``[start, stop)``.
+def saved_columns(start: int, stop: int, size: int, outputs: int, reference: Tensor) -> tuple[int, int]:
+    """Column window of an input that has to be kept for the gradient of columns ``[start, stop)`` of ``size``.
 
     Equal to ``(start, stop)`` except in fp32 on a CPU, where it is rounded out to whole blocks so that the
-    gradient keeps the bits of the dense one.
+    gradient of the ``outputs`` x ``size`` weight keeps the bits of the dense one.
     """
-    return _window(start, stop, size) if _needs_blocks(reference) else (start, stop)
+    return _window(start, stop, size, outputs) if _needs_blocks(reference) else (start, stop)
 
 
 def _torch_wgrad(dy: Tensor, x: Tensor, rows: Selection, cols: Selection) -> Tensor:
-    dy, row_crop = _narrow(dy, rows)
-    x, col_crop = _narrow(x, cols)
+    outputs, inputs = dy.shape[1], x.shape[1]
+    dy, row_crop = _narrow(dy, rows, inputs)
+    x, col_crop = _narrow(x, cols, outputs)
     full = dy.t().mm(x)
     if row_crop is None and col_crop is None:
         return full
@@ -88,7 +92,7 @@ def _torch_wgrad(dy: Tensor, x: Tensor, rows: Selection, cols: Selection) -> Ten
     return cropped.contiguous()
 
 
-def _narrow(matrix: Tensor, selection: Selection) -> tuple[Tensor, slice | None]:
+def _narrow(matrix: Tensor, selection: Selection, other: int) -> tuple[Tensor, slice | None]:
     """Columns of ``matrix`` to multiply, and the part of the product that was asked for (None: all of it)."""
     if selection is None:
         return matrix, None
@@ -96,7 +100,7 @@ def _narrow(matrix: Tensor, selection: Selection) -> tuple[Tensor, slice | None]
         return matrix.index_select(1, selection), None
     if not _needs_blocks(matrix):
         return matrix[:, selection], None
-    low, high = _window(selection.start, selection.stop, matrix.shape[1])
+    low, high = _window(selection.start, selection.stop, matrix.shape[1], other)
     if (low, high) == (selection.start, selection.stop):
         return matrix[:, selection], None
     return matrix[:, low:high], slice(selection.start - low, selection.stop - low)
@@ -106,7 +110,9 @@ def _needs_blocks(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
-def _window(start: int, stop: int, size: int) -> tuple[int, int]:
+def _window(start: int, stop: int, size: int, other: int) -> tuple[int, int]:
+    if other < BLAS_SMALL:
+        return 0, size
     low = start // BLAS_BLOCK * BLAS_BLOCK
     high = min(size, -(-stop // BLAS_BLOCK) * BLAS_BLOCK)
     if high - low < BLAS_BLOCK:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chunkft.optim.arguments import ModelOrGroups
+from chunkft.optim.arguments import ModelOrGroups, check_adamw
 from chunkft.optim.chunk_optimizer import ChunkOptimizer
 from chunkft.partitions import Partition
 from chunkft.schedule import Schedule
@@ -57,6 +57,7 @@ class ChunkAdamW(ChunkOptimizer):
         update: str = "step",
         seed: int = 0,
     ) -> None:
+        check_adamw(lr, betas, eps, weight_decay)
         super().__init__(
             model,
             torch.optim.AdamW,

@@ -65,6 +65,15 @@ def check_hyperparameters(values: dict[str, Any], where: str = "") -> None:
         raise ValueError(f"{where}betas={betas!r} is not allowed; needs numbers with 0 <= beta < 1")
 
 
+def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Raise ValueError for an argument that is None or of the wrong length; AdamW has no default of its own for it."""
+    for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if value is None:
+            raise ValueError(f"{key}=None is not allowed; needs a finite number >= 0")
+    if not isinstance(betas, Iterable) or len(_listed(betas)) != 2:
+        raise ValueError(f"betas={betas!r} is not allowed; needs two numbers with 0 <= beta < 1")
+
+
 def check_base(base: Any) -> None:
     """Raise unless ``base`` is an optimizer class that updates each parameter by itself."""
     if not (isinstance(base, type) and issubclass(base, torch.optim.Optimizer)):

@@ -19,10 +19,11 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def find_compiler() -> str:
-    """Return the path of the C++ compiler: $CXX, or the first of c++, g++, clang++ on the PATH."""
+    """Return $CXX (a program, maybe with arguments), or the path of the first of c++, g++, clang++."""
     wanted = os.environ.get("CXX", "").strip()
-    names = (wanted.split()[0],) if wanted else COMPILERS
-    for name in names:
+    if wanted and shutil.which(wanted.split()[0]):
+        return wanted
+    for name in () if wanted else COMPILERS:
         if path := shutil.which(name):
             return path
     if wanted:
@@ -84,13 +85,13 @@ class CMakeBuild(build_ext):
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             # Passed each time: what the cache holds from an isolated build went away with its environment.
             *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={pybind11}"),
-            *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"),
+            f"-DPython_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCHUNKFT_VERSION={self.distribution.get_version()}",
         ]
         for command in (configure, [cmake, "--build", str(build), "--target", "_core"]):
             try:
-                subprocess.run(command, check=True)
+                subprocess.run(command, check=True, env={**os.environ, "CXX": compiler})
             except subprocess.CalledProcessError as error:
                 raise SetupError(
                     f"building chunkft._core failed: {' '.join(command)} ended with status "

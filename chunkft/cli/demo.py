@@ -11,7 +11,7 @@ from chunkft.cli.errors import UserError
 from chunkft.cli.job import Job
 from chunkft.cli.models import enable_gradient_checkpointing, load_causal, load_tokenizer, resolve_dtype
 from chunkft.cli.outputs import RunDirectory
-from chunkft.cli.problems import Problem, embedded_model_dir, exact_match, generate
+from chunkft.cli.problems import Problem, answer_of, embedded_model_dir, exact_match, generate
 from chunkft.cli.report import write_json
 from chunkft.cli.run import Finetuning
 
@@ -32,6 +32,7 @@ RECIPE = FinetuneSettings(
 TRAIN_PROBLEMS = 20_000
 HELD_OUT_PROBLEMS = 300
 SHOWN = 3
+ANSWER_TOKENS = 48
 NOT_FOR_DEMO = ("task", "eval_data", "eval_every", "text_column", "label_column")
 
 
@@ -90,17 +91,22 @@ def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.
     after = exact_match(job.model, job.tokenizer, held_out)
     scores = {"problems": len(held_out), "before": before, "after": after}
     write_json(directory.path / "exact_match.json", scores)
-    examples = [_example(job, problem) for problem in held_out[:SHOWN]]
-    run.summarise(*examples, "", f"exact match on held-out problems: {before:.1%} -> {after:.1%}")
+    examples = [line for problem in held_out[:SHOWN] for line in _example(job, problem)]
+    run.summarise(
+        f"exact match on {len(held_out)} held-out problems: {before:.1%} before, {after:.1%} after",
+        "",
+        *examples,
+    )
     return 0
 
 
 @torch.no_grad()
-def _example(job: Job, problem: Problem) -> str:
+def _example(job: Job, problem: Problem) -> list[str]:
     inputs = job.tokenizer(problem["prompt"], return_tensors="pt").to(job.model.device)
     job.model.eval()
     made = job.model.generate(
-        **inputs, max_new_tokens=8, do_sample=False, pad_token_id=job.tokenizer.pad_token_id
+        **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, pad_token_id=job.tokenizer.pad_token_id
     )
     answer = job.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return f"  {problem['prompt']}{answer}"
+    mark = "right" if answer_of(answer) == answer_of(problem["completion"]) else "wrong"
+    return [f"  {problem['prompt']}", f"  ->{answer}  ({mark})", ""]

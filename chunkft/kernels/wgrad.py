@@ -88,8 +88,8 @@ def _torch_wgrad(dy: Tensor, x: Tensor, rows: Selection, cols: Selection) -> Ten
     full = dy.t().mm(x)
     if row_crop is None and col_crop is None:
         return full
-    cropped = full[row_crop or slice(None), col_crop or slice(None)]
-    return cropped.contiguous()
+    # A copy even of contiguous rows: a view would keep the whole block alive as a gradient.
+    return full[row_crop or slice(None), col_crop or slice(None)].clone(memory_format=torch.contiguous_format)
 
 
 def _narrow(matrix: Tensor, selection: Selection, other: int) -> tuple[Tensor, slice | None]:
@@ -128,6 +128,11 @@ def _checked(selection: Selection, size: int, name: str) -> Selection:
             raise ValueError(
                 f"{name} must be a 1-D int32 or int64 tensor, got {selection.dtype} of shape {tuple(selection.shape)}"
             )
+        # On a GPU the check would wait for the device; index_select asserts there.
+        if selection.device.type == "cpu" and selection.numel():
+            low, high = int(selection.min()), int(selection.max())
+            if low < 0 or high >= size:
+                raise IndexError(f"{name} has indices from {low} to {high}; needs 0 <= index < {size}")
         return selection
     start = 0 if selection.start is None else selection.start
     stop = size if selection.stop is None else selection.stop

@@ -14,18 +14,21 @@ def split_residual(master: Tensor) -> tuple[Tensor, Tensor]:
     would need a 17th bit to undo).
 
     Args:
-        master: fp32 tensor of any shape; NaN and infinity survive.
+        master: fp32 tensor of any shape.
 
     Returns:
         ``(weight, residual)``: bf16 and int16 tensors of the same shape, from which ``apply_residual`` makes
-        ``master`` again, bit for bit.
+        ``master`` again, bit for bit; only a signalling NaN comes back as a quiet one.
+
+    Raises:
+        ValueError: if ``master`` is not float32.
     """
     if master.dtype != torch.float32:
         raise ValueError(f"master must be float32, got {master.dtype}")
     bits = master.contiguous().view(torch.int32)
-    # Rounding the largest mantissa of infinity's exponent would turn a NaN into a number: truncate there.
-    finite = torch.isfinite(master)
-    rounded = torch.where(finite, bits + 0x8000, bits)
+    # Rounding could turn a NaN into a number and truncation into an infinity: keep it by its quiet bit.
+    truncated = torch.where(torch.isnan(master), bits | 0x00400000, bits)
+    rounded = torch.where(torch.isfinite(master), bits + 0x8000, truncated)
     high = rounded >> 16
     weight = high.to(torch.int16).view(torch.bfloat16)
     residual = bits - (high << 16)
@@ -42,6 +45,9 @@ def apply_residual(weight: Tensor, residual: Tensor) -> Tensor:
 
     Returns:
         fp32 tensor of the same shape.
+
+    Raises:
+        ValueError: if dtypes or shapes do not fit.
     """
     if weight.dtype != torch.bfloat16 or residual.dtype != torch.int16 or weight.shape != residual.shape:
         raise ValueError(
@@ -68,6 +74,9 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
 
     Returns:
         bf16 tensor of the same shape.
+
+    Raises:
+        ValueError: if ``value`` is not float32.
     """
     if value.dtype != torch.float32:
         raise ValueError(f"value must be float32, got {value.dtype}")
@@ -76,5 +85,6 @@ def stochastic_round(value: Tensor, seed: int) -> Tensor:
         0, 1 << 16, value.shape, generator=generator, device=value.device, dtype=torch.int32
     )
     bits = value.contiguous().view(torch.int32)
-    rounded = torch.where(torch.isfinite(value), bits + noise, bits)
+    truncated = torch.where(torch.isnan(value), bits | 0x00400000, bits)
+    rounded = torch.where(torch.isfinite(value), bits + noise, truncated)
     return (rounded >> 16).to(torch.int16).view(torch.bfloat16).view(value.shape)

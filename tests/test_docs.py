@@ -21,7 +21,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def _blocks(language: str) -> list[pytest.param]:
     found = []
     for page in PAGES:
-        for number, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)):
+        for number, match in enumerate(
+            re.finditer(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+        ):
             found.append(pytest.param(match[1], id=f"{page.name}-{number}"))
     return found
 
@@ -38,7 +40,9 @@ def names() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("code", _blocks("python"))
-def test_python_block_runs(code: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_block_runs(
+    code: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "page", "exec"), names)
 
@@ -58,7 +62,9 @@ def test_command_exists(line: str) -> None:
         words.pop(0)
     if words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
-        shown = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        shown = subprocess.run(
+            ["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         assert shown.returncode == 0, shown.stderr
         assert targets
     elif words[0] == "chunkft":

@@ -402,8 +402,9 @@ def test_always_active_patterns():
 
 
 class Terminal:
-    def __init__(self):
+    def __init__(self, encoding="utf-8"):
         self.text = ""
+        self.encoding = encoding
 
     def write(self, text):
         self.text += text
@@ -415,14 +416,16 @@ class Terminal:
         return True
 
 
-def test_progress_line_is_rewritten_on_a_terminal(tmp_path):
+@pytest.mark.parametrize(("encoding", "bar"), [("utf-8", "██░"), ("ascii", "##.")])
+def test_progress_line_is_rewritten_on_a_terminal(tmp_path, monkeypatch, encoding, bar):
     from transformers import TrainerState
 
     metrics = Metrics(tmp_path / "metrics.jsonl", torch.device("cpu"))
     metrics.last = {"chunk": 2, "sweep": 0, "step_seconds": 0.25, "rss": 3 << 20}
-    progress = Progress(metrics, 8, terminal := Terminal())
+    progress = Progress(metrics, 8, terminal := Terminal(encoding))
     state = TrainerState()
     state.max_steps = 10
+    monkeypatch.setenv("COLUMNS", "120")
     progress.on_train_begin(None, state, None)
     for state.global_step in (1, 10):
         progress.on_log(None, state, None, {"loss": 2.5})
@@ -431,6 +434,11 @@ def test_progress_line_is_rewritten_on_a_terminal(tmp_path):
     for part in ("step 1/10", "loss 2.5000", "chunk 3/8 sweep 1", "250 ms", "3 MiB", "left"):
         assert part in lines[1]
     assert "\n" not in lines[1]
+    assert bar in lines[1]
+    assert lines[1].isascii() == (encoding == "ascii")
+    monkeypatch.setenv("COLUMNS", "30")
+    progress.on_log(None, state, None, {"loss": 2.5})
+    assert len(terminal.text.rsplit("\x1b[2K", 1)[1].rstrip("\n")) == 29
     assert terminal.text.endswith("\n")
 
 

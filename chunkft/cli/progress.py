@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -183,7 +184,8 @@ class Progress(TrainerCallback):
         line = "  ".join(parts)
         if self.live:
             filled = round(20 * state.global_step / state.max_steps)
-            line = f"{'█' * filled}{'░' * (20 - filled)} {line}"
+            full, empty = "█░" if "utf" in (self.stream.encoding or "").lower() else "#."
+            line = f"{full * filled}{empty * (20 - filled)} {line}"[: shutil.get_terminal_size().columns - 1]
         return line
 
     def _line(self, text: str, *, keep: bool) -> None:

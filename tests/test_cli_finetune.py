@@ -20,7 +20,7 @@ from clitools import (
 import chunkft
 from chunkft.cli import main
 from chunkft.cli.arguments import FinetuneSettings
-from chunkft.cli.job import chosen_interval, patterns_of
+from chunkft.cli.job import build_optimizer, chosen_interval, patterns_of
 from chunkft.cli.progress import Metrics, Progress
 from chunkft.cli.report import MemoryReport, human_bytes, running_mean, table, trim_metrics
 
@@ -477,3 +477,15 @@ def test_resume_without_a_checkpoint_starts_over(place, tmp_path):
     assert [(record["step"], record.get("loss"), record.get("eval_loss")) for record in records(out)] == first
     again = weights_of(out)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "chunkadamw"])
+def test_decay_touches_matrices_only(place, kind):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(place / "llama")
+    settings = FinetuneSettings(weight_decay=0.25, chunks=1, optimizer=kind)
+    groups = build_optimizer(model, settings, 1).param_groups
+    decays = {(weight.dim() >= 2, group["weight_decay"]) for group in groups for weight in group["params"]}
+    assert decays == {(True, 0.25), (False, 0.0)}
+    assert sum(weight.numel() for group in groups for weight in group["params"]) == 35168

@@ -1,0 +1,458 @@
+"""Sliced operators: gradients of slices are the rows and columns of dense autograd, and nothing dense is made."""
+
+import copy
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_to_exact, assert_slices_equal_dense, dense_gradients, window
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+import chunkft
+from chunkft import Slice
+from chunkft.autograd import sliced_conv1d, sliced_embedding, sliced_linear
+
+LAYOUTS = ("plain", "transposed", "permuted", "strided", "expanded")
+
+
+def arranged(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values (but for ``expanded``) with other strides."""
+    if x.dim() < 2 or layout == "plain":
+        return x
+    if layout == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "permuted":
+        return x.transpose(0, -2).contiguous().transpose(0, -2)
+    if layout == "strided":
+        return torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2]
+    return x[:1].expand(x.shape)
+
+
+@st.composite
+def cuts(draw, size):
+    """Disjoint slices of a dimension, in any order, not necessarily all of it."""
+    points = sorted(draw(st.sets(st.integers(0, size), min_size=2, max_size=5)))
+    pieces = list(itertools.pairwise(points))
+    return draw(st.permutations(pieces))[: draw(st.integers(1, len(pieces)))]
+
+
+def run_matmul(call, x, weight, bias, dy, active=None):
+    x = x.detach().requires_grad_(True)
+    weight = weight.clone().requires_grad_(active is None)
+    bias = None if bias is None else bias.clone().requires_grad_(True)
+    leaves = [(piece, piece.of(weight.detach()).requires_grad_(True)) for piece in active or ()]
+    y = call(x, weight, bias) if active is None else call(x, weight, bias, leaves)
+    y.backward(dy)
+    grads = weight.grad if active is None else [leaf.grad for _, leaf in leaves]
+    return y, x.grad, grads, None if bias is None else bias.grad
+
+
+def conv1d(x, weight, bias):
+    module = Conv1D(weight.shape[1], weight.shape[0])
+    del module.weight, module.bias
+    module.weight, module.bias = weight, torch.zeros(weight.shape[1]) if bias is None else bias
+    try:
+        return module(x)
+    except (
+        RuntimeError
+    ):  # it takes views only; what the sliced one makes of other strides is a matter of values
+        return module(x.contiguous())
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.data(),
+    st.sampled_from(["linear", "conv1d"]),
+    st.lists(st.integers(1, 8), max_size=3),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.sampled_from(LAYOUTS),
+    st.sampled_from([0, 1]),
+    st.booleans(),
+)
+def test_slices_have_the_bits_of_dense_autograd(data, kind, lead, inputs, outputs, layout, dim, biased):
+    x = arranged(torch.randn(*lead, inputs), layout)
+    shape = (outputs, inputs) if kind == "linear" else (inputs, outputs)
+    weight, bias = torch.randn(shape), torch.randn(outputs) if biased else None
+    if kind == "conv1d" and not biased:
+        bias = torch.zeros(outputs)
+    dy = torch.randn(*lead, outputs)
+    pieces = [Slice("w", dim, a, b, shape) for a, b in data.draw(cuts(shape[dim]))]
+    dense, sliced = (F.linear, sliced_linear) if kind == "linear" else (conv1d, sliced_conv1d)
+    y, dx, dw, db = run_matmul(dense, x, weight, bias, dy)
+    our_y, our_dx, our_dw, our_db = run_matmul(sliced, x, weight, bias, dy, pieces)
+    assert torch.equal(our_y, y)
+    assert torch.equal(our_dx, dx)
+    for piece, gradient in zip(pieces, our_dw, strict=True):
+        assert torch.equal(gradient, window(piece, dw))
+    assert bias is None or torch.equal(our_db, db)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("lead", [(0,), (0, 3), (2, 0, 1), (1, 1)])
+def test_batches_without_tokens(kind, lead):
+    shape = (40, 35) if kind == "linear" else (35, 40)
+    sliced = sliced_linear if kind == "linear" else sliced_conv1d
+    for dim in (0, 1):
+        piece = Slice("w", dim, 3, 34, shape)
+        y, dx, (dw,), _ = run_matmul(
+            sliced,
+            torch.randn(*lead, 35),
+            torch.randn(shape),
+            torch.randn(40),
+            torch.ones(*lead, 40),
+            [piece],
+        )
+        assert y.shape == (*lead, 40)
+        assert dx.shape == (*lead, 35)
+        assert dw.shape == piece.shape
+        assert bool(dw.any()) == (0 not in lead)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_sixteen_bit_slices_are_as_accurate_as_dense_autograd(dtype, dim):
+    x, weight, dy = torch.randn(3, 50, 37), torch.randn(45, 37), torch.randn(3, 50, 45)
+    x, weight, dy = x.to(dtype), weight.to(dtype), dy.to(dtype)
+    piece = Slice("w", dim, 5, 31, (45, 37))
+    _, dx, dw, _ = run_matmul(F.linear, x, weight, None, dy)
+    _, exact_dx, exact_dw, _ = run_matmul(F.linear, x.double(), weight.double(), None, dy.double())
+    y, our_dx, (our_dw,), _ = run_matmul(sliced_linear, x, weight, None, dy, [piece])
+    assert torch.equal(y, F.linear(x, weight))
+    assert our_dw.dtype == dtype
+    assert_close_to_exact(our_dw, window(piece, dw), window(piece, exact_dw))
+    assert_close_to_exact(our_dx, dx, exact_dx)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    st.data(),
+    st.lists(st.integers(0, 7), max_size=3),
+    st.integers(1, 50),
+    st.integers(1, 30),
+    st.sampled_from([0, 1]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_embedding_slices_have_the_bits_of_dense_autograd(
+    data, lead, vocabulary, width, dim, by_frequency, sparse
+):
+    padding_idx = data.draw(st.one_of(st.none(), st.integers(-vocabulary, vocabulary - 1)))
+    if sparse:  # PyTorch has sparse gradients neither by frequency nor of a single id
+        by_frequency, lead = False, lead or [1]
+    table = nn.Embedding(
+        vocabulary, width, padding_idx=padding_idx, scale_grad_by_freq=by_frequency, sparse=sparse
+    )
+    # few different ids, so that some repeat and most slices are missed by some
+    ids = torch.randint(0, vocabulary, lead) // 3 * 3
+    dy = torch.randn(*lead, width)
+    plan = chunkft.partition(
+        table,
+        None,
+        [
+            [Slice("weight", dim, a, b, (vocabulary, width))]
+            for a, b in complete(data, (vocabulary, width)[dim])
+        ],
+    )
+    assert_slices_equal_dense(table, plan, lambda model: (model(ids) * dy).sum())
+
+
+def complete(data, size):
+    points = [0, *sorted(data.draw(st.sets(st.integers(1, size - 1), max_size=4)) if size > 1 else ()), size]
+    return list(itertools.pairwise(points))
+
+
+@pytest.mark.parametrize("padding_idx", [4, -3])
+def test_functional_embedding_counts_a_negative_padding_index_from_the_end(padding_idx):
+    weight, ids = torch.randn(7, 3), torch.tensor([4, 1, 4, 6])
+    leaf = weight[3:6].detach().requires_grad_(True)
+    sliced_embedding(ids, weight, [(Slice("w", 0, 3, 6, (7, 3)), leaf)], padding_idx).sum().backward()
+    assert not leaf.grad.any()
+
+
+class Zoo(nn.Module):
+    """Uses of modules that are easy to get wrong: twice, shared, tied, nested, frozen, with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(37, 20, padding_idx=0)
+        self.twice = nn.Linear(20, 20)
+        self.shared = nn.ModuleList([nn.Linear(20, 21)] * 2)
+        self.back = Conv1D(20, 21)
+        self.frozen = nn.Linear(20, 20)
+        self.frozen.requires_grad_(False)
+        self.half_frozen = nn.Linear(20, 20)
+        self.half_frozen.weight.requires_grad_(False)
+        self.norm = nn.LayerNorm(20)
+        self.conv = nn.Conv1d(20, 20, 3, padding=1)
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(20, 37, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.twice(torch.relu(self.twice(self.table(ids))))
+        for layer in self.shared:
+            x = x + self.back(torch.tanh(layer(self.dropout(x))))
+        x = self.half_frozen(self.frozen(self.norm(x)))
+        return self.head(x + self.conv(x.transpose(1, 2)).transpose(1, 2))
+
+
+def zoo_loss(model: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 37, (3, 8), generator=generator)
+    return F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize("slice_dim", [0, 1])
+@pytest.mark.parametrize(
+    ("by", "chunks"), [("bytes", 1), ("bytes", 3), ("bytes", 11), ("interleaved", 6), ("layers", 1)]
+)
+def test_twice_called_shared_tied_and_frozen_modules(by, chunks, slice_dim):
+    model = Zoo()
+    plan = chunkft.partition(model, chunks, by, slice_dim=slice_dim, row_multiple=1)
+    assert_slices_equal_dense(model, plan, zoo_loss, seed=3)
+
+
+def test_several_slices_of_one_weight_at_once(threads):
+    model = nn.Sequential(nn.Linear(70, 65), nn.Tanh(), nn.Linear(65, 3))
+    shape = (65, 70)
+    columns = [Slice("0.weight", 1, a, b, shape) for a, b in [(0, 1), (1, 40), (40, 69), (69, 70)]]
+    plan = chunkft.partition(
+        model, None, [[columns[2], columns[0], "0.bias"], [columns[1], columns[3], "2.*"]]
+    )
+    x = torch.randn(9, 70)
+    assert_slices_equal_dense(model, plan, lambda m: m(x).square().sum())
+
+
+@pytest.mark.parametrize("bias_active", [False, True])
+def test_a_bias_is_its_own_parameter(bias_active):
+    model = nn.Linear(20, 30)
+    groups = [["weight", "bias"]] if bias_active else [["weight"], ["bias"]]
+    x = torch.randn(4, 20)
+    assert_slices_equal_dense(model, chunkft.partition(model, None, groups), lambda m: m(x).square().sum())
+
+
+@pytest.mark.parametrize("slice_dim", [0, 1])
+def test_autocast_gradients_are_as_accurate_as_dense_ones(slice_dim):
+    def loss(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return zoo_loss(model)
+
+    model = Zoo().eval()  # dropout would draw other values for the fp64 reference
+    plan = chunkft.partition(model, 7, slice_dim=slice_dim, row_multiple=1)
+    dense = dense_gradients(copy.deepcopy(model), loss)
+    exact = dense_gradients(copy.deepcopy(model).double(), zoo_loss)
+    attachment = chunkft.attach(model)
+    attachment.freeze()
+    for chunk in plan:
+        pairs = attachment.activate(chunk.slices)
+        loss(model).backward()
+        for piece, leaf in pairs:
+            assert leaf.grad.dtype == torch.float32
+            assert_close_to_exact(
+                leaf.grad, window(piece, dense[piece.name]), window(piece, exact[piece.name])
+            )
+
+
+def test_autocast_forward_is_that_of_the_model():
+    model = Zoo().eval()
+    ids = torch.randint(0, 37, (3, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(ids)
+        chunkft.ChunkAdamW(model, chunks=1)
+        after = model(ids)
+    assert before.dtype == after.dtype == torch.bfloat16
+    assert torch.equal(before, after)
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of all tensors with new memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("slice_dim", [0, 1])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_no_dense_gradient_is_ever_made(kind, slice_dim):
+    module = {"linear": nn.Linear(512, 768), "conv1d": Conv1D(512, 768), "embedding": nn.Embedding(768, 512)}[
+        kind
+    ]
+    plan = chunkft.partition(module, 12, slice_dim=slice_dim)
+    x = (
+        torch.randint(0, 768, (5,))
+        if kind == "embedding"
+        else torch.randn(5, module.weight.shape[kind == "linear"])
+    )
+    attachment = chunkft.attach(module)
+    attachment.freeze()
+    for chunk in plan:
+        attachment.activate(chunk.slices)
+        loss = module(x).square().sum()
+        with Allocations() as allocations:
+            loss.backward()
+        assert allocations.sizes
+        # a chunk, the batch, and a block of 32 on either side of the slice
+        assert max(allocations.sizes) <= max(piece.numel for piece in chunk.slices) + 2 * 32 * 768
+        assert max(allocations.sizes) < module.weight.numel() // 2
+
+
+def saved_by(call) -> list[torch.Tensor]:
+    """What a forward pass keeps for the backward pass."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    assert result.requires_grad
+    return saved
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_of_a_column_slice_only_its_columns_are_kept(kind):
+    shape = (50, 320) if kind == "linear" else (320, 50)
+    sliced, dim = (sliced_linear, 1) if kind == "linear" else (sliced_conv1d, 0)
+    weight = torch.randn(shape)
+    for dtype, kept in [(torch.float32, 64), (torch.bfloat16, 35)]:
+        piece = Slice("w", dim, 100, 135, shape)
+        leaf = piece.of(weight.to(dtype)).detach().requires_grad_(True)
+        x = torch.randn(7, 320).to(dtype)
+        (saved,) = saved_by(
+            lambda x=x, leaf=leaf, piece=piece: sliced(x, weight.to(x.dtype), None, [(piece, leaf)])
+        )
+        assert saved.shape == (7, kept)
+        assert saved.untyped_storage().nbytes() == 7 * kept * dtype.itemsize
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_of_an_output_slice_the_input_is_kept_once(kind):
+    shape = (50, 320) if kind == "linear" else (320, 50)
+    sliced, dim = (sliced_linear, 0) if kind == "linear" else (sliced_conv1d, 1)
+    weight, x = torch.randn(shape), torch.randn(7, 320)
+    pieces = [Slice("w", dim, a, a + 7, shape) for a in (0, 7, 33)]
+    active = [(piece, piece.of(weight).detach().requires_grad_(True)) for piece in pieces]
+    (saved,) = saved_by(lambda: sliced(x, weight, None, active))
+    assert saved.data_ptr() == x.data_ptr()
+
+
+def test_inputs_are_kept_for_active_slices_only():
+    model = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(5)))
+    plan = chunkft.partition(model, 5, row_multiple=1)
+    x = torch.randn(11, 40)
+    attachment = chunkft.attach(model)
+    attachment.freeze()
+    for active, chunk in enumerate(plan):
+        attachment.activate(chunk.slices)
+        with chunkft.saved_activations(model) as saved:
+            y = model(x)
+        # only the input of the active layer; weights above it are parameters
+        assert saved.peak_bytes == 11 * 40 * 4, active
+        y.sum().backward()
+        assert [p.grad is None for p in model.parameters()] == [True] * 5
+
+
+def test_no_gradient_of_the_input_is_computed_below_the_active_module():
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(4)))
+    attachment = chunkft.attach(model)
+    attachment.freeze()
+    piece = Slice("2.weight", 0, 3, 9, (12, 12))
+    attachment.activate([piece])
+    outputs = []
+    hooks = [layer.register_forward_hook(lambda m, a, y: outputs.append(y.requires_grad)) for layer in model]
+    model(torch.randn(3, 12))
+    for hook in hooks:
+        hook.remove()
+    assert outputs == [False, False, True, True]
+
+
+def test_saved_tensors_go_through_hooks_and_are_released_by_backward():
+    model = nn.Sequential(nn.Embedding(9, 40), nn.Linear(40, 33), Conv1D(5, 33))
+    optimizer = chunkft.ChunkAdamW(model, chunks=1, slice_dim=1)
+    alive: list[weakref.ref] = []
+
+    def pack(tensor):
+        copied = tensor.clone()
+        alive.append(weakref.ref(copied))
+        return copied
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(torch.randint(0, 9, (4, 3))).square().sum()
+    assert len(alive) >= 3
+    loss.backward()
+    assert all(leaf.grad is not None for _, leaf in optimizer.active_parameters())
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * len(alive)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_a_step_between_forward_and_backward_is_noticed():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    optimizer = chunkft.ChunkAdamW(model, chunks=1, interval=9)
+    x = torch.randn(2, 4)
+    first, second = model(x).sum(), model(x).sum()
+    first.backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.backward()
+
+
+def test_a_weight_with_requires_grad_gets_no_gradient_through_a_sliced_operator():
+    weight = torch.randn(5, 4, requires_grad=True)
+    piece = Slice("w", 0, 1, 3, (5, 4))
+    leaf = piece.of(weight.detach()).requires_grad_(True)
+    sliced_linear(torch.randn(2, 4), weight, None, [(piece, leaf)]).sum().backward()
+    assert weight.grad is None
+    assert leaf.grad.shape == (2, 4)
+
+
+def test_without_active_slices_or_grad_mode_the_operators_are_the_plain_ones():
+    weight, x, ids = torch.randn(5, 4, requires_grad=True), torch.randn(2, 4), torch.tensor([1, 3])
+    piece = Slice("w", 0, 1, 3, (5, 4))
+    active = [(piece, piece.of(weight.detach()).requires_grad_(True))]
+    assert sliced_linear(x, weight, None, []).grad_fn is not None
+    with torch.no_grad():
+        assert torch.equal(sliced_linear(x, weight, None, active), F.linear(x, weight))
+        assert torch.equal(sliced_embedding(ids, weight, active), weight[ids])
+        assert torch.equal(sliced_conv1d(x, weight.t(), None, active), x @ weight.t())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda active: sliced_linear(torch.zeros(2, 4), torch.zeros(5, 4), None, active),
+        lambda active: sliced_conv1d(torch.zeros(2, 5), torch.zeros(5, 4), None, active),
+        lambda active: sliced_embedding(torch.tensor([0]), torch.zeros(5, 4), active),
+    ],
+)
+def test_atomic_slices_are_refused(call):
+    with pytest.raises(ValueError, match="dim=None"):
+        call([(Slice("w", None, 0, 5, (5, 4)), torch.zeros(5, 4, requires_grad=True))])
+
+
+def test_second_derivatives_are_refused():
+    weight = torch.randn(5, 4)
+    piece = Slice("w", 0, 0, 5, (5, 4))
+    x = torch.randn(2, 4, requires_grad=True)
+    y = sliced_linear(x, weight, None, [(piece, weight.clone().requires_grad_(True))])
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

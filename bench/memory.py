@@ -80,11 +80,16 @@ def peak_rss() -> int:
 
 
 def build(variant: dict[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """Full AdamW for {"method": "adamw"}, else ChunkAdamW with the variant's options at interval 1."""
+    """Full AdamW for {"method": "adamw"}, else ChunkAdamW with the variant's options."""
     options = {k: v for k, v in variant.items() if k != "method"}
     if variant["method"] == "adamw":
         return peers.adamw(model, llama.LR, 0.01, fused=False)
-    return llama.chunk_adamw(model, options.pop("chunks"), 1, **options)
+    return llama.chunk_adamw(model, options.pop("chunks"), interval_of(variant), **options)
+
+
+def interval_of(variant: dict[str, Any]) -> int:
+    """Steps a chunk stays active: two where state is forgotten, so that it can be seen between two steps."""
+    return 1 if variant.get("keep_state", True) else 2
 
 
 def resident(optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -98,11 +103,12 @@ def resident(optimizer: torch.optim.Optimizer) -> dict[str, int]:
 def count(variant: dict[str, Any], size: llama.Size) -> dict[str, Any]:
     """Trains one sweep of `variant` and returns the maximum over its steps of every quantity, in bytes."""
     model, batch = llama.build_model(size), llama.build_batch(size)
+    before = peak_rss()
     optimizer = build(variant, model)
     saved = SavedBytes(model)
     peaks = dict.fromkeys(("gradients", "state", "state_host", "masters", "saved_activations"), 0)
     saved_by_step = []
-    for _ in range(variant.get("chunks", 1) + 1):
+    for _ in range(variant.get("chunks", 1) * interval_of(variant) + 1):
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
             loss = model(**batch).loss
         saved_by_step.append(saved.total())
@@ -122,6 +128,8 @@ def count(variant: dict[str, Any], size: llama.Size) -> dict[str, Any]:
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
         "saved_activations_by_step": saved_by_step,
         "row_group": row_group_bytes(model),
+        "peak_rss": peak_rss(),
+        "rss_before_training": before,
     }
 
 
@@ -132,20 +140,8 @@ def row_group_bytes(model: nn.Module, rows: int = 64) -> int:
     )
 
 
-def peak(variant: dict[str, Any], size: llama.Size) -> dict[str, int]:
-    """Trains one sweep of `variant` here; returns the peak resident set, and the peak before training."""
-    model, batch = llama.build_model(size), llama.build_batch(size)
-    before = peak_rss()
-    optimizer = build(variant, model)
-    for _ in range(variant.get("chunks", 1) + 1):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"peak_rss": peak_rss(), "rss_before_training": before}
-
-
-def in_fresh_process(variant: dict[str, Any], tiny: bool, threads: int) -> dict[str, int]:
-    """`peak` in a process of its own; raises CalledProcessError where it fails."""
+def in_fresh_process(variant: dict[str, Any], tiny: bool, threads: int) -> dict[str, Any]:
+    """`count` in a process of its own; raises CalledProcessError where it fails."""
     command = [
         sys.executable,
         "-m",
@@ -197,11 +193,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     size = llama.TINY if args.tiny else llama.Size()
     if args.child:
-        print(json.dumps(peak(json.loads(args.child), size)))
+        print(json.dumps(count(json.loads(args.child), size)))
         return
     rows = []
     for variant in cases(args.chunks):
-        row = {"variant": variant} | count(variant, size) | in_fresh_process(variant, args.tiny, args.threads)
+        row = {"variant": variant} | in_fresh_process(variant, args.tiny, args.threads)
         if rows:
             row |= judge(row, rows[0])
         rows.append(row)

@@ -330,3 +330,27 @@ def test_a_checkpoint_of_a_fresh_optimizer_resumes(tmp_path):
     train(model, source, tiny_loss, range(9))
     train(copy, target, tiny_loss, range(9))
     assert_same_weights(model, copy)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_always_active_may_change_between_runs(way, tmp_path):
+    model = tiny_net()
+    source = chunkft.ChunkAdamW(model, chunks=3, interval=2, always_active="head")
+    train(model, source, tiny_loss, range(7))
+    copy, target = resumed(
+        model, lambda m: chunkft.ChunkAdamW(m, chunks=3, interval=2), WAYS[way], source, tmp_path / "c"
+    )
+    assert not target.plan.always
+    assert float(step_counts(target, "head.weight").min()) == 7
+    for key, value in dense_moments(source).items():
+        assert torch.equal(value, dense_moments(target)[key]), key
+    again, back = resumed(
+        copy,
+        lambda m: chunkft.ChunkAdamW(m, chunks=2, interval=2, always_active="head"),
+        WAYS[way],
+        target,
+        tmp_path / "d",
+    )
+    assert float(step_counts(back, "head.weight").min()) == 7
+    train(again, back, tiny_loss, range(7, 12))
+    assert float(step_counts(back, "head.weight").min()) == 12

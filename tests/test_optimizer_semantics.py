@@ -235,3 +235,39 @@ def test_moments_survive_a_weight_that_moves_in_the_middle_of_an_interval(keep_s
                         parameter.data = parameter.data.clone()
             train(model, optimizer, tiny_loss, [step])
     assert_same_weights(straight, moved)
+
+
+class Branches(nn.Module):
+    """Uses one of two layers; the other gets no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.unused = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_slices_without_gradient_are_neither_updated_nor_decayed_nor_counted(chunks):
+    plain, chunked = Branches(), Branches()
+    optimizer = chunkft.ChunkAdamW(
+        chunked, lr=0.1, weight_decay=0.5, chunks=chunks, interval=2, partition="interleaved"
+    )
+    before = weights(chunked)
+    for step in range(8):
+        x = torch.full((3, 6), 1.0 + step)
+        chunked(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(chunked.unused.weight, before["unused.weight"])
+    assert torch.equal(chunked.unused.bias, before["unused.bias"])
+    assert not torch.equal(chunked.used.weight, before["used.weight"])
+    assert {name.split(".")[0] for name in optimizer.state_dict()["state"]} == {"used"}
+    if chunks == 1:
+        reference = torch.optim.AdamW(plain.parameters(), lr=0.1, weight_decay=0.5)
+        for step in range(8):
+            plain(torch.full((3, 6), 1.0 + step)).square().sum().backward()
+            reference.step()
+            reference.zero_grad()
+        assert_same_weights(plain, chunked)

@@ -162,13 +162,9 @@ class Attachment:
         """A copy of the model is not attached: all of its parameters are trainable, without hooks of ours."""
         hooks = self._guard.hook_ids()
         for module in self.model.modules():
-            # The model's own dict is still being filled, those of its parts are done and live in their copies.
-            for attributes in (
-                memo.get(id(module.__dict__)),
-                getattr(memo.get(id(module)), "__dict__", None),
-            ):
-                if attributes is not None and isinstance(attributes.get("forward"), SlicedForward):
-                    del attributes["forward"]
+            copied = getattr(memo.get(id(module)), "__dict__", {})
+            if isinstance(copied.get("forward"), SlicedForward):
+                del copied["forward"]
             for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
                 for key in hooks:
                     memo.get(id(module.__dict__[kind]), {}).pop(key, None)

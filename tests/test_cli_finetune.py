@@ -461,8 +461,13 @@ def test_memory_table_counts_half_precision_masters():
 
 
 def test_numbers_for_people():
-    assert [human_bytes(count) for count in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5 GiB"]
-    assert human_bytes(3 << 40) == "3 TiB"
+    assert [human_bytes(count) for count in (0, 1023, 1536, 5 << 30)] == ["0 B", "1,023 B", "1.5 KiB", "5 GiB"]
+    assert [human_bytes(count) for count in (1010 << 20, 3 << 40, 5000 << 40)] == [
+        "1,010 MiB",
+        "3 TiB",
+        "5,000 TiB",
+    ]
+    assert human_bytes(100 << 10) == "100 KiB"
     assert table([("a", "b"), ("ccc", "10")]).splitlines() == ["a     b", "---  --", "ccc  10"]
     assert running_mean([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
 

@@ -24,10 +24,10 @@ RECIPE = FinetuneSettings(
     lr=1e-3,
     lr_schedule="cosine",
     warmup=10,
-    steps=400,
-    batch_size=32,
+    steps=240,
+    batch_size=16,
     seq_len=160,
-    save_every=200,
+    save_every=120,
 )
 TRAIN_PROBLEMS = 20_000
 HELD_OUT_PROBLEMS = 300

@@ -18,11 +18,14 @@ HELD = ("gradients", "optimizer state", "master weights", "saved activations")
 def human_bytes(count: float) -> str:
     """Writes a number of bytes in binary units with three digits: 12.3 MiB."""
     size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:,.3g} TiB" if size < 1000 else f"{size:,.0f} TiB"
+            break
+        size, unit = size / 1024, larger
+    digits = 0 if unit == "B" or size >= 100 else 1 if size >= 10 else 2
+    number = f"{size:,.{digits}f}"
+    return f"{number.rstrip('0').rstrip('.') if digits else number} {unit}"
 
 
 def table(rows: Iterable[tuple[str, ...]]) -> str:

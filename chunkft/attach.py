@@ -243,7 +243,7 @@ class Attachment:
         return cut
 
     def _warn_reader(self, name: str) -> None:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        pattern = re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name)
         if pattern not in self._warned:
             self._warned.add(pattern)
             warnings.warn(

@@ -54,6 +54,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def quality_rows(rows: Sequence[dict[str, Any]]) -> str:
     """Table of configurations: accuracy with its error, seeds, steps, CPU seconds."""
+    if not rows:
+        return "No run yet.\n"
     head = ("method", "setting", "lr", "steps", "accuracy, %", "error", "seeds", "CPU s")
     body = [
         [
@@ -109,6 +111,20 @@ def step_table(result: dict[str, Any]) -> str:
     return markdown(head, body)
 
 
+def cost_table(result: dict[str, Any]) -> str:
+    """CPU time of a step on the encoder, and how many steps fit into the time of AdamW's."""
+    body = [
+        [
+            name,
+            f"{m['mean_ms']:.0f}",
+            " to ".join(f"{q:.0f}" for q in m["quartiles_ms"][::2]),
+            f"{m['steps_at_equal_time']:.2f}",
+        ]
+        for name, m in result["methods"].items()
+    ]
+    return markdown(("method", "CPU ms a step", "quartiles, ms", "steps in the time of one of AdamW"), body)
+
+
 def memory_table(result: dict[str, Any]) -> str:
     """Counted MiB of one JSON of bench.memory."""
     parts = ("gradients", "state", "masters", "state_host", "saved_activations", "peak_rss")
@@ -143,6 +159,7 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
         ("step", "step-cpu", step_table),
         ("step-1thread", "step-cpu-1thread", step_table),
         ("memory", "memory-cpu", memory_table),
+        ("cost", "quality-cpu/cost", cost_table),
     )
     for name, file, make in single:
         if (results / f"{file}.json").exists():

@@ -1,6 +1,7 @@
 """What the optimizer says it holds, and that it holds no more."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -160,3 +161,24 @@ def test_nothing_dense_is_held_for_inactive_parameters():
             assert parameter.requires_grad == (name in touched)
         optimizer.step()
         assert all(leaf.grad is None for _, leaf in optimizer.active_parameters())
+
+
+def test_the_state_of_two_chunks_is_never_held_beside_the_arenas():
+    watched: list[weakref.ref] = []
+    alive = []
+
+    class Watching(torch.optim.AdamW):
+        def __init__(self, params, **options):
+            super().__init__(params, **options)
+            alive.append(sum(reference() is not None for reference in watched))
+
+    model = wide_model()
+    optimizer = chunkft.ChunkOptimizer(model, Watching, lr=1e-3, chunks=4, interval=2)
+    for _ in range(4):
+        wide_step(model, optimizer)
+        # fresh state is ordinary memory; at the switch it goes into an arena, and this tensor has to go
+        watched += [weakref.ref(state["exp_avg"]) for state in optimizer.state.values()]
+        wide_step(model, optimizer)
+    assert len(watched) > 4
+    assert len(alive) >= 5
+    assert not any(alive)

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from chunkft.autograd import Slice
+from chunkft.optim.active import ActiveSlices, Groups
 from chunkft.optim.arguments import (
     ModelOrGroups,
     attachment_and_groups,
@@ -19,7 +19,8 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.distributed import average_gradients
-from chunkft.optim.master import WorkingWeight, resolve_master
+from chunkft.optim.gradients import all_finite, clip, unscale
+from chunkft.optim.master import resolve_master
 from chunkft.optim.restore import Restored, read_state
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State, StateStore
@@ -118,11 +119,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._keep_state = keep_state
             self._schedule = schedule
             self._seed = seed
-            self._base: torch.optim.Optimizer | None = None
-            self._working: dict[Slice, WorkingWeight] = {}
+            self._current: ActiveSlices | None = None
             self._carried: dict[Slice, State] = {}  # state that stays while leaves are replaced
             self._group_of = {
-                attachment.name_of(p): i for i, group in enumerate(groups) for p in group["params"]
+                str(attachment.name_of(p)): i for i, group in enumerate(groups) for p in group["params"]
             }
             self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
             self.plan: ChunkPlan = plan
@@ -174,19 +174,22 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_attached("step")
         self._follow_weights()
-        self._unscale([leaf.grad for _, leaf in self._attachment.active() if leaf.grad is not None])
-        average_gradients([leaf for _, leaf in self._attachment.active()])
-        with_gradient = [leaf for _, leaf in self._attachment.active() if leaf.grad is not None]
-        if not with_gradient:
+        leaves = [leaf for _, leaf in self._attachment.active()]
+        unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
+        average_gradients(leaves)
+        leaves = [leaf for leaf in leaves if leaf.grad is not None]
+        if not leaves:
             return loss
-        if self._usable(with_gradient):
-            self._update()
-            self._show_state()
+        if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
+            if self.max_grad_norm is not None:
+                self.grad_norm = clip(leaves, self.max_grad_norm)
+            self._active_slices().step(f"{self._seed}/{self.updates}")
+            self._active_slices().show(self.state)
             self.updates += 1
             self.interval_position += 1
         else:
             self.skipped += 1
-        for leaf in with_gradient:
+        for leaf in leaves:
             leaf.grad = None
         if self.interval_position >= self.interval:
             self._advance()
@@ -246,10 +249,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """
         weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
         leaves = [leaf for _, leaf in self._attachment.active()]
-        state = master = 0
-        for piece, working in self._working.items():
-            state += _tensor_bytes(self._base_state(piece, working))
-            master += _tensor_bytes(working.extra)
+        state, master = (0, 0) if self._current is None else self._current.nbytes()
         return {
             "weights": weights,
             "gradients": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
@@ -263,7 +263,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
         Nothing happens if that was done before.
         """
-        if self._base is not None:
+        if self._current is not None:
             self._release(keep_attached=False)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -286,8 +286,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
                     parameter.requires_grad_(False)
         if not self._ready:
             return
-        self._base = None
-        self._working = {}
+        self._current = None
         self._carried = {}
         self._store.clear()
         self.state.clear()
@@ -298,79 +297,29 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return self._attachment.model.__dict__.get("_chunkft") is self._attachment
 
     def _check_attached(self, method: str) -> None:
-        if self._base is None or not self._is_attached():
+        if self._current is None or not self._is_attached():
             raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
 
-    def _unscale(self, grads: list[Tensor]) -> None:
-        """Divide by the scale that a GradScaler handed over; it leaves the check for non-finite values to us."""
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is None or not grads:
-            return
-        if any(grad.dtype == torch.float16 for grad in grads):
-            raise ValueError(
-                "a GradScaler cannot be used with float16 weights, whose gradients would underflow when they are "
-                "unscaled; use float32 weights with autocast, or bfloat16 ones"
-            )
-        inverse = scale.double().reciprocal().float()
-        for grad in grads:
-            grad.mul_(inverse.to(grad.device))
-
-    def _usable(self, leaves: list[nn.Parameter]) -> bool:
-        """Whether all gradients are finite; clips them if asked to."""
-        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if not bool(torch.isfinite(get_total_norm(grads, float("inf")))):
-            return False
-        if self.max_grad_norm is not None:
-            self.grad_norm = get_total_norm(grads, 2.0)
-            clip_grads_with_norm_(leaves, self.max_grad_norm, self.grad_norm)
-        return True
-
-    def _update(self) -> None:
-        assert self._base is not None
-        self._share_hyperparameters(to_base=True)
-        for working in self._working.values():
-            working.open()
-        done = False
-        try:
-            self._base.step()
-            done = True
-        finally:
-            for working in self._working.values():
-                working.close(f"{self._seed}/{self.updates}" if done else None)
-        self._share_hyperparameters(to_base=False)
-
-    def _share_hyperparameters(self, to_base: bool) -> None:
-        """Groups of the base optimizer and ours hold the same values: schedulers change ours, some bases theirs."""
-        assert self._base is not None
-        for ours, base in zip(self._filled_groups(), self._base.param_groups, strict=True):
-            source, target = (ours, base) if to_base else (base, ours)
-            target.update({key: value for key, value in source.items() if key != "params"})
-
-    def _filled_groups(self) -> list[dict[str, Any]]:
-        return [group for group in self.param_groups if group["params"]]
+    def _active_slices(self) -> ActiveSlices:
+        assert self._current is not None  # _check_attached came first
+        return self._current
 
     def _follow_weights(self) -> None:
         self._attachment.verify()
         if self._attachment.generation != self._generation:  # a forward pass may have noticed before us
-            for piece, working in self._working.items():
-                self._carried[piece] = {**self._base_state(piece, working), **working.extra}
+            self._carried = self._active_slices().states()
             self._bind(self._attachment.active())
-        for piece, working in self._working.items():
-            device = working.leaf.device
-            for holder in (self._base_state(piece, working), working.extra):
-                for key, value in holder.items():
-                    if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
-                        holder[key] = value.to(device)
+        self._active_slices().follow_devices()
 
     def _advance(self) -> None:
         """Begin the next interval."""
-        before = self.active
         upcoming = active_chunk(self._schedule, self._interval_index + 1, len(self.plan), self._seed)
-        if upcoming != before or not self._keep_state:
+        changes = upcoming != self.active or not self._keep_state
+        if changes:
             self._stash()
         self._interval_index += 1
         self.interval_position = 0
-        if not self._working:
+        if changes:
             self._activate()
 
     def _activate(self) -> None:
@@ -392,57 +341,39 @@ class ChunkOptimizer(torch.optim.Optimizer):
                     key: value.to(leaf.device) if isinstance(value, Tensor) else value
                     for key, value in states[piece].items()
                 }
-        self._working = {
-            piece: WorkingWeight(piece, leaf, self._modes[piece.name], states[piece]) for piece, leaf in pairs
-        }
         for group in self.param_groups:
             group["params"] = []
-        base_groups = [{**group, "params": []} for group in self.param_groups]
         for piece, leaf in pairs:
-            index = self._group_of[piece.name]
-            self.param_groups[index]["params"].append(leaf)
-            base_groups[index]["params"].append(self._working[piece].parameter)
-        for working in self._working.values():
-            working.open()
-        self._base = self._base_class(
-            [group for group in base_groups if group["params"]], **self._base_kwargs
+            self.param_groups[self._group_of[piece.name]]["params"].append(leaf)
+        self._current = ActiveSlices(
+            pairs, states, self._modes, self._group_of, self.param_groups, self._make_base
         )
-        for working in self._working.values():
-            working.close(None)
-        for piece, working in self._working.items():
-            if states[piece]:
-                self._base.state[working.parameter] = states[piece]
-        self._show_state()
+        self._current.show(self.state)
 
-    def _show_state(self) -> None:
-        """``optimizer.state`` shows the state of the active leaves, as with any optimizer."""
-        self.state.clear()
-        for piece, working in self._working.items():
-            state = self._base_state(piece, working)
-            if state:
-                self.state[working.leaf] = state
+    def _make_base(self, groups: Groups) -> torch.optim.Optimizer:
+        return self._base_class(groups, **self._base_kwargs)
 
     def _stash(self) -> None:
         """Put the state of the active slices into the store, or drop it if it is not kept."""
-        always = set(self.plan.always)
-        kept: dict[Slice, State] = {}
-        for piece, working in self._working.items():
-            state = {**self._base_state(piece, working), **working.extra}
-            if piece in always:
-                self._carried[piece] = state
-            elif self._keep_state:
-                if state:
-                    kept[piece] = state
-            else:
+        active = self._active_slices()
+        states = active.states()
+        self._carried = {piece: states.pop(piece) for piece in self.plan.always}
+        if not self._keep_state:
+            for piece in states:
                 self._store.drop(piece)
-                if working.extra:
-                    kept[piece] = dict(working.extra)  # a master is part of the weight, not of the moments
-        self._store.put(kept)
-        self._working = {}
+            masters = active.masters()  # these are part of the weights, not of the moments
+            states = {piece: masters[piece] for piece in states}
+        self._store.put({piece: state for piece, state in states.items() if state})
+        self._forget_active()
+
+    def _forget_active(self) -> None:
+        """Let go of the active state on the device, before that of the next chunk takes its place."""
+        self._current = None
+        self.state.clear()
 
     def _restore(self, restored: Restored) -> None:
         """Go on from what was read; it was checked before, so that nothing here is refused."""
-        self._working = {}
+        self._forget_active()
         self._carried = {}
         self._store.clear()
         self._store = restored.store
@@ -461,15 +392,5 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""
         states = {piece: self._store.get(piece) for piece in self._store.pieces()}
-        for piece, working in self._working.items():
-            states[piece] = {**self._base_state(piece, working), **working.extra}
+        states.update(self._active_slices().states())
         return {piece: state for piece, state in states.items() if state}
-
-    def _base_state(self, piece: Slice, working: WorkingWeight) -> State:
-        assert self._base is not None
-        state: State = self._base.state.get(working.parameter, {})
-        return state
-
-
-def _tensor_bytes(state: State) -> int:
-    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)

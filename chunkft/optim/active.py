@@ -1,0 +1,115 @@
+"""The base optimizer at work on the active slices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft.autograd import Slice
+from chunkft.optim.master import WorkingWeight
+from chunkft.optim.state import State
+
+Groups = list[dict[str, Any]]
+
+
+class ActiveSlices:
+    """The active slices, the base optimizer that updates them, and the state that both need.
+
+    Args:
+        pairs: each active slice with its leaf.
+        states: what is known of each slice: state of the base optimizer and its master.
+        modes: master mode of each parameter, by name.
+        group_of: index of each parameter's group, by name.
+        groups: the groups of the outer optimizer, whose values the base optimizer shares.
+        make_base: builds the base optimizer from groups.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[Slice, nn.Parameter]],
+        states: dict[Slice, State],
+        modes: Mapping[str, str],
+        group_of: Mapping[str, int],
+        groups: Groups,
+        make_base: Callable[[Groups], torch.optim.Optimizer],
+    ) -> None:
+        self._working = {
+            piece: WorkingWeight(piece, leaf, modes[piece.name], states[piece]) for piece, leaf in pairs
+        }
+        members: list[list[nn.Parameter]] = [[] for _ in groups]
+        for piece, working in self._working.items():
+            members[group_of[piece.name]].append(working.parameter)
+        self._groups = [group for group, inside in zip(groups, members, strict=True) if inside]
+        for working in self._working.values():
+            working.open()
+        self._base = make_base(
+            [{**group, "params": inside} for group, inside in zip(groups, members, strict=True) if inside]
+        )
+        for working in self._working.values():
+            working.close(None)
+        for piece, working in self._working.items():
+            if states[piece]:
+                self._base.state[working.parameter] = states[piece]
+
+    def step(self, seed: str) -> None:
+        """Update every slice that has a gradient; ``seed`` names the noise of stochastic rounding."""
+        self._share_hyperparameters(to_base=True)
+        for working in self._working.values():
+            working.open()
+        done = False
+        try:
+            self._base.step()
+            done = True
+        finally:
+            for working in self._working.values():
+                working.close(seed if done else None)
+        self._share_hyperparameters(to_base=False)
+
+    def states(self) -> dict[Slice, State]:
+        """State of the base optimizer and master of each slice, the tensors themselves."""
+        return {piece: {**self._state(working), **working.extra} for piece, working in self._working.items()}
+
+    def masters(self) -> dict[Slice, State]:
+        """Only what belongs to the weights."""
+        return {piece: dict(working.extra) for piece, working in self._working.items()}
+
+    def show(self, target: MutableMapping[Tensor, State]) -> None:
+        """Put the base optimizer's state of each leaf into ``target``, in place of what was there."""
+        target.clear()
+        for working in self._working.values():
+            state = self._state(working)
+            if state:
+                target[working.leaf] = state
+
+    def follow_devices(self) -> None:
+        """Bring state to where its leaf is now."""
+        for working in self._working.values():
+            device = working.leaf.device
+            for holder in (self._state(working), working.extra):
+                for key, value in holder.items():
+                    if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
+                        holder[key] = value.to(device)
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the base optimizer's state, and of the masters."""
+        working = self._working.values()
+        return sum(_tensor_bytes(self._state(w)) for w in working), sum(
+            _tensor_bytes(w.extra) for w in working
+        )
+
+    def _state(self, working: WorkingWeight) -> State:
+        state: State = self._base.state.get(working.parameter, {})
+        return state
+
+    def _share_hyperparameters(self, to_base: bool) -> None:
+        """Both sides' groups hold the same values: schedulers change the outer ones, some bases their own."""
+        for outer, base in zip(self._groups, self._base.param_groups, strict=True):
+            source, target = (outer, base) if to_base else (base, outer)
+            target.update({key: value for key, value in source.items() if key != "params"})
+
+
+def _tensor_bytes(state: Mapping[str, Any]) -> int:
+    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)

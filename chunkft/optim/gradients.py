@@ -1,0 +1,37 @@
+"""What happens to gradients between the backward pass and the update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def unscale(grads: list[Tensor], scale: Tensor | None) -> None:
+    """Divide in place by the scale of a GradScaler, if there is one.
+
+    Raises:
+        ValueError: for fp16 gradients, which would underflow.
+    """
+    if scale is None or not grads:
+        return
+    if any(grad.dtype == torch.float16 for grad in grads):
+        raise ValueError(
+            "a GradScaler cannot be used with float16 weights, whose gradients would underflow when they are "
+            "unscaled; use float32 weights with autocast, or bfloat16 ones"
+        )
+    inverse = scale.double().reciprocal().float()
+    for grad in grads:
+        grad.mul_(inverse.to(grad.device))
+
+
+def all_finite(grads: list[Tensor]) -> bool:
+    """Whether no element of any gradient is infinite or NaN; waits for the device once."""
+    return bool(torch.isfinite(get_total_norm(grads, float("inf"))))
+
+
+def clip(leaves: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients in place to a joint Euclidean norm of at most ``max_norm``; returns the norm before."""
+    norm = get_total_norm([leaf.grad for leaf in leaves if leaf.grad is not None], 2.0)
+    clip_grads_with_norm_(leaves, max_norm, norm)
+    return norm

@@ -1,4 +1,4 @@
-"""Fifteen families from transformers with random weights train through chunks, with the gradients of dense training."""
+"""Families from transformers with random weights train through chunks, with the gradients of dense training."""
 
 import copy
 

@@ -161,12 +161,19 @@ def test_hooks_keep_nothing_alive():
     assert [reference() for reference in references] == [None] * len(references)
 
 
-def test_mamba_reads_a_weight_of_its_own_projection():
-    model = tiny_transformers.build("mamba")
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("mamba", {"backbone.layers.0.mixer.dt_proj.weight"}),
+        ("deberta-v2", {"deberta.encoder.rel_embeddings.weight"}),
+        ("mobilebert", {"mobilebert.embeddings.word_embeddings.weight", "cls.predictions.dense.weight"}),
+    ],
+)
+def test_families_that_read_weights_are_noticed_and_right(family, names):
+    # That their gradients equal dense ones is in test_architectures.py.
+    model = tiny_transformers.build(family, num_hidden_layers=1)
     optimizer = chunkft.ChunkAdamW(model, chunks=1)
     with pytest.warns(UserWarning, match=MESSAGE) as caught:
-        tiny_transformers.loss_of("mamba")(model).backward()
-    assert {
-        str(w.message).split("'")[1].split(".", 3)[3] for w in caught if "without a call" in str(w.message)
-    } == {"mixer.dt_proj.weight"}
+        tiny_transformers.loss_of(family)(model).backward()
+    assert {str(w.message).split("'")[1] for w in caught if "without a call" in str(w.message)} == names
     assert all(leaf.grad is not None for _, leaf in optimizer.active_parameters())

@@ -80,6 +80,28 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "bert": ("BertConfig", "BertForSequenceClassification", {**ENCODER, "num_labels": 3}, "classes"),
     "roberta": ("RobertaConfig", "RobertaForMaskedLM", {**ENCODER, "max_position_embeddings": 40}, "text"),
+    "deberta-v2": (
+        "DebertaV2Config",
+        "DebertaV2ForSequenceClassification",
+        {
+            **{key: value for key, value in ENCODER.items() if key != "attn_implementation"},
+            "relative_attention": True,
+            "max_relative_positions": 8,
+            "position_buckets": 4,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "pooler_dropout": 0.0,
+            "pooler_hidden_size": 36,
+            "num_labels": 3,
+        },
+        "classes",
+    ),
+    "mobilebert": (
+        "MobileBertConfig",
+        "MobileBertForMaskedLM",
+        {**ENCODER, "embedding_size": 12, "intra_bottleneck_size": 18, "num_feedforward_networks": 1},
+        "text",
+    ),
     "t5": (
         "T5Config",
         "T5ForConditionalGeneration",

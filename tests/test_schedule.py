@@ -1,12 +1,16 @@
 """The schedule: which chunk is active in which interval."""
 
 import random
+import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkft.schedule import SCHEDULES, active_chunk
+from chunkft.partitions import partition
+from chunkft.plan import ChunkPlan
+from chunkft.schedule import SCHEDULES, active_chunk, seldom
 
 
 def sweep(schedule, number, chunks, seed=0):
@@ -76,3 +80,42 @@ def test_an_unknown_schedule_is_refused(schedule):
         match=r"schedule=.* is not known; allowed are 'cyclic', 'reverse', 'random' and a callable",
     ):
         active_chunk(schedule, 0, 4)
+
+
+class TestSeldom:
+    def plan(self) -> ChunkPlan:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Embedding(96, 8), torch.nn.Linear(8, 64), torch.nn.Linear(64, 8))
+        return partition(model, 6, row_multiple=1)
+
+    def test_every_chunk_is_visited_and_rare_ones_once_a_round(self) -> None:
+        plan = self.plan()
+        rare = {chunk.index for chunk in plan if all(piece.name == "0.weight" for piece in chunk.slices)}
+        often = set(range(6)) - rare
+        assert len(rare) >= 2
+        visit = seldom(plan, "0.*", seed=3)
+        rounds = [
+            [visit(turn * (len(often) + 1) + i, 6) for i in range(len(often) + 1)]
+            for turn in range(2 * len(rare))
+        ]
+        for visited in rounds:
+            assert set(visited[:-1]) == often
+            assert visited[-1] in rare
+        assert {visited[-1] for visited in rounds} == rare
+        assert len({tuple(visited[:-1]) for visited in rounds}) > 1, "the order is drawn anew in each round"
+
+    @pytest.mark.parametrize(
+        ("pattern", "order", "words"),
+        [
+            ("nothing*", "random", "takes 0 of 6"),
+            ("*", "random", "takes 6 of 6"),
+            ("0.*", "up", "order='up'"),
+        ],
+    )
+    def test_refuses_what_leaves_nothing_to_visit(self, pattern: str, order: str, words: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            seldom(self.plan(), pattern, order)
+
+    def test_refuses_another_number_of_chunks(self) -> None:
+        with pytest.raises(ValueError, match="plan of 6 chunks, the optimizer has 5"):
+            seldom(self.plan(), "0.*")(0, 5)

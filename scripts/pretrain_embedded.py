@@ -293,6 +293,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--stop-after", type=int, help="end at this step of the schedule of --steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--early", type=float, default=0.3, help="share of the steps that see mostly bare sums"
@@ -353,8 +354,11 @@ def main() -> None:
         if step % 50 == 0:
             print(f"step {step} loss {recent / 50:.4f} seconds {time.monotonic() - started:.0f}", flush=True)
             recent = 0.0
-        if step % arguments.save_every == 0 or step == arguments.steps:
+        last = step == min(arguments.steps, arguments.stop_after or arguments.steps)
+        if last or step % arguments.save_every == 0:
             save(model, arguments.out)
+        if last:
+            break
 
 
 if __name__ == "__main__":

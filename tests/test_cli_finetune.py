@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -449,6 +450,19 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_metrics_that_cannot_be_written_are_named():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+
+    class State:
+        global_step = 3
+
+    metrics = Metrics(full, torch.device("cpu"))
+    with metrics.open(), pytest.raises(OSError, match="/dev/full cannot be written: No space left on device"):
+        metrics.on_log(None, State(), None, {"eval_loss": 1.0})
+
+
 def test_memory_table_counts_half_precision_masters():
     full = MemoryReport(weights=200, trained=100, trained_bytes=200).full
     assert full == {
@@ -461,7 +475,12 @@ def test_memory_table_counts_half_precision_masters():
 
 
 def test_numbers_for_people():
-    assert [human_bytes(count) for count in (0, 1023, 1536, 5 << 30)] == ["0 B", "1,023 B", "1.5 KiB", "5 GiB"]
+    assert [human_bytes(count) for count in (0, 1023, 1536, 5 << 30)] == [
+        "0 B",
+        "1,023 B",
+        "1.5 KiB",
+        "5 GiB",
+    ]
     assert [human_bytes(count) for count in (1010 << 20, 3 << 40, 5000 << 40)] == [
         "1,010 MiB",
         "3 TiB",

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -56,12 +57,12 @@ class Metrics(TrainerCallback):
         self.last: dict[str, Any] = {}
         self._started = 0.0
         self._trained: tuple[int | None, int | None] = (None, None)
-        self._stream: TextIO | None = None
+        self._stream: RawIOBase | None = None
 
     @contextmanager
     def open(self) -> Iterator["Metrics"]:
         """Keeps the file open inside the block."""
-        with self.path.open("a", encoding="utf-8") as stream:
+        with self.path.open("ab", buffering=0) as stream:
             self._stream = stream
             try:
                 yield self
@@ -70,8 +71,10 @@ class Metrics(TrainerCallback):
 
     def _write(self, record: dict[str, Any]) -> None:
         assert self._stream is not None
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(f"{json.dumps(record)}\n".encode())
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -116,6 +116,11 @@ def test_windows_of_bytes_are_equal_up_to_one_piece(model, chunks, slice_dim, mu
     assert max(abs(chunk.nbytes - share) for chunk in plan) <= max(units)
 
 
+def test_cuts_are_the_nearest_to_equal_windows():
+    plan = chunkft.partition(nn.Linear(1, 11, bias=False), 3, row_multiple=1)
+    assert [piece.stop for piece in plan.slices()] == [4, 7, 11]
+
+
 def test_windows_of_bytes_fall_on_groups_of_64_rows_where_there_are_as_many():
     model = nn.Sequential(nn.Linear(7, 1000, bias=False), nn.Linear(1000, 50, bias=False))
     plan = chunkft.partition(model, 15)
@@ -129,6 +134,8 @@ def test_row_groups_shrink_until_there_are_enough_for_the_chunks():
     plan = chunkft.partition(model, 100)
     assert len(plan) == 100
     assert_covers_once(model, plan)
+    halved = chunkft.partition(model, 5)  # groups of 64 give 3 pieces, of 32 give 5
+    assert all(piece.start % 32 == 0 for piece in halved.slices())
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -66,6 +66,19 @@ def test_slice_has_the_bits_of_a_long_dense_product(threads, tokens, outputs, in
         assert torch.equal(wgrad(dy, x, cols=slice(start, stop)), dense[:, start:stop])
 
 
+@pytest.mark.parametrize(("tokens", "inputs"), [(293, 85), (233, 35), (20, 231), (507, 229)])
+@pytest.mark.parametrize("outputs", [2, 3, 6, 11])
+def test_slice_has_the_bits_of_a_skinny_dense_product(threads, tokens, outputs, inputs):
+    # BLAS sums these in an order that depends on the whole shape.
+    dy, x = torch.randn(tokens, outputs), torch.randn(tokens, inputs)
+    dense = dy.t().mm(x)
+    for start in range(0, inputs, 33):
+        columns = slice(start, min(inputs, start + 34))
+        assert torch.equal(wgrad(dy, x, cols=columns), dense[:, columns])
+        assert torch.equal(wgrad(x, dy, rows=columns), x.t().mm(dy)[columns])
+    assert torch.equal(wgrad(dy, x, rows=slice(1, 2)), dense[1:2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "outputs", "inputs"), [(1, 3, 5), (37, 70, 41), (513, 33, 130), (2049, 9, 67)]

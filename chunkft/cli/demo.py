@@ -23,11 +23,11 @@ RECIPE = FinetuneSettings(
     schedule="random",
     lr=3e-3,
     lr_schedule="linear",
-    warmup=15,
-    steps=300,
+    warmup=20,
+    steps=400,
     batch_size=16,
     seq_len=160,
-    save_every=150,
+    save_every=200,
 )
 TRAIN_PROBLEMS = 20_000
 HELD_OUT_PROBLEMS = 300

@@ -156,7 +156,7 @@ def _build_chunk(
     job: Job, model: nn.Module, options: dict[str, Any]
 ) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], float]]:
     import chunkft
-    from bench import schedules
+    from chunkft.schedule import seldom as seldom_schedule
 
     warm = options.pop("switch_warmup", 0)
     seldom = options.pop("seldom", None)
@@ -171,7 +171,7 @@ def _build_chunk(
         raise ValueError(f"seldom={seldom!r}: allowed are None and 'embeddings'")
     if seldom:
         order = options.pop("schedule", "random")
-        options["schedule"] = schedules.rare(plan, schedules.embedding_chunks(plan), job.seed, order)
+        options["schedule"] = seldom_schedule(plan, "*embeddings.*", order, job.seed)
     target: Any = model
     if head_rate != 1.0:
         chunkft.attach(model)

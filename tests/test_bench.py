@@ -23,7 +23,6 @@ from bench import (  # noqa: E402
     quality,
     quality_cost,
     quality_run,
-    schedules,
     step,
 )
 
@@ -237,18 +236,6 @@ def test_pictures_are_drawn_from_the_json_that_exists(tmp_path):
     plots.draw(tmp_path)
     drawn = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")}
     assert drawn == {"quality-cpu/accuracy_over_k.png", "quality-cpu/accuracy_over_steps.png"}
-
-
-def test_seldom_chunks_take_turns_after_each_round_of_the_others():
-    plan = [None] * 6
-    visit = schedules.rare(plan, seldom=[0, 1], seed=0)
-    rounds = [[visit(5 * r + i, 6) for i in range(5)] for r in range(4)]
-    assert all(sorted(order[:4]) == [2, 3, 4, 5] for order in rounds)
-    assert [order[4] for order in rounds] == [1, 0, 1, 0]
-    assert len({tuple(order[:4]) for order in rounds}) > 1
-    assert [schedules.rare(plan, [0, 1], 0, "reverse")(i, 6) for i in range(5)] == [5, 4, 3, 2, 1]
-    with pytest.raises(ValueError, match="seldom"):
-        schedules.rare(plan, list(range(6)), seed=0)
 
 
 def test_suite_selects_parts_and_refuses_unknown_and_impossible_ones(tmp_path):

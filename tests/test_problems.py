@@ -166,6 +166,8 @@ class Oracle(torch.nn.Module):
 
     def generate(self, input_ids, attention_mask, max_new_tokens, pad_token_id, **_):
         assert not self.training
+        # Greedy decoding goes on from the last column: it has to hold a prompt's last token, never padding.
+        assert attention_mask[:, -1].all()
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.tokenizer.decode(ids[mask.bool()])

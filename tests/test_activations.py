@@ -31,6 +31,17 @@ def test_views_of_one_storage_count_once():
     assert saved.live_bytes == 0
 
 
+def test_memory_counts_until_its_last_holder_is_gone():
+    x = torch.randn(8, 6, requires_grad=True)
+    with saved_activations() as saved:
+        first, second = x.sin(), x.cos()
+    assert saved.live_bytes == 192
+    first.sum().backward()
+    assert saved.live_bytes == 192
+    second.sum().backward()
+    assert saved.live_bytes == 0
+
+
 def test_parameters_of_the_model_are_left_out():
     model = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 20))
     x = torch.randn(7, 30)

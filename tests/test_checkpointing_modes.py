@@ -36,7 +36,7 @@ class Net(nn.Module):
             return block(x)
         if self.nested:
             inner = block
-            block = lambda x: checkpoint(inner, x, use_reentrant=self.reentrant)  # noqa: E731
+            block = lambda x: checkpoint(inner, x * 1.0, use_reentrant=self.reentrant)  # noqa: E731
         return checkpoint(block, x, use_reentrant=self.reentrant)
 
 
@@ -141,6 +141,8 @@ def test_an_error_inside_of_the_forward_pass_does_not_switch_the_check_off():
     chunkft.ChunkAdamW(model, chunks=None, partition=FIRST_BLOCK)
     with torch.no_grad(), pytest.raises(IndexError):
         model(IDS + 1000)
+    with pytest.raises(RuntimeError, match="would lose"):
+        model.run(model.blocks[0], torch.randn(2, 18))
     with pytest.raises(RuntimeError, match="would lose"):
         net_loss(model)
 

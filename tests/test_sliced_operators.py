@@ -385,7 +385,7 @@ def test_no_gradient_of_the_input_is_computed_below_the_active_module():
 
 def test_saved_tensors_go_through_hooks_and_are_released_by_backward():
     model = nn.Sequential(nn.Embedding(9, 40), nn.Linear(40, 33), Conv1D(5, 33))
-    optimizer = chunkft.ChunkAdamW(model, chunks=1, slice_dim=1)
+    optimizer = chunkft.ChunkAdamW(model, chunks=1)
     alive: list[weakref.ref] = []
 
     def pack(tensor):
@@ -393,9 +393,15 @@ def test_saved_tensors_go_through_hooks_and_are_released_by_backward():
         alive.append(weakref.ref(copied))
         return copied
 
+    outputs: list[weakref.ref] = []
+    for layer in model:
+        layer.register_forward_hook(lambda m, a, y: outputs.append(weakref.ref(y)))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(torch.randint(0, 9, (4, 3))).square().sum()
     assert len(alive) >= 3
+    gc.collect()
+    # packing replaced the inputs: nothing else may hold them
+    assert [reference() for reference in outputs] == [None] * 3
     loss.backward()
     assert all(leaf.grad is not None for _, leaf in optimizer.active_parameters())
     gc.collect()

@@ -87,3 +87,27 @@ def assert_covers_once(model: nn.Module, plan: chunkft.ChunkPlan) -> None:
         part += 1
     for name, parameter in parameters.items():
         assert bool((counts[name] == int(parameter.requires_grad)).all()), name
+
+
+def small(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Embedding(19, 12),
+        nn.Linear(12, 33),
+        nn.Dropout(0.2),
+        nn.LayerNorm(33),
+        nn.Linear(33, 7, bias=False),
+    )
+
+
+IDS = torch.arange(18).view(3, 6)
+
+
+def small_loss(model: nn.Module) -> torch.Tensor:
+    return model(IDS).square().sum()
+
+
+def walk(optimizer: chunkft.ChunkOptimizer, model: nn.Module, steps: int, loss: Loss = small_loss) -> None:
+    for _ in range(steps):
+        loss(model).backward()
+        optimizer.step()

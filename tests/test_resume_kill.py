@@ -1,5 +1,4 @@
-"""A run that is killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit.
-"""
+"""A run that is killed at any moment and resumed ends with the weights of the undisturbed run, bit for bit."""
 
 import errno
 import json

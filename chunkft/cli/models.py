@@ -227,6 +227,10 @@ def enable_gradient_checkpointing(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # Some versions let the embeddings' output require grad, which only the reentrant way needs: the backward pass
+    # would run down to them instead of stopping at the active chunk.
+    if getattr(model, "_require_grads_hooks", None) or getattr(model, "_require_grads_hook", None):
+        model.disable_input_require_grads()
 
 
 def empty_model(model: str, task: str) -> torch.nn.Module:

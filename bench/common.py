@@ -66,7 +66,9 @@ def usable_cores() -> int:
 def header(seed: int) -> dict[str, Any]:
     """What repeats a figure: command, device, threads, versions, commit and seed, with the time of day."""
     return {
-        "command": " ".join(["python", "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]).replace(
+            f"{REPO}/", ""
+        ),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -21,9 +21,15 @@ namespace {
     case Code::kInvalidArgument:
       throw py::value_error(error.message());
     case Code::kClosed:
+    case Code::kDriver:
+    case Code::kPoisoned:
+    case Code::kBusy:
+    case Code::kForked:
+    case Code::kCorrupt:
       PyErr_SetString(PyExc_RuntimeError, error.message().c_str());
       throw py::error_already_set();
     case Code::kSystem:
+    case Code::kIo:
       // OSError(errno, text) makes Python fill in .errno.
       PyErr_SetObject(PyExc_OSError, py::make_tuple(error.sys_errno, error.message()).ptr());
       throw py::error_already_set();

@@ -1,0 +1,39 @@
+"""Triton kernels and what they share. Triton is optional: nothing outside of this folder imports it at module level.
+
+A module here may be imported only after ``available()``; the public functions of ``chunkft.kernels`` do that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+
+from torch import Tensor
+
+
+@cache
+def available() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET, set before Triton is imported."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def runs_on(tensor: Tensor) -> bool:
+    """Whether a Triton kernel can be launched on this tensor."""
+    return available() and (tensor.is_cuda or (interpreted() and tensor.device.type == "cpu"))
+
+
+def require(tensor: Tensor) -> None:
+    """Raise ValueError, naming the reason, where ``backend="triton"`` was asked for and cannot be had."""
+    if not available():
+        raise ValueError("backend='triton' needs the package triton: pip install 'chunkft[gpu]'")
+    if not runs_on(tensor):
+        raise ValueError(
+            f"backend='triton' needs tensors on a CUDA device, got {tensor.device}; "
+            "on a CPU it works only with TRITON_INTERPRET=1"
+        )

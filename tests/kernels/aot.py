@@ -1,0 +1,153 @@
+"""Compiles kernels ahead of time for GPUs that are not here, and reads what the compiler made of them.
+
+    report = compile_for(kernel, {"x": "*bf16", "n": "i32", "eps": "fp32"}, {"BLOCK": 1024}, sm=90)
+    check(report)                     # no spills, shared memory within the target's limit
+    assert report.has("wgmma")        # an instruction, in the PTX
+
+Triton's own cache, below build/, makes a second run quick: it is keyed by the source of the kernel and of the
+functions that it calls, by every argument and by the version of Triton.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from chunkft.kernels.targets import shared_memory_limit
+
+TARGETS = (80, 86, 89, 90, 100, 120)
+CACHE = Path(__file__).parents[2] / "build" / "aot"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compilation gave: registers a thread, bytes spilled a thread, bytes of shared memory a block."""
+
+    kernel: str
+    sm: int
+    registers: int
+    spills: int
+    shared: int
+    num_warps: int
+    num_stages: int
+    constexprs: dict
+    ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+
+    def has(self, instruction: str) -> bool:
+        """Whether the PTX holds an instruction that starts with this."""
+        return re.search(rf"^\s*(@%p\d+ )?{re.escape(instruction)}", self.ptx, re.MULTILINE) is not None
+
+    def sass(self) -> str:
+        """The machine code as text."""
+        return _tool("nvdisasm", self.cubin, "-c")
+
+
+def compile_for(
+    kernel: triton.JITFunction,
+    signature: dict[str, str],
+    constexprs: dict,
+    sm: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    unaligned: Collection[str] = (),
+) -> Report:
+    """Compiles a kernel for compute capability `sm` (90 is 9.0).
+
+    `signature` gives the type of every argument that is not a constexpr. Pointers and integers are declared divisible
+    by 16, as the launcher finds them at run time for aligned tensors, except for the names in `unaligned`.
+    """
+    unknown = (set(signature) | set(constexprs) | set(unaligned)) ^ (set(kernel.arg_names) | set(unaligned))
+    assert not unknown, f"{kernel.__name__}: arguments {sorted(unknown)} are missing or too many"
+    full = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    divisible = {
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(full.items())
+        if name not in unaligned and (kind.startswith("*") or kind in ("i32", "i64"))
+    }
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE)
+    source = ASTSource(kernel, full, constexprs=constexprs, attrs=divisible)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    usage = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    report = Report(
+        kernel.__name__,
+        sm,
+        int(found[1]),
+        int(found[2]),
+        compiled.metadata.shared,
+        num_warps,
+        num_stages,
+        {name: str(value) for name, value in constexprs.items()},
+        compiled.asm["ptx"],
+        compiled.asm["cubin"],
+    )
+    _note(report)
+    return report
+
+
+def check(report: Report) -> None:
+    """Fails where a kernel spills or asks for more shared memory than a block of its target can have."""
+    limit = shared_memory_limit(report.sm)
+    assert report.spills == 0, f"{report} spills {report.spills} bytes a thread"
+    assert report.shared <= limit, (
+        f"{report} needs {report.shared} bytes of shared memory, the limit is {limit}"
+    )
+
+
+def table() -> str:
+    """Registers, spills and shared memory of everything that was compiled since the last `make clean`, as Markdown."""
+    rows = [json.loads(path.read_text()) for path in sorted((CACHE / "reports").glob("*.json"))]
+    rows.sort(key=lambda row: (row["kernel"], row["sm"], row["setting"]))
+    lines = [
+        "| kernel | sm | setting | registers | spilled bytes | shared bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append("| {kernel} | {sm} | {setting} | {registers} | {spills} | {shared} |".format(**row))
+    return "\n".join(lines) + "\n"
+
+
+def _note(report: Report) -> None:
+    kept = {k: v for k, v in report.constexprs.items() if v not in ("False", "None")}
+    setting = ", ".join([*(f"{k}={v}" for k, v in kept.items()), f"warps={report.num_warps}"])
+    setting += f", stages={report.num_stages}"
+    row = {
+        "kernel": report.kernel,
+        "sm": report.sm,
+        "setting": setting,
+        "registers": report.registers,
+        "spills": report.spills,
+        "shared": report.shared,
+    }
+    name = hashlib.sha256(f"{report.kernel}{report.sm}{setting}".encode()).hexdigest()[:16]
+    (CACHE / "reports").mkdir(parents=True, exist_ok=True)
+    part = CACHE / "reports" / f"{name}.{os.getpid()}"
+    part.write_text(json.dumps(row))
+    part.replace(part.with_suffix(".json"))
+
+
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    beside = CACHE / f"{os.getpid()}.cubin"
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    beside.write_bytes(cubin)
+    try:
+        done = subprocess.run([TOOLS / name, *options, beside], capture_output=True, text=True, check=True)
+    finally:
+        beside.unlink()
+    return done.stdout
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -32,7 +32,7 @@ struct Error {
   int sys_errno = 0;
   std::size_t page = kNoPage;  // of a pager, where one is concerned
   int driver_code = 0;         // CUresult
-  std::string driver_name{};   // "CUDA_ERROR_OUT_OF_MEMORY"
+  std::string driver_name{};   // "CUDA_ERROR_OUT_OF_MEMORY"; empty when there is no driver to ask
 
   std::string message() const {
     std::string text = op;
@@ -40,7 +40,7 @@ struct Error {
     if (code == Code::kSystem || code == Code::kIo) {
       text += " of " + std::to_string(bytes) + " bytes failed: " + std::strerror(sys_errno) + " (errno " +
               std::to_string(sys_errno) + ")";
-    } else if (code == Code::kDriver) {
+    } else if (code == Code::kDriver && !driver_name.empty()) {
       if (bytes != 0) text += " of " + std::to_string(bytes) + " bytes";
       text += " failed: " + driver_name + " (CUDA driver error " + std::to_string(driver_code) + ")";
     }
@@ -78,6 +78,7 @@ class [[nodiscard]] Result {
 
   bool ok() const { return state_.index() == 0; }
   T& value() { return std::get<0>(state_); }
+  const T& value() const { return std::get<0>(state_); }
   const Error& error() const { return std::get<1>(state_); }
 
  private:

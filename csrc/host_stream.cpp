@@ -1,0 +1,120 @@
+#include "host_stream.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace chunkft {
+namespace {
+
+constexpr std::size_t kInitialCapacity = 1024;
+
+}  // namespace
+
+HostStream::HostStream(bool threaded) : ring_(kInitialCapacity) {
+  if (threaded) thread_ = std::thread([this] { work(); });
+}
+
+HostStream::~HostStream() {
+  if (!thread_.joinable()) return;
+  stop();
+  thread_.join();
+}
+
+std::uint64_t HostStream::submit(const Command& command, bool wake) {
+  std::uint64_t place = 0;
+  {
+    std::lock_guard lock(mutex_);
+    const std::uint64_t end = submitted_.load(std::memory_order_relaxed);
+    if (end - first_ == ring_.size()) {
+      std::vector<Command> larger(ring_.size() * 2);
+      for (std::uint64_t i = first_; i != end; ++i) larger[i % larger.size()] = ring_[i % ring_.size()];
+      ring_.swap(larger);
+    }
+    ring_[end % ring_.size()] = command;
+    place = end + 1;
+    submitted_.store(place, std::memory_order_release);
+  }
+  if (wake) filled_.notify_one();
+  return place;
+}
+
+void HostStream::block_until(std::uint64_t place) {
+  nudge();
+  for (std::uint64_t now = executed_.load(std::memory_order_acquire); now < place;
+       now = executed_.load(std::memory_order_acquire)) {
+    executed_.wait(now, std::memory_order_acquire);
+  }
+}
+
+Command HostStream::head() {
+  std::lock_guard lock(mutex_);
+  return ring_[first_ % ring_.size()];
+}
+
+void HostStream::finish() {
+  std::uint64_t place = 0;
+  {
+    std::lock_guard lock(mutex_);
+    place = ++first_;
+  }
+  executed_.store(place, std::memory_order_release);
+  executed_.notify_all();
+}
+
+void HostStream::execute(const Command& command) {
+  switch (command.kind) {
+    case Command::Kind::kCopy:
+      std::memcpy(command.dst, command.src, command.bytes);
+      break;
+    case Command::Kind::kWait:
+      command.other->block_until(command.place);
+      break;
+    case Command::Kind::kRun:
+      command.run(command.argument, command.number);
+      break;
+  }
+}
+
+void HostStream::work() {
+  for (;;) {
+    {
+      std::unique_lock lock(mutex_);
+      filled_.wait(lock, [this] { return stopping_ || first_ != submitted_.load(std::memory_order_relaxed); });
+      if (first_ == submitted_.load(std::memory_order_relaxed)) return;
+    }
+    execute(head());
+    finish();
+  }
+}
+
+bool HostStream::can_step() {
+  if (passed(submitted())) return false;
+  const Command command = head();
+  return command.kind != Command::Kind::kWait || command.other->passed(command.place);
+}
+
+void HostStream::step() {
+  const Command command = head();
+  const std::size_t half = command.bytes / 2;
+  if (command.kind == Command::Kind::kCopy && half != 0) {
+    const std::size_t first = half_copied_ ? half : 0;
+    const std::size_t bytes = half_copied_ ? command.bytes - half : half;
+    std::memcpy(static_cast<std::byte*>(command.dst) + first, static_cast<const std::byte*>(command.src) + first, bytes);
+    half_copied_ = !half_copied_;
+    if (half_copied_) return;
+  } else if (command.kind != Command::Kind::kWait) {
+    execute(command);
+  }
+  finish();
+}
+
+void HostStream::stop() {
+  {
+    std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  filled_.notify_one();
+}
+
+}  // namespace chunkft

@@ -1,4 +1,5 @@
-from typing import SupportsIndex
+from collections.abc import Sequence
+from typing import Literal, SupportsIndex, TypedDict
 
 from typing_extensions import Buffer, CapsuleType
 
@@ -41,3 +42,55 @@ class HostArena:
     def view(self, offset: SupportsIndex, nbytes: SupportsIndex) -> ArenaView: ...
     @staticmethod
     def live_bytes() -> int: ...
+
+class Transfers(TypedDict):
+    copies: int
+    bytes: int
+    timed_bytes: int
+    timed_ns: int
+
+class PagerStats(TypedDict):
+    loads: Transfers
+    stores: Transfers
+    acquires: int
+    waits: int
+    exposed_ns: int
+    host_stall_ns: int
+    untimed: int
+    events_created: int
+    streams_created: int
+
+def pack_pages(pages: Sequence[SupportsIndex]) -> tuple[list[int], int]: ...
+
+class Pager:
+    def __init__(
+        self,
+        pages: Sequence[SupportsIndex],
+        host: Sequence[SupportsIndex],
+        slots: Sequence[SupportsIndex],
+        slot_bytes: SupportsIndex,
+        *,
+        backend: Literal["host", "cuda"] = "host",
+        device: SupportsIndex = 0,
+        keep: object = None,
+        trace_events: SupportsIndex = 4096,
+    ) -> None: ...
+    def prefetch(self, page: SupportsIndex) -> bool: ...
+    def acquire(self, page: SupportsIndex, stream: SupportsIndex = 0, *, load: bool = True) -> int: ...
+    def release(
+        self, page: SupportsIndex, stream: SupportsIndex = 0, *, dirty: bool = True, keep: bool = False
+    ) -> None: ...
+    def write_back(self, page: SupportsIndex) -> None: ...
+    def evict(self, page: SupportsIndex) -> None: ...
+    def discard(self, page: SupportsIndex, stream: SupportsIndex | None = None) -> None: ...
+    def flush(self) -> None: ...
+    def state(self, page: SupportsIndex) -> str: ...
+    def host_is_canonical(self, page: SupportsIndex) -> bool: ...
+    def stats(self) -> PagerStats: ...
+    # kind ("load", "store", "wait"), page, slot, bytes, submitted, started, ended (ns of the steady clock)
+    def trace(self) -> list[tuple[str, int, int, int, int, int, int]]: ...
+    def close(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def backend(self) -> str: ...

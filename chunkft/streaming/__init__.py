@@ -1,5 +1,8 @@
-"""The Python face of the native core: host memory for the optimizer state of chunks that are not active."""
+"""The Python face of the native core: host memory for optimizer state, and the pager that moves it."""
 
 from chunkft.streaming.arena import HostArena
+from chunkft.streaming.files import CorruptPageError
+from chunkft.streaming.pager import Pager
+from chunkft.streaming.stats import PagerStats
 
-__all__ = ["HostArena"]
+__all__ = ["CorruptPageError", "HostArena", "Pager", "PagerStats"]

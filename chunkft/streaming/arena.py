@@ -10,7 +10,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 try:
-    from chunkft import _core
+    from chunkft import _core as _core  # handed on to homes.py
 except ImportError as error:
     raise ImportError(
         "chunkft's native module chunkft._core is missing or was built for another Python; "

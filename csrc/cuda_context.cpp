@@ -1,0 +1,78 @@
+#include "cuda_context.h"
+
+#include <string>
+#include <unistd.h>
+
+namespace chunkft {
+
+CudaContext::CudaContext(const DriverApi& api, int ordinal) : api_(api), ordinal_(ordinal), process_(getpid()) {}
+
+Result<std::shared_ptr<CudaContext>> CudaContext::create(int device) {
+  auto shared = DriverApi::shared();
+  if (!shared.ok()) return shared.error();
+  const DriverApi& api = *shared.value();
+  int count = 0;
+  if (CuResult result = api.cuDeviceGetCount(&count)) return api.error(result, "cuDeviceGetCount");
+  if (device < 0 || device >= count) {
+    return invalid_argument("CudaContext", "device must be the index of one of the " + std::to_string(count) +
+                                               " CUDA devices, got " + std::to_string(device));
+  }
+  std::shared_ptr<CudaContext> made(new CudaContext(api, device));
+  if (CuResult result = api.cuDeviceGet(&made->device_, device)) return api.error(result, "cuDeviceGet");
+  if (CuResult result = api.cuDevicePrimaryCtxRetain(&made->context_, made->device_)) {
+    made->context_ = nullptr;
+    return api.error(result, "cuDevicePrimaryCtxRetain");
+  }
+  return made;
+}
+
+CudaContext::~CudaContext() {
+  if (context_ == nullptr || forked()) return;
+  give_back([&] { return api_.cuDevicePrimaryCtxRelease_v2(device_); });
+}
+
+bool CudaContext::forked() const { return getpid() != process_; }
+
+Status CudaContext::check_process() const {
+  if (!forked()) return {};
+  return Error{Code::kForked, "CUDA device " + std::to_string(ordinal_),
+               "process " + std::to_string(getpid()) + " was forked from process " + std::to_string(process_) +
+                   ", which opened the device; CUDA works only there (start workers with \"spawn\")"};
+}
+
+CudaContext::Guard::Guard(CudaContext& context) : context_(context) {
+  status_ = context.check_process();
+  if (!status_.ok()) return;
+  const DriverApi& api = context.api_;
+  if (CuResult stuck = context.stuck_.load()) {
+    status_ = api.error(stuck, "cuCtxPopCurrent_v2");
+    return;
+  }
+  CuContext current = nullptr;
+  status_ = api.check(api.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+  if (!status_.ok() || current == context.context_) return;
+  status_ = api.check(api.cuCtxPushCurrent_v2(context.context_), "cuCtxPushCurrent_v2");
+  pushed_ = status_.ok();
+}
+
+CudaContext::Guard::~Guard() {
+  if (!pushed_) return;
+  CuContext popped = nullptr;
+  const CuResult result = give_back([&] { return context_.api_.cuCtxPopCurrent_v2(&popped); });
+  if (result != kCudaSuccess) context_.stuck_ = result;
+}
+
+Status CudaContext::register_host(void* address, std::size_t bytes) {
+  Guard guard(*this);
+  if (!guard.status().ok()) return guard.status();
+  return api_.check(api_.cuMemHostRegister_v2(address, bytes, kCuMemHostRegisterPortable), "cuMemHostRegister_v2",
+                    bytes);
+}
+
+Status CudaContext::unregister_host(void* address) {
+  return enter_to_give_back(*this, "cuMemHostUnregister", [&](const DriverApi& api) {
+    return give_back([&] { return api.cuMemHostUnregister(address); });
+  });
+}
+
+}  // namespace chunkft

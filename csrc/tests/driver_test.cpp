@@ -1,0 +1,166 @@
+#include "driver_api.h"
+
+#include <cstdlib>
+#include <set>
+#include <string>
+#include <thread>
+#include <type_traits>
+
+#include "fake.h"
+
+// Taken before cuda.h, whose macros rename some of these functions.
+namespace declared {
+#define CHUNKFT_ALIAS(symbol, parameters) using symbol##_type = decltype(chunkft::DriverApi::symbol);
+CHUNKFT_CUDA_FUNCTIONS(CHUNKFT_ALIAS)
+#undef CHUNKFT_ALIAS
+}  // namespace declared
+
+#ifdef CHUNKFT_HAVE_CUDA_H
+#include <cuda.h>
+#endif
+
+namespace {
+
+using chunkft::Code;
+using chunkft::cuda_facts;
+using chunkft::DriverApi;
+using namespace chunkft::test;
+
+#ifdef CHUNKFT_HAVE_CUDA_H
+
+// CUresult and CUdevice_attribute are enums in cuda.h and int in our table; all else must be the same type.
+template <typename T>
+struct Abi {
+  using type = T;
+};
+template <typename T>
+  requires std::is_enum_v<T>
+struct Abi<T> {
+  static_assert(sizeof(T) == sizeof(int));
+  using type = int;
+};
+template <typename R, typename... Args>
+struct Abi<R (*)(Args...)> {
+  using type = typename Abi<R>::type (*)(typename Abi<Args>::type...);
+};
+
+#define CHUNKFT_COMPARE(symbol, parameters)                                                               \
+  static_assert(std::is_same_v<typename Abi<decltype(&::symbol)>::type, typename declared::symbol##_type>, \
+                "signature of " #symbol " differs from cuda.h");
+CHUNKFT_CUDA_FUNCTIONS(CHUNKFT_COMPARE)
+#undef CHUNKFT_COMPARE
+static_assert(chunkft::kCudaDeinitialized == CUDA_ERROR_DEINITIALIZED);
+static_assert(chunkft::kCudaNotReady == CUDA_ERROR_NOT_READY);
+static_assert(chunkft::kCuStreamNonBlocking == CU_STREAM_NON_BLOCKING);
+static_assert(chunkft::kCuEventDefault == CU_EVENT_DEFAULT);
+static_assert(chunkft::kCuEventDisableTiming == CU_EVENT_DISABLE_TIMING);
+static_assert(chunkft::kCuMemHostRegisterPortable == CU_MEMHOSTREGISTER_PORTABLE);
+static_assert(chunkft::kCuAttributeComputeMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+static_assert(chunkft::kCuAttributeComputeMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+
+#endif
+
+TEST(a_missing_driver_is_an_error_that_names_the_library_and_the_variable) {
+  auto api = DriverApi::load("libnosuchdriver.so.7");
+  REQUIRE(!api.ok());
+  CHECK(api.error().code == Code::kDriver);
+  const std::string text = api.error().message();
+  CHECK(text.find("libnosuchdriver.so.7") != std::string::npos);
+  CHECK(text.find("CHUNKFT_LIBCUDA") != std::string::npos);
+  CHECK(text.find("error 0") == std::string::npos);
+}
+
+TEST(a_library_without_a_function_is_an_error_that_names_both) {
+  auto api = DriverApi::load("libm.so.6");
+  REQUIRE(!api.ok());
+  CHECK(api.error().code == Code::kDriver);
+  CHECK(api.error().message().find("cuInit") != std::string::npos);
+  CHECK(api.error().message().find("libm.so.6") != std::string::npos);
+}
+
+TEST(the_environment_names_the_library) {
+  setenv("CHUNKFT_LIBCUDA", "libnosuchdriver.so.8", 1);
+  CHECK(DriverApi::default_library() == "libnosuchdriver.so.8");
+  auto shared = DriverApi::shared();
+  REQUIRE(!shared.ok());
+  CHECK(shared.error().message().find("libnosuchdriver.so.8") != std::string::npos);
+  setenv("CHUNKFT_LIBCUDA", "", 1);
+  CHECK(DriverApi::default_library() == "libcuda.so.1");
+  unsetenv("CHUNKFT_LIBCUDA");
+  CHECK(DriverApi::default_library() == "libcuda.so.1");
+}
+
+TEST(the_driver_is_initialised_once_and_a_failure_is_not_remembered) {
+  start_fake();
+  // A library of another name is another entry: the failure below must not meet one that is loaded already.
+  const std::string other = "./" + std::string(CHUNKFT_FAKECUDA);
+  setenv("CHUNKFT_LIBCUDA", CHUNKFT_FAKECUDA[0] == '/' ? ("//" + std::string(CHUNKFT_FAKECUDA)).c_str() : other.c_str(), 1);
+  fakecuda_fail("cuInit", 1, 100, 0);
+  auto failed = DriverApi::shared();
+  REQUIRE(!failed.ok());
+  CHECK(failed.error().driver_code == 100);
+  CHECK(failed.error().message() ==
+        "cuInit failed: CUDA_ERROR_NO_DEVICE (CUDA driver error 100): no CUDA-capable device is detected");
+  auto first = DriverApi::shared();
+  auto second = DriverApi::shared();
+  REQUIRE(first.ok() && second.ok());
+  CHECK(first.value() == second.value());
+  CHECK(fakecuda_calls("cuInit") == 2);
+  CHECK(clean());
+}
+
+TEST(errors_carry_the_drivers_own_name_text_and_size) {
+  start_fake();
+  auto shared = DriverApi::shared();
+  REQUIRE(shared.ok());
+  const DriverApi& api = *shared.value();
+  CHECK(api.check(0, "cuInit").ok());
+  CHECK(api.error(2, "cuMemHostRegister_v2", 4096).message() ==
+        "cuMemHostRegister_v2 of 4096 bytes failed: CUDA_ERROR_OUT_OF_MEMORY (CUDA driver error 2): out of memory");
+  const auto unnamed = api.error(12345, "cuEventRecord");
+  CHECK(unnamed.driver_code == 12345);
+  CHECK(unnamed.message().find("(CUDA driver error 12345)") != std::string::npos);
+  CHECK(!unnamed.driver_name.empty());
+}
+
+TEST(facts_list_every_device) {
+  start_fake();
+  fakecuda_set_devices(3);
+  auto facts = cuda_facts();
+  REQUIRE(facts.ok());
+  CHECK(facts.value().library == CHUNKFT_FAKECUDA);
+  CHECK(facts.value().driver_version == 13000);
+  REQUIRE(facts.value().devices.size() == 3);
+  CHECK(facts.value().devices[2].name == "Fake device 2");
+  CHECK(facts.value().devices[2].total_bytes == std::size_t{1} << 30);
+  CHECK(facts.value().devices[2].compute_major == 9);
+}
+
+TEST(a_driver_without_a_device_still_has_a_version) {
+  start_fake();
+  fakecuda_fail("cuInit", 1, 100, 0);
+  auto facts = cuda_facts();
+  REQUIRE(facts.ok());
+  CHECK(facts.value().driver_version == 13000);
+  CHECK(facts.value().devices.empty());
+}
+
+TEST(each_failing_call_of_the_facts_is_named) {
+  std::set<std::string> failed;
+  for (std::uint64_t nth = 1;; ++nth) {
+    start_fake();
+    fakecuda_set_devices(2);
+    fakecuda_fail(nullptr, nth, kUnknownError, 0);
+    auto facts = cuda_facts();
+    if (!fakecuda_failed()) {
+      CHECK(facts.ok());
+      break;
+    }
+    REQUIRE(!facts.ok());
+    CHECK(facts.error().driver_code == kUnknownError);
+    failed.insert(facts.error().op);
+  }
+  CHECK(failed.size() == 7);  // version, init, count; get, name, memory, attribute
+}
+
+}  // namespace

@@ -54,6 +54,9 @@ void touch_parallel(std::byte* data, std::size_t bytes, std::size_t page, unsign
 }  // namespace
 
 Segment::~Segment() {
+  // In a forked child the pages are locked for the parent, and the driver must not be called; unmapping is the child's
+  // own affair. Elsewhere the driver must not be left with pages that may become other memory: rather keep them.
+  if (locker_ != nullptr && locker_->check_process().ok() && !locker_->unregister_host(data_).ok()) return;
   // A mapping that the kernel refuses to remove stays counted, so that the leak shows in live_bytes().
   if (capacity_ != 0 && os_.unmap(data_, capacity_) == 0) live_bytes_counter -= capacity_;
 }
@@ -100,6 +103,19 @@ Result<std::shared_ptr<Segment>> Segment::create(std::size_t nbytes, const Arena
   return segment;
 }
 
+Status Segment::page_lock(std::shared_ptr<PageLocker> locker) {
+  std::lock_guard lock(lock_mutex_);
+  if (locker_ != nullptr) return invalid_argument("HostArena.page_lock", "the arena's memory is page-locked already");
+  if (Status status = locker->register_host(data_, capacity_); !status.ok()) return status;
+  locker_ = std::move(locker);
+  return {};
+}
+
+bool Segment::page_locked() const {
+  std::lock_guard lock(lock_mutex_);
+  return locker_ != nullptr;
+}
+
 HostArena::HostArena(std::size_t nbytes, std::shared_ptr<Segment> segment)
     : nbytes_(nbytes),
       capacity_(segment->capacity()),
@@ -107,6 +123,15 @@ HostArena::HostArena(std::size_t nbytes, std::shared_ptr<Segment> segment)
       segment_(std::move(segment)) {}
 
 Result<std::shared_ptr<HostArena>> HostArena::create(std::size_t nbytes, const ArenaOptions& options, Os& os) {
+  if (options.within_budget) {
+    const auto budget = os.memory_budget();
+    if (budget && nbytes > budget->available) {
+      Error error = system_error("HostArena", nbytes, ENOMEM);
+      error.detail = std::to_string(budget->available) + " bytes are available of the limit of " +
+                     std::to_string(budget->limit) + " bytes in " + budget->source;
+      return error;
+    }
+  }
   auto segment = Segment::create(nbytes, options, os);
   if (!segment.ok()) return segment.error();
   return std::shared_ptr<HostArena>(new HostArena(nbytes, std::move(segment.value())));
@@ -126,6 +151,21 @@ Result<ArenaView> HostArena::view(std::size_t offset, std::size_t nbytes) const 
   std::lock_guard lock(mutex_);
   if (segment_ == nullptr) return closed("HostArena.view", "the arena is closed; views can be taken only before close()");
   return ArenaView{segment_, segment_->data() + offset, nbytes};
+}
+
+Status HostArena::page_lock(std::shared_ptr<PageLocker> locker) {
+  std::shared_ptr<Segment> segment;
+  {
+    std::lock_guard lock(mutex_);
+    segment = segment_;
+  }
+  if (segment == nullptr) return closed("HostArena.page_lock", "the arena is closed");
+  return segment->page_lock(std::move(locker));  // may take seconds: outside the lock
+}
+
+bool HostArena::page_locked() const {
+  std::lock_guard lock(mutex_);
+  return segment_ != nullptr && segment_->page_locked();
 }
 
 void HostArena::close() {

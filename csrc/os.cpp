@@ -27,6 +27,8 @@ class SystemOs final : public Os {
     return ENOTSUP;
 #endif
   }
+
+  std::optional<MemoryBudget> memory_budget() const override { return chunkft::memory_budget(); }
 };
 
 }  // namespace

@@ -47,8 +47,11 @@ class FaultyOs final : public Os {
     return system_os().advise_huge_pages(address, bytes);
   }
 
+  std::optional<chunkft::MemoryBudget> memory_budget() const override { return budget; }
+
   std::size_t mapped = 0;
   int calls = 0;
+  std::optional<chunkft::MemoryBudget> budget;
 
  private:
   bool fails() { return calls++ == failing_call_; }

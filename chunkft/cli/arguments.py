@@ -17,6 +17,8 @@ SCHEDULES = ("cyclic", "reverse", "random")
 DTYPES = ("auto", "fp32", "bf16")
 LR_SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("chunkadamw", "adamw")
+RESIDENCIES = ("chunk", "stream")
+UPDATES = ("step", "backward")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,16 @@ class FinetuneSettings:
     schedule: str = "cyclic"
     slice_dim: int = 0
     always_active: str = "auto"
+    residency: str = "chunk"
+    update: str = "step"
+    page_mib: int = 64
+    state_dir: str | None = None
     optimizer: str = "chunkadamw"
     lr: float = 1e-4
     lr_schedule: str = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = None
     epochs: float | None = None
     steps: int | None = None
     batch_size: int = 8
@@ -54,6 +60,13 @@ class FinetuneSettings:
     label_column: str | None = None
     out: str | None = None
     quiet: bool = False
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest norm of the active gradients; 0 for no limit."""
+        if self.max_grad_norm is None:
+            return 0.0 if self.update == "backward" else 1.0
+        return self.max_grad_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +168,31 @@ def _finetune_parser(parser: argparse.ArgumentParser) -> None:
     )
     add("--schedule", choices=SCHEDULES, help="order of the chunks (default cyclic)")
     add(
+        "--residency",
+        choices=RESIDENCIES,
+        help="optimizer state of the active chunk on the device: all of it (chunk, default), or a few pages that it"
+        " passes through in every step (stream)",
+    )
+    add(
+        "--update",
+        choices=UPDATES,
+        help="parameters in the optimizer step (step, default), or as soon as their gradient is complete (backward;"
+        " needs --residency stream)",
+    )
+    add("--page-mib", type=_integer(1), metavar="MIB", help="page size of --residency stream (default 64)")
+    add("--state-dir", metavar="DIR", help="keep the optimizer state in files of DIR instead of host memory")
+    add(
         "--optimizer", choices=OPTIMIZERS, help="chunkadamw (default), or adamw: all parameters at every step"
     )
     add("--lr", type=_number(above=True), help="peak learning rate (default 1e-4)")
     add("--lr-schedule", choices=LR_SCHEDULES, help="over the whole run (default cosine)")
     add("--warmup", type=_integer(0), metavar="STEPS", help="steps of linear warm-up (default 0)")
     add("--weight-decay", type=_number(), help="on weights of two or more dimensions (default 0)")
-    add("--max-grad-norm", type=_number(), help="clip the norm of the active gradients; 0: never (default 1)")
+    add(
+        "--max-grad-norm",
+        type=_number(),
+        help="clip the norm of the active gradients; 0: never (default 1; 0 with --update backward)",
+    )
     add("--epochs", type=_number(above=True), help="passes over the data (default 1)")
     add("--steps", type=_integer(1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=_integer(1), help="sequences per forward pass (default 8)")
@@ -226,12 +257,35 @@ def _build() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_backward(values: dict[str, Any]) -> None:
+    if values.get("residency") != "stream":
+        raise UserError("--update backward needs --residency stream")
+    if values.get("max_grad_norm"):
+        raise UserError(
+            f"--max-grad-norm {values['max_grad_norm']:g} and --update backward exclude each other: the norm is known"
+            " only when all gradients are there"
+        )
+    if values.get("grad_accum", 1) > 1:
+        raise UserError(
+            f"--grad-accum {values['grad_accum']} and --update backward exclude each other: a slice is updated as soon"
+            " as its gradient is complete"
+        )
+
+
 def _check(values: dict[str, Any]) -> None:
     if "epochs" in values and "steps" in values:
         raise UserError(
             f"--epochs {values['epochs']:g} and --steps {values['steps']} exclude each other: give"
             f" one of them"
         )
+    if values.get("optimizer") == "adamw":
+        for name in ("residency", "update", "page_mib", "state_dir"):
+            if name in values:
+                raise UserError(f"--{name.replace('_', '-')} {values[name]} needs --optimizer chunkadamw")
+    if values.get("update") == "backward":
+        _check_backward(values)
+    if "page_mib" in values and values.get("residency") != "stream":
+        raise UserError(f"--page-mib {values['page_mib']} needs --residency stream")
     if values.get("always_active") == "":
         raise UserError(
             "--always-active '' is empty: allowed are head, none, or name patterns separated by commas"

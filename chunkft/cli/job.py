@@ -172,7 +172,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Makes the optimizer; decay touches weights of two or more dimensions only.
 
-    Raises UserError for a value that the model does not allow, such as more chunks than rows.
+    Raises UserError for a value that the model does not allow, such as more chunks than rows, and if there is no place
+    for its state.
     """
     decay = settings.weight_decay
     if settings.optimizer == "adamw":
@@ -191,8 +192,14 @@ def build_optimizer(
             schedule=settings.schedule,
             slice_dim=settings.slice_dim,
             always_active=patterns_of(settings.always_active, settings.task),
-            max_grad_norm=settings.max_grad_norm or None,
+            max_grad_norm=settings.clip_norm or None,
+            residency=settings.residency,
+            update=settings.update,
+            page_bytes=settings.page_mib << 20,
+            state_dir=settings.state_dir,
             seed=settings.seed,
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"there is no place for the optimizer state: {error}") from error

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.master import WorkingWeight
+from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State
-
-Groups = list[dict[str, Any]]
 
 
 class ActiveSlices:
@@ -21,32 +19,30 @@ class ActiveSlices:
     Args:
         pairs: each active slice with its leaf.
         states: what is known of each slice: state of the base optimizer and its master.
-        modes: master mode of each parameter, by name.
-        group_of: index of each parameter's group, by name.
-        groups: the groups of the outer optimizer, whose values the base optimizer shares.
-        make_base: builds the base optimizer from groups.
+        rule: how they are updated.
     """
 
     def __init__(
         self,
         pairs: list[tuple[Slice, nn.Parameter]],
         states: dict[Slice, State],
-        modes: Mapping[str, str],
-        group_of: Mapping[str, int],
-        groups: Groups,
-        make_base: Callable[[Groups], torch.optim.Optimizer],
+        rule: UpdateRule,
     ) -> None:
         self._working = {
-            piece: WorkingWeight(piece, leaf, modes[piece.name], states[piece]) for piece, leaf in pairs
+            piece: WorkingWeight(piece, leaf, rule.modes[piece.name], states[piece]) for piece, leaf in pairs
         }
-        members: list[list[nn.Parameter]] = [[] for _ in groups]
+        members: list[list[nn.Parameter]] = [[] for _ in rule.groups]
         for piece, working in self._working.items():
-            members[group_of[piece.name]].append(working.parameter)
-        self._groups = [group for group, inside in zip(groups, members, strict=True) if inside]
+            members[rule.group_of[piece.name]].append(working.parameter)
+        self._groups = [group for group, inside in zip(rule.groups, members, strict=True) if inside]
         for working in self._working.values():
             working.open()
-        self._base = make_base(
-            [{**group, "params": inside} for group, inside in zip(groups, members, strict=True) if inside]
+        self._base = rule.make_base(
+            [
+                {**group, "params": inside}
+                for group, inside in zip(rule.groups, members, strict=True)
+                if inside
+            ]
         )
         for working in self._working.values():
             working.close(None)

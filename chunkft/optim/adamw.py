@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from chunkft.optim.arguments import ModelOrGroups, check_adamw
 from chunkft.optim.chunk_optimizer import ChunkOptimizer
+from chunkft.optim.memory import DEFAULT_PAGE_BYTES
 from chunkft.partitions import Partition
 from chunkft.schedule import Schedule
 
@@ -28,8 +30,9 @@ class ChunkAdamW(ChunkOptimizer):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
+        fused, foreach: implementation of ``torch.optim.AdamW``; None takes its default.
         chunks, interval, partition, schedule, slice_dim, always_active, keep_state, max_grad_norm, master,
-            state_device, residency, update, seed: see ``ChunkOptimizer``.
+            state_device, residency, update, page_bytes, state_dir, seed: see ``ChunkOptimizer``.
 
     Raises:
         TypeError, ValueError: as for ``ChunkOptimizer``; the model is left as it was.
@@ -55,9 +58,14 @@ class ChunkAdamW(ChunkOptimizer):
         state_device: str = "auto",
         residency: str = "chunk",
         update: str = "step",
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        page_bytes: int = DEFAULT_PAGE_BYTES,
+        state_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
         check_adamw(lr, betas, eps, weight_decay)
+        implementation = {"fused": fused, "foreach": foreach}
         super().__init__(
             model,
             torch.optim.AdamW,
@@ -73,9 +81,12 @@ class ChunkAdamW(ChunkOptimizer):
             state_device=state_device,
             residency=residency,
             update=update,
+            page_bytes=page_bytes,
+            state_dir=state_dir,
             seed=seed,
             lr=lr,
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
+            **{name: value for name, value in implementation.items() if value is not None},
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from chunkft.attach import Attachment, attach, attachment_of
@@ -19,9 +21,6 @@ def check_choices(
     interval: Any,
     max_grad_norm: Any,
     keep_state: Any,
-    state_device: Any,
-    residency: Any,
-    update: Any,
     seed: Any,
 ) -> None:
     """Raise ValueError that names the first of the shared arguments that is not allowed."""
@@ -31,16 +30,63 @@ def check_choices(
         raise ValueError(f"max_grad_norm={max_grad_norm!r} is not allowed; needs a number > 0, or None")
     if not isinstance(keep_state, bool):
         raise ValueError(f"keep_state={keep_state!r} is not allowed; needs True or False")
-    if state_device not in ("auto", "host", "device"):
-        raise ValueError(
-            f"state_device={state_device!r} is not known; allowed are 'auto', 'host' and 'device'"
-        )
-    if residency != "chunk":
-        raise ValueError(f"residency={residency!r} is not known to this version; allowed is 'chunk'")
-    if update != "step":
-        raise ValueError(f"update={update!r} is not known to this version; allowed is 'step'")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError(f"seed={seed!r} is not allowed; needs an integer")
+
+
+def check_memory(
+    residency: Any, update: Any, state_device: Any, page_bytes: Any, state_dir: Any, max_grad_norm: Any
+) -> None:
+    """Raise ValueError that names the first argument about the place of state that is not allowed."""
+    for name, value, allowed in (
+        ("state_device", state_device, ("auto", "host", "paged", "device")),
+        ("residency", residency, ("chunk", "stream")),
+        ("update", update, ("step", "backward")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is not known; allowed are {', '.join(map(repr, allowed))}")
+    if isinstance(page_bytes, bool) or not isinstance(page_bytes, int) or page_bytes < 1:
+        raise ValueError(f"page_bytes={page_bytes!r} is not allowed; needs an integer >= 1, in bytes")
+    if state_dir is not None and (not isinstance(state_dir, str | os.PathLike) or not os.fspath(state_dir)):
+        raise ValueError(f"state_dir={state_dir!r} is not allowed; needs the path of a directory, or None")
+    for name, value in (("residency", residency == "stream"), ("state_dir", state_dir is not None)):
+        if value and state_device not in ("auto", "paged"):
+            given = state_dir if name == "state_dir" else residency
+            raise ValueError(
+                f"{name}={given!r} pages the state, which state_device={state_device!r} excludes; allowed are "
+                "'auto' and 'paged'"
+            )
+    if update == "step":
+        return
+    if residency != "stream":
+        raise ValueError(
+            f"update='backward' needs residency='stream', got residency={residency!r}: a slice is updated while "
+            "its state passes by"
+        )
+    if max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm={max_grad_norm!r} cannot be combined with update='backward': the norm is known only "
+            "when all gradients are there; use update='step', or None"
+        )
+    _check_one_process()
+
+
+def check_backward_step(grad_scale: Any) -> None:
+    """Raise RuntimeError for what ``update="backward"`` cannot honour, since the update is done by now."""
+    _check_one_process()
+    if grad_scale is not None:
+        raise RuntimeError(
+            "update='backward' cannot be used with a GradScaler: slices were updated with scaled gradients; use "
+            "bfloat16 without a scaler, or update='step'"
+        )
+
+
+def _check_one_process() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"update='backward' works in one process, got world_size={dist.get_world_size()}: gradients would be "
+            "averaged after their update; use update='step'"
+        )
 
 
 def check_hyperparameters(values: dict[str, Any], where: str = "") -> None:

@@ -58,6 +58,7 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     Raises:
         OSError: if it cannot be written (names the file and its size); ``path`` is as it was before.
     """
+    optimizer._check_between_steps("save_checkpoint")
     path = Path(path)
     entries, header = _layout(optimizer)
     size = sum(entry.nbytes for entry in entries)
@@ -99,10 +100,10 @@ def load_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     where = f"checkpoint path={os.fspath(path)!r}"
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            restored = read_state(optimizer, _read_header(file, where))
+            # Paged state is read from the file only when it has its place: inside of `with`.
+            optimizer._restore(read_state(optimizer, _read_header(file, where)))
     except SafetensorError as error:
         raise ValueError(f"{where} is not a whole safetensors file: {error}") from error
-    optimizer._restore(restored)
 
 
 def _read_header(file: Any, where: str) -> dict[str, Any]:

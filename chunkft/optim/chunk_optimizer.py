@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -9,21 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice
-from chunkft.optim.active import ActiveSlices, Groups
 from chunkft.optim.arguments import (
     ModelOrGroups,
     attachment_and_groups,
+    check_backward_step,
     check_base,
     check_choices,
+    check_memory,
     probe_base,
     trained_specs,
 )
+from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.distributed import average_gradients
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
+from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.restore import Restored, read_state
+from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
-from chunkft.optim.state import State, StateStore
+from chunkft.optim.state import State
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -49,10 +54,17 @@ class ChunkOptimizer(torch.optim.Optimizer):
         keep_state: False forgets the optimizer state of a chunk when it becomes inactive (BAdam).
         max_grad_norm: clip the norm over all active slices to this, or None.
         master: how 16-bit weights keep small updates; see ``chunkft.optim.master.resolve_master``.
-        state_device: ``"auto"`` or ``"host"``: state of inactive chunks lives in host memory; ``"device"``: it
-            stays where the parameters are.
-        residency: ``"chunk"``: the state of the active chunk stays on the device for the interval.
-        update: ``"step"``: parameters are updated in ``step()``.
+        state_device: where the state of inactive chunks lives. ``"host"``: in host memory, used in place by
+            parameters on the CPU and copied by others; ``"paged"``: in page-locked host memory, paged ahead by
+            the streaming core; ``"device"``: where the parameters are; ``"auto"``: ``"paged"`` if any parameter
+            is on a GPU, or if ``residency`` or ``state_dir`` ask for it, else ``"host"``.
+        residency: ``"chunk"``: the state of the active chunk stays on the device for the interval; ``"stream"``: it
+            passes through three pages of ``page_bytes`` inside every step, so that K does not bound its memory.
+        update: ``"step"``: parameters are updated in ``step()``; ``"backward"``, with ``residency="stream"``: inside
+            of the backward pass, as soon as the gradients of a page are complete, which are freed at once. One
+            backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
+        page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
+        state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
         seed: of the random schedule and of stochastic rounding.
         **base_kwargs: passed to ``base``.
 
@@ -91,11 +103,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
         state_device: str = "auto",
         residency: str = "chunk",
         update: str = "step",
+        page_bytes: int = DEFAULT_PAGE_BYTES,
+        state_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
         check_base(base)
-        check_choices(interval, max_grad_norm, keep_state, state_device, residency, update, seed)
+        check_choices(interval, max_grad_norm, keep_state, seed)
+        check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
@@ -115,17 +130,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
             }
             self._base_class = base
             self._base_kwargs = base_kwargs
-            self._store = StateStore(in_arena=state_device != "device")
             self._keep_state = keep_state
             self._schedule = schedule
             self._seed = seed
-            self._current: ActiveSlices | None = None
-            self._carried: dict[Slice, State] = {}  # state that stays while leaves are replaced
             self._group_of = {
                 str(attachment.name_of(p)): i for i, group in enumerate(groups) for p in group["params"]
             }
-            self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
-            self.plan: ChunkPlan = plan
             self.interval = interval
             self.max_grad_norm = max_grad_norm
             self.updates = 0
@@ -134,6 +144,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._interval_index = 0
             self.interval_position = 0
             super().__init__(groups, defaults)
+            rule = UpdateRule(self._make_base, self.param_groups, self._group_of, self._modes)
+            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
+            plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
+            self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
+            self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
             self._activate()
@@ -174,6 +189,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_attached("step")
         self._follow_weights()
+        if isinstance(self._residency, BackwardResidency):
+            self._close_backward(self._residency)
+            return loss
         leaves = [leaf for _, leaf in self._attachment.active()]
         unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
         average_gradients(leaves)
@@ -183,17 +201,21 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
-            self._active_slices().step(f"{self._seed}/{self.updates}")
-            self._active_slices().show(self.state)
-            self.updates += 1
-            self.interval_position += 1
+            self._residency.step(self._noise_seed())
+            self._residency.show(self.state)
+            self._count_update()
         else:
             self.skipped += 1
         for leaf in leaves:
             leaf.grad = None
-        if self.interval_position >= self.interval:
-            self._advance()
+        self._advance_if_due()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
+        super().zero_grad(set_to_none)
+        if isinstance(self._residency, BackwardResidency) and self._residency.begun:
+            self._residency.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the optimizer as tensors and plain values; loads with ``weights_only=True``.
@@ -204,6 +226,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             window, ``gradients``.
         """
         self._check_attached("state_dict")
+        self._check_between_steps("state_dict")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         result = optimizer_state(self)
@@ -242,17 +265,18 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """Bytes held, by kind.
 
         Returns:
-            ``weights``: of the whole model; ``gradients``: of the active slices, while they exist;
+            ``weights``: of the whole model; ``gradients``: of the active slices, at most at a time;
             ``state_active`` and ``master_active``: what the base optimizer and the masters hold for the active
-            slices; ``state_host``: host memory of all chunks that have been active (on a CPU the active chunk
-            uses its part of it in place).
+            slices, with ``residency="stream"`` the slots of the pages that state passes through; ``state_host``:
+            host memory, or files, of all chunks that have been active (on a CPU the active chunk uses its part of
+            it in place), with paging of all chunks from the start.
         """
         weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
         leaves = [leaf for _, leaf in self._attachment.active()]
-        state, master = (0, 0) if self._current is None else self._current.nbytes()
+        state, master = self._residency.nbytes()
         return {
             "weights": weights,
-            "gradients": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
+            "gradients": self._residency.gradient_nbytes(leaves),
             "state_active": state,
             "master_active": master,
             "state_host": self._store.nbytes,
@@ -263,7 +287,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
         Nothing happens if that was done before.
         """
-        if self._current is not None:
+        if self._ready:
             self._release(keep_attached=False)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -286,8 +310,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
                     parameter.requires_grad_(False)
         if not self._ready:
             return
-        self._current = None
-        self._carried = {}
+        self._ready = False
+        self._residency.forget()
         self._store.clear()
         self.state.clear()
         for group in self.param_groups:
@@ -297,26 +321,58 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return self._attachment.model.__dict__.get("_chunkft") is self._attachment
 
     def _check_attached(self, method: str) -> None:
-        if self._current is None or not self._is_attached():
+        if not self._ready or not self._is_attached():
             raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
 
-    def _active_slices(self) -> ActiveSlices:
-        assert self._current is not None  # _check_attached came first
-        return self._current
+    def _check_between_steps(self, method: str) -> None:
+        if isinstance(self._residency, BackwardResidency) and self._residency.begun:
+            raise RuntimeError(
+                f"{method}() between backward() and step() is not possible with update='backward', which has "
+                "updated some slices and not others by then; call step() first"
+            )
+
+    def _noise_seed(self) -> str:
+        return f"{self._seed}/{self.updates}"
+
+    def _close_backward(self, residency: BackwardResidency) -> None:
+        """``step()`` for slices that were updated in the backward pass."""
+        check_backward_step(getattr(self, "grad_scale", None))
+        if not residency.begun and all(leaf.grad is None for _, leaf in self._attachment.active()):
+            return
+        residency.step(self._noise_seed())
+        if residency.dropped:
+            self.skipped += 1
+        else:
+            self._count_update()
+        residency.seed = self._noise_seed()
+        self._advance_if_due()
+
+    def _count_update(self) -> None:
+        self.updates += 1
+        self.interval_position += 1
 
     def _follow_weights(self) -> None:
         self._attachment.verify()
         if self._attachment.generation != self._generation:  # a forward pass may have noticed before us
-            self._carried = self._active_slices().states()
             self._bind(self._attachment.active())
-        self._active_slices().follow_devices()
+        self._residency.follow_devices()
+
+    def _chunk_of(self, interval_index: int) -> int:
+        return active_chunk(self._schedule, interval_index, len(self.plan), self._seed)
+
+    def _advance_if_due(self) -> None:
+        """Begin the next interval if this one is over; fetch what comes next during the last step of one."""
+        if self.interval_position >= self.interval:
+            self._advance()
+        # A callable schedule may fail for the next interval: that is for the switch to tell, not for us.
+        if self.interval_position == self.interval - 1 and isinstance(self._schedule, str):
+            self._residency.prefetch(self.plan.chunks[self._chunk_of(self._interval_index + 1)].slices)
 
     def _advance(self) -> None:
-        """Begin the next interval."""
-        upcoming = active_chunk(self._schedule, self._interval_index + 1, len(self.plan), self._seed)
-        changes = upcoming != self.active or not self._keep_state
+        changes = self._chunk_of(self._interval_index + 1) != self.active or not self._keep_state
         if changes:
-            self._stash()
+            self._residency.stash(self.plan.always, self._keep_state)
+            self.state.clear()
         self._interval_index += 1
         self.interval_position = 0
         if changes:
@@ -327,56 +383,28 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self._bind(self._attachment.activate([*self.plan.always, *chunk.slices]))
 
     def _bind(self, pairs: list[tuple[Slice, nn.Parameter]]) -> None:
-        """Point the groups and a new base optimizer at these leaves and give them their state."""
+        """Point the groups at these leaves and give them their state."""
         self._generation = self._attachment.generation
-        carried, self._carried = self._carried, {}
-        states = {
-            piece: carried[piece] if piece in carried else self._store.take(piece, leaf.device)
-            for piece, leaf in pairs
-        }
-        for piece, leaf in pairs:
-            group = self.param_groups[self._group_of[piece.name]]
-            if group.get("fused") or group.get("capturable"):  # these keep the step count beside the weight
-                states[piece] = {
-                    key: value.to(leaf.device) if isinstance(value, Tensor) else value
-                    for key, value in states[piece].items()
-                }
         for group in self.param_groups:
             group["params"] = []
         for piece, leaf in pairs:
             self.param_groups[self._group_of[piece.name]]["params"].append(leaf)
-        self._current = ActiveSlices(
-            pairs, states, self._modes, self._group_of, self.param_groups, self._make_base
-        )
-        self._current.show(self.state)
+        if isinstance(self._residency, BackwardResidency):
+            self._residency.seed = self._noise_seed()
+        self._residency.bind(pairs)
+        self._residency.show(self.state)
 
     def _make_base(self, groups: Groups) -> torch.optim.Optimizer:
         return self._base_class(groups, **self._base_kwargs)
 
-    def _stash(self) -> None:
-        """Put the state of the active slices into the store, or drop it if it is not kept."""
-        active = self._active_slices()
-        states = active.states()
-        self._carried = {piece: states.pop(piece) for piece in self.plan.always}
-        if not self._keep_state:
-            for piece in states:
-                self._store.drop(piece)
-            masters = active.masters()  # these are part of the weights, not of the moments
-            states = {piece: masters[piece] for piece in states}
-        self._store.put({piece: state for piece, state in states.items() if state})
-        self._forget_active()
-
-    def _forget_active(self) -> None:
-        """Let go of the active state on the device, before that of the next chunk takes its place."""
-        self._current = None
-        self.state.clear()
-
     def _restore(self, restored: Restored) -> None:
         """Go on from what was read; it was checked before, so that nothing here is refused."""
-        self._forget_active()
-        self._carried = {}
+        self._residency.forget()
+        self.state.clear()
         self._store.clear()
         self._store = restored.store
+        self._store.realise()
+        self._residency.use(self._store)
         self.plan = restored.plan
         for group, loaded in zip(self.param_groups, restored.groups, strict=True):
             group.update(loaded)
@@ -391,6 +419,4 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""
-        states = {piece: self._store.get(piece) for piece in self._store.pieces()}
-        states.update(self._active_slices().states())
-        return {piece: state for piece, state in states.items() if state}
+        return self._residency.states()

@@ -13,6 +13,7 @@ from chunkft.kernels import apply_residual, split_residual, stochastic_round
 
 MASTERS = ("auto", "fp32", "residual", "stochastic", "none")
 STATE_KEYS = {"fp32": "master", "residual": "residual"}
+MASTER_DTYPES = {"fp32": torch.float32, "residual": torch.int16}
 
 
 def resolve_master(master: str, dtype: torch.dtype) -> str:

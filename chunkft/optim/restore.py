@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,8 +12,9 @@ from torch import Tensor
 from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
 from chunkft.optim.recut import Origins, merged, new_state, recut
+from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.serialize import FORMAT
-from chunkft.optim.state import StateStore, detached
+from chunkft.optim.state import State, StateStore, detached
 from chunkft.plan import ChunkPlan, check_plan
 from chunkft.schedule import active_chunk
 
@@ -66,7 +69,9 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     if same:
         check_plan(saved_plan, optimizer._specs)
     origins: Origins = {}
-    plan = recut(saved_plan if same else given, saved["state"], origins)
+    # Slices may be cut to the pages of this optimizer, which the saving one need not have had.
+    kept = same and isinstance(optimizer._residency, ChunkResidency)
+    plan = recut(saved_plan if kept else given, saved["state"], origins)
     position = saved["cursor"]
     index = _count(position, "interval_index")
     done = _count(position, "interval_position")
@@ -83,21 +88,30 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         optimizer._base_kwargs,
     )
     updates, skipped = _count(position, "updates"), _count(position, "skipped")
-    store = optimizer._store.empty_copy()
+    for piece, entry in origins.items():
+        _check_range(saved["state"][piece.name], entry)
+    store = optimizer._store.successor(plan)
     try:
         for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):
-            store.put(
-                {
-                    piece: new_state(piece, saved["state"][piece.name], origins[piece])
-                    for piece in pieces
-                    if piece in origins
-                }
-            )
+            store.load(partial(_new_states, pieces, saved["state"], origins))
     except BaseException:
         store.clear()
         raise
     done = min(done, optimizer.interval - 1)  # the interval may have become shorter
     return Restored(plan, store, groups, index, done, updates, skipped, gradients)
+
+
+def _new_states(pieces: Sequence[Slice], saved: dict[str, Any], origins: Origins) -> dict[Slice, State]:
+    return {
+        piece: new_state(piece, saved[piece.name], origins[piece]) for piece in pieces if piece in origins
+    }
+
+
+def _check_range(saved: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Raise KeyError or AttributeError for what ``new_state`` could not read, before anything is given up for it."""
+    entry["values"].items()
+    for key in entry["elementwise"]:
+        saved["tensors"][key]
 
 
 def _gradients(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chunkft.autograd import Slice
+from chunkft.plan import ChunkPlan
 from chunkft.streaming import HostArena
 
 ALIGNMENT = 256
@@ -28,12 +30,27 @@ class StateStore:
         self._arenas: list[HostArena] = []
         self._homes: dict[tuple[Slice, str], Tensor] = {}
 
-    def empty_copy(self) -> StateStore:
-        """A store of the same kind without state."""
+    def successor(self, plan: ChunkPlan) -> StateStore:
+        """A store of the same kind for a plan, without state."""
         return StateStore(self._in_arena)
 
-    def __contains__(self, piece: Slice) -> bool:
-        return piece in self._states
+    def load(self, states: Callable[[], dict[Slice, State]]) -> None:
+        """Keep states that were read from a checkpoint, for slices that are active together."""
+        self.put(states())
+
+    def realise(self) -> None:
+        """Called once a store takes the place of its predecessor; everything was read by then."""
+
+    def open(self, pairs: Sequence[tuple[Slice, nn.Parameter]]) -> dict[Slice, State]:
+        """State of slices for use where their leaves are; views of host memory if that is the CPU."""
+        return {piece: self.take(piece, leaf.device) for piece, leaf in pairs}
+
+    def close(self, pieces: Sequence[Slice], states: dict[Slice, State]) -> None:
+        """Take back what ``open`` gave out for ``pieces``; only ``states`` is kept."""
+        self.put(states)
+
+    def prefetch(self, pieces: Sequence[Slice]) -> None:
+        """``open`` will be called for these slices; nothing can be done ahead here."""
 
     def get(self, piece: Slice) -> State:
         """State of a slice where it is kept; empty if it has none yet. Not to be changed."""
@@ -87,6 +104,10 @@ class StateStore:
     def drop(self, piece: Slice) -> None:
         """Forget the state of one slice; its place in the arena is used again when the slice returns."""
         self._states.pop(piece, None)
+
+    def retain(self, piece: Slice, keys: set[str]) -> None:
+        """Forget the state of one slice except for these keys."""
+        self._states[piece] = {key: value for key, value in self.get(piece).items() if key in keys}
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,172 @@
+"""Updates inside of the backward pass (``update="backward"``)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from chunkft.autograd import Slice
+from chunkft.optim.gradients import all_finite
+from chunkft.optim.resident import Pairs
+from chunkft.optim.streamed import StreamResidency
+
+READ_ELSEWHERE = (
+    "the gradient of {piece} grew after the slice was updated, because its weight is also used without a call of its "
+    "module; update='backward' cannot be used for it, update='step' can"
+)
+
+
+class BackwardResidency(StreamResidency):
+    """Updates the slices of a page as soon as the last of their gradients is complete, and frees the gradients.
+
+    Gradients and state of the active slices are then never resident together. Pages are fetched ahead in the order
+    in which the previous backward pass completed them; the first time in reverse order of the stream.
+
+    ``dropped`` says after ``step()`` whether a gradient of that step was not finite.
+
+    One backward pass belongs to each ``step()``, which updates what no gradient hook saw and closes the step.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.seed = ""  # names the noise of stochastic rounding
+        self._unit_of: dict[Slice, int] = {}
+        self._missing: list[set[Slice]] = []
+        self._done: list[int] = []  # units in the order of their update in this step
+        self._order: list[int] = []  # the same of the step before
+        self._handles: list[RemovableHandle] = []
+        self.dropped = False
+        self._dropping = False
+        self._begun = False
+        self._held = 0  # bytes of gradients that exist now
+        self._peak = 0
+
+    def bind(self, pairs: Pairs) -> None:
+        """These slices are active now; watch their gradients."""
+        self._unwatch()
+        self._order = []
+        super().bind(pairs)
+        self._unit_of = {piece: n for n, unit in enumerate(self._units) for piece, _ in unit}
+        self._order = list(reversed(range(len(self._units))))
+        self._begin()
+        # Hooks live in C++, out of sight of the garbage collector: they must not hold us.
+        me = weakref.ref(self)
+        for piece, leaf in pairs:
+
+            def complete(leaf: Tensor, piece: Slice = piece) -> None:
+                residency = me()
+                if residency is not None:
+                    residency._complete(piece, leaf)
+
+            self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
+
+    @property
+    def begun(self) -> bool:
+        """Whether a gradient arrived since the last ``step()``."""
+        return self._begun
+
+    def gradient_nbytes(self, leaves: Sequence[Tensor]) -> int:
+        """Most bytes of gradients that existed at a time so far."""
+        return self._peak
+
+    def step(self, seed: str) -> None:
+        """Update the slices that have a gradient still, and close the step.
+
+        Raises:
+            RuntimeError: if a gradient grew after its update.
+        """
+        self.seed = seed
+        try:
+            for number, unit in enumerate(self._units):
+                if all(leaf.grad is None for _, leaf in unit):
+                    continue
+                if number in self._done:
+                    raise RuntimeError(READ_ELSEWHERE.format(piece=_first_with_gradient(unit)))
+                self._update_unit(number)
+        finally:
+            if self._done:
+                self._order = list(self._done)
+            self.dropped = self._dropping
+            self.reset()
+        self._fetch(self._first())
+
+    def reset(self) -> None:
+        """Begin a new step; what was updated stays updated."""
+        for unit in self._units:
+            for _, leaf in unit:
+                leaf.grad = None
+        self._begin()
+        self.finish()
+
+    def stash(self, always: Any, keep_state: bool) -> None:
+        """The active slices rest."""
+        self._unwatch()
+        super().stash(always, keep_state)
+
+    def forget(self) -> None:
+        """Let go of the active slices."""
+        self._unwatch()
+        super().forget()
+
+    def _first(self) -> list[Pairs]:
+        return [self._units[n] for n in self._order[:2]] if self._order else self._units[:-3:-1]
+
+    def _begin(self) -> None:
+        self._missing = [{piece for piece, _ in unit} for unit in self._units]
+        self._done = []
+        self._dropping = False
+        self._begun = False
+        self._held = 0
+
+    @torch.no_grad()
+    def _complete(self, piece: Slice, leaf: Tensor) -> None:
+        number = self._unit_of[piece]
+        missing = self._missing[number]
+        if piece not in missing:
+            raise RuntimeError(
+                f"a second backward pass reached {piece} before step(): update='backward' updates a slice as soon as "
+                "its gradient is complete, so it cannot accumulate gradients; call step() after each backward pass, "
+                "or use update='step'"
+            )
+        self._begun = True
+        missing.discard(piece)
+        self._held += leaf.numel() * leaf.element_size()
+        self._peak = max(self._peak, self._held)
+        if not missing:
+            self._update_unit(number)
+
+    def _update_unit(self, number: int) -> None:
+        unit = self._units[number]
+        gradients = [leaf.grad for _, leaf in unit if leaf.grad is not None]
+        # After a gradient that is not finite nothing more is updated in this step; what was so before stands.
+        self._dropping = self._dropping or not all_finite(gradients)
+        if not self._dropping:
+            self.update(unit, self.seed, [self._units[n] for n in self._upcoming(number)])
+            self._done.append(number)
+        self._held -= sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+        for _, leaf in unit:
+            leaf.grad = None
+
+    def _upcoming(self, number: int) -> list[int]:
+        if number not in self._order:
+            return []
+        place = self._order.index(number)
+        return [n for n in self._order[place + 1 : place + 3] if n not in self._done]
+
+    def _unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _first_with_gradient(unit: Pairs) -> Slice:
+    return next(piece for piece, leaf in unit if _has_gradient(leaf))
+
+
+def _has_gradient(leaf: nn.Parameter) -> bool:
+    return leaf.grad is not None

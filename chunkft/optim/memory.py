@@ -1,0 +1,66 @@
+"""Which store and which residency an optimizer works with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from chunkft.attach import Attachment
+from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.paged import PagedStore
+from chunkft.optim.pages import StateProbe, fitted
+from chunkft.optim.resident import ChunkResidency
+from chunkft.optim.rule import UpdateRule
+from chunkft.optim.state import StateStore
+from chunkft.optim.streamed import StreamResidency
+from chunkft.plan import ChunkPlan
+
+# Large enough that a copy runs at the speed of the link, small enough that three of them are little memory.
+DEFAULT_PAGE_BYTES = 64 << 20
+
+Residency = ChunkResidency | StreamResidency
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """The arguments of ``ChunkOptimizer`` that say where state lives."""
+
+    residency: str
+    update: str
+    state_device: str
+    page_bytes: int
+    state_dir: str | os.PathLike[str] | None
+
+
+def build_memory(
+    choice: MemoryChoice, plan: ChunkPlan, rule: UpdateRule, attachment: Attachment
+) -> tuple[ChunkPlan, StateStore, Residency]:
+    """The plan, cut so that slices fit pages, the store of their state, and what moves it.
+
+    Raises:
+        OSError, RuntimeError: if the memory, or the files, cannot be had.
+    """
+    parameter_of = attachment.model.get_parameter
+
+    def device_of(name: str) -> torch.device:
+        return parameter_of(name).device
+
+    stream = choice.residency == "stream"
+    devices = {device_of(piece.name).type for piece in plan.slices()}
+    paged = stream or choice.state_dir is not None or choice.state_device == "paged"
+    if not paged and (choice.state_device != "auto" or devices == {"cpu"}):
+        store = StateStore(in_arena=choice.state_device != "device")
+        return plan, store, ChunkResidency(rule, store)
+    probe = StateProbe(rule, parameter_of)
+    page_bytes = choice.page_bytes if stream else None
+    if page_bytes is not None:
+        plan = fitted(plan, probe, page_bytes)
+    pages = PagedStore(
+        plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=choice.state_dir
+    )
+    if not stream:
+        return plan, pages, ChunkResidency(rule, pages)
+    kind = BackwardResidency if choice.update == "backward" else StreamResidency
+    return plan, pages, kind(rule, pages)

@@ -1,0 +1,277 @@
+"""State that is paged between host memory, or a file, and a few slots on the device."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft.autograd import Slice
+from chunkft.optim.pages import Page, StateProbe, make_pages
+from chunkft.optim.state import State, StateStore
+from chunkft.plan import ChunkPlan
+from chunkft.streaming import Pager
+
+
+class PagedStore(StateStore):
+    """State of slices, page by page; what is in use lies in a slot of the pager.
+
+    Tensors that the probe foresaw move in one copy a page, ahead of their use and behind it. Everything else
+    (step counts, tensors of an optimizer that could not be probed) is kept beside the pages and moved one by
+    one. Slices without a page are kept as in a ``StateStore``.
+
+    Args:
+        plan: the slices; ``fitted`` makes one whose slices fit the pages.
+        probe: tells what the base optimizer keeps for each.
+        device_of: device of a parameter, by name.
+        stream: True makes pages of ``page_bytes``, also of slices that are always active, and a ring of three
+            slots; False makes one page of each chunk and a ring of two.
+        page_bytes: see ``make_pages``.
+        state_dir: directory for files that hold the state in place of host memory, or None.
+        allocate: False waits with memory until ``realise``.
+    """
+
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        probe: StateProbe,
+        device_of: Callable[[str], torch.device],
+        *,
+        stream: bool,
+        page_bytes: int | None,
+        state_dir: str | os.PathLike[str] | None,
+        allocate: bool = True,
+    ) -> None:
+        super().__init__()
+        self._probe = probe
+        self._device_of = device_of
+        self._stream = stream
+        self._page_bytes = page_bytes
+        self._state_dir = state_dir
+        groups: list[Sequence[Slice]] = [chunk.slices for chunk in plan.chunks]
+        if stream:
+            groups.insert(0, plan.always)
+        self.pages: list[Page] = make_pages(groups, probe, device_of, page_bytes)
+        self.page_of: dict[Slice, int] = {
+            piece: number for number, page in enumerate(self.pages) for piece in page.pieces
+        }
+        if probe.failure is not None:
+            warnings.warn(
+                "the state of the base optimizer cannot be laid out ahead, so it is moved tensor by tensor and "
+                f"waits for each copy: a step without memory failed with {probe.failure}",
+                stacklevel=4,
+            )
+        self._pagers: dict[torch.device, Pager] = {}
+        self._number: list[int] = []  # of a page in the pager of its device
+        self._values: dict[Slice, State] = {}  # what is not on pages
+        self._valid: dict[Slice, set[str]] = {}  # keys whose bytes on the page were written
+        self._open: dict[int, Tensor] = {}
+        self._ahead: list[int] = []  # pages that were fetched ahead and are not open yet
+        self._pending: list[Callable[[], dict[Slice, State]]] = []
+        if allocate:
+            self._allocate()
+
+    def successor(self, plan: ChunkPlan) -> PagedStore:
+        """A store for a plan that takes its memory only when this one has given back its own."""
+        return PagedStore(
+            plan,
+            self._probe,
+            self._device_of,
+            stream=self._stream,
+            page_bytes=self._page_bytes,
+            state_dir=self._state_dir,
+            allocate=False,
+        )
+
+    def load(self, states: Callable[[], dict[Slice, State]]) -> None:
+        """Read states when ``realise`` is called: host memory never holds them twice."""
+        self._pending.append(states)
+
+    def realise(self) -> None:
+        """Take memory and read what ``load`` was told to."""
+        self._allocate()
+        pending, self._pending = self._pending, []
+        for read in pending:
+            self.put(read())
+
+    def open(self, pairs: Sequence[tuple[Slice, nn.Parameter]]) -> dict[Slice, State]:
+        """State of slices, in slots of their pages; each page stays there until ``close``."""
+        for number in self._pages_of([piece for piece, _ in pairs]):
+            if number not in self._open:
+                self._make_room(number)
+                load = any(self._valid.get(piece) for piece in self.pages[number].pieces)
+                pager, local = self._pager(number)
+                self._open[number] = pager.acquire(local, load=load)
+        states: dict[Slice, State] = {}
+        for piece, leaf in pairs:
+            if piece not in self.page_of:
+                states[piece] = self.take(piece, leaf.device)
+                continue
+            states[piece] = self._paged(piece, self._open[self.page_of[piece]])
+            for key, value in self._values.get(piece, {}).items():
+                loose = isinstance(value, Tensor) and value.dim() > 0
+                states[piece][key] = value.to(leaf.device) if loose else value
+        return states
+
+    def close(self, pieces: Sequence[Slice], states: dict[Slice, State]) -> None:
+        """Take back the pages of ``pieces``; their copy to the host runs behind what the device does."""
+        numbers = self._pages_of(pieces)
+        try:
+            self.put(states)
+        except BaseException:
+            self.abandon(pieces)
+            raise
+        for number in numbers:
+            if self._open.pop(number, None) is not None:
+                pager, local = self._pager(number)
+                page = self.pages[number]
+                pager.release(local, dirty=any(self._valid.get(piece) for piece in page.pieces))
+
+    def abandon(self, pieces: Sequence[Slice]) -> None:
+        """Forget what happened on open pages of ``pieces``: the host's copy counts again."""
+        for number in self._pages_of(pieces):
+            if self._open.pop(number, None) is not None:
+                pager, local = self._pager(number)
+                pager.discard(local)
+
+    def prefetch(self, pieces: Sequence[Slice]) -> None:
+        """Begin to fetch the pages of slices, as far as slots are free."""
+        for number in self._pages_of(pieces):
+            self.prefetch_page(number)
+
+    def prefetch_page(self, number: int) -> None:
+        """Begin to fetch one page, if it holds anything and a slot is free."""
+        if number in self._open or number in self._ahead:
+            return
+        pager, local = self._pager(number)
+        if any(self._valid.get(piece) for piece in self.pages[number].pieces) and pager.prefetch(local):
+            self._ahead.append(number)
+
+    def put(self, states: dict[Slice, State]) -> None:
+        """Keep the states of these slices: on their page if it is open, otherwise in its host copy."""
+        for piece, state in states.items():
+            if piece not in self.page_of:
+                super().put({piece: state})
+                continue
+            number = self.page_of[piece]
+            regions = self.pages[number].regions[piece]
+            page = self._open.get(number)
+            valid: set[str] = set()
+            values: State = {}
+            for key, value in state.items():
+                region = regions.get(key)
+                if not isinstance(value, Tensor):
+                    values[key] = value
+                elif region is None or region.shape != tuple(value.shape) or region.dtype != value.dtype:
+                    values[key] = value.detach().cpu()
+                else:
+                    home = region.of(self._host(number) if page is None else page)
+                    if home.data_ptr() != value.data_ptr():
+                        home.copy_(value.detach())
+                    valid.add(key)
+            self._valid[piece] = valid
+            self._values[piece] = values
+
+    def get(self, piece: Slice) -> State:
+        """State of a slice in host memory. Not to be changed."""
+        if piece not in self.page_of:
+            return super().get(piece)
+        if not self._valid.get(piece):
+            return dict(self._values.get(piece, {}))
+        return {**self._paged(piece, self._host(self.page_of[piece])), **self._values.get(piece, {})}
+
+    def pieces(self) -> list[Slice]:
+        """The slices that have state."""
+        paged = [piece for piece in self.page_of if self._valid.get(piece) or self._values.get(piece)]
+        return paged + super().pieces()
+
+    def drop(self, piece: Slice) -> None:
+        """Forget the state of one slice."""
+        super().drop(piece)
+        self._valid.pop(piece, None)
+        self._values.pop(piece, None)
+
+    def retain(self, piece: Slice, keys: set[str]) -> None:
+        """Forget the state of one slice except for these keys."""
+        if piece not in self.page_of:
+            super().retain(piece, keys)
+            return
+        self._valid[piece] = self._valid.get(piece, set()) & keys
+        kept = self._values.get(piece, {})
+        self._values[piece] = {key: value for key, value in kept.items() if key in keys}
+
+    def clear(self) -> None:
+        """Forget all state and release its memory."""
+        super().clear()
+        self._open.clear()
+        self._ahead.clear()
+        self._values.clear()
+        self._valid.clear()
+        pagers, self._pagers = self._pagers, {}
+        for pager in pagers.values():
+            pager.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory, or of files, that hold state."""
+        return super().nbytes + sum(sum(pager.pages) for pager in self._pagers.values())
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of the slots on all devices."""
+        return sum(pager.slots * pager.slot_bytes for pager in self._pagers.values())
+
+    @property
+    def pagers(self) -> dict[torch.device, Pager]:
+        """The pager of each device."""
+        return dict(self._pagers)
+
+    def _allocate(self) -> None:
+        sizes: dict[torch.device, list[int]] = {}
+        self._number = []
+        for page in self.pages:
+            on_device = sizes.setdefault(page.device, [])
+            self._number.append(len(on_device))
+            on_device.append(page.nbytes)
+        for device, pages in sizes.items():
+            self._pagers[device] = Pager(
+                pages, device=device, slots=3 if self._stream else 2, **self._tier(device)
+            )
+
+    def _make_room(self, number: int) -> None:
+        """See that a slot can be had for a page, at the cost of one that was fetched ahead and did not come."""
+        if number in self._ahead:
+            self._ahead.remove(number)
+            return
+        pager, _ = self._pager(number)
+        ahead = [other for other in self._ahead if self._pager(other)[0] is pager]
+        taken = [other for other in self._open if self._pager(other)[0] is pager]
+        if ahead and len(ahead) + len(taken) >= pager.slots:
+            self._ahead.remove(ahead[0])
+            pager.evict(self._number[ahead[0]])
+
+    def _tier(self, device: torch.device) -> dict[str, Any]:
+        if self._state_dir is None:
+            return {}
+        return {"state_dir": os.path.join(self._state_dir, str(device).replace(":", "-"))}
+
+    def _pages_of(self, pieces: Sequence[Slice]) -> list[int]:
+        return list(dict.fromkeys(self.page_of[piece] for piece in pieces if piece in self.page_of))
+
+    def _pager(self, number: int) -> tuple[Pager, int]:
+        return self._pagers[self.pages[number].device], self._number[number]
+
+    def _host(self, number: int) -> Tensor:
+        pager, local = self._pager(number)
+        if pager.state(local) in ("DIRTY", "STORING"):
+            pager.flush()
+        return pager.host(local)
+
+    def _paged(self, piece: Slice, page: Tensor) -> State:
+        valid = self._valid.get(piece, set())
+        regions = self.pages[self.page_of[piece]].regions[piece]
+        return {key: region.of(page) for key, region in regions.items() if key in valid}

@@ -1,0 +1,32 @@
+"""What an update of some slices is made from, shared by everything that runs one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Groups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """The base optimizer, its groups and the precision of each parameter.
+
+    Attributes:
+        make_base: builds the base optimizer from groups.
+        groups: the groups of the outer optimizer, whose values the base optimizer shares.
+        group_of: index of each parameter's group, by name.
+        modes: master mode of each parameter, by name.
+    """
+
+    make_base: Callable[[Groups], torch.optim.Optimizer]
+    groups: Groups
+    group_of: Mapping[str, int]
+    modes: Mapping[str, str]
+
+    def values(self) -> Groups:
+        """The hyper-parameters of every group as they are now, without the parameters."""
+        return [{key: value for key, value in group.items() if key != "params"} for group in self.groups]

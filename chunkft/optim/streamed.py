@@ -1,0 +1,133 @@
+"""State that passes through a few slots inside every step (``residency="stream"``)."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from chunkft.autograd import Slice
+from chunkft.optim.active import ActiveSlices
+from chunkft.optim.master import STATE_KEYS
+from chunkft.optim.paged import PagedStore
+from chunkft.optim.resident import Pairs, beside_weight
+from chunkft.optim.rule import Groups, UpdateRule
+from chunkft.optim.state import State, StateStore
+
+
+class StreamResidency:
+    """Updates the active slices page by page: page i + 1 is fetched and page i - 1 written back meanwhile.
+
+    Device memory for state is that of the slots, whatever the number of chunks.
+
+    Args:
+        rule: how slices are updated.
+        store: where state lives.
+    """
+
+    def __init__(self, rule: UpdateRule, store: PagedStore) -> None:
+        self._rule = rule
+        self._store = store
+        self._units: list[Pairs] = []  # the pairs of one page each; those without a page, all together
+        self._before: Groups | None = None
+        self._after: dict[int, dict[str, Any]] = {}
+
+    def bind(self, pairs: Pairs) -> None:
+        """These slices are active now."""
+        units: dict[int, Pairs] = {}
+        for piece, leaf in pairs:
+            units.setdefault(self._store.page_of.get(piece, -1), []).append((piece, leaf))
+        self._units = list(units.values())
+        self._fetch(self._first())
+
+    def use(self, store: StateStore) -> None:
+        """Work with another store from now on."""
+        assert isinstance(store, PagedStore)
+        self._store = store
+
+    def step(self, seed: str) -> None:
+        """Update every active slice that has a gradient."""
+        units = [unit for unit in self._units if any(leaf.grad is not None for _, leaf in unit)]
+        try:
+            for number, unit in enumerate(units):
+                self.update(unit, seed, units[number + 1 : number + 3])
+        finally:
+            self.finish()
+        self._fetch(self._first())
+
+    def update(self, unit: Pairs, seed: str, following: Sequence[Pairs]) -> None:
+        """Update the slices of one page; begin to fetch the pages that follow."""
+        pieces = [piece for piece, _ in unit]
+        states = self._store.open(unit)
+        self._fetch(following)
+        try:
+            for piece, leaf in unit:
+                states[piece] = beside_weight(self._rule, piece, leaf, states[piece])
+            if self._before is None:
+                self._before = self._rule.values()
+            # Some optimizers count steps in their groups: every page starts from the values before the step.
+            self._set_values(dict(enumerate(self._before)))
+            active = ActiveSlices(unit, states, self._rule)
+            active.step(seed)
+            values = self._rule.values()
+            for number in {self._rule.group_of[piece.name] for piece in pieces}:
+                self._after[number] = values[number]
+            self._store.close(pieces, {piece: state for piece, state in active.states().items() if state})
+        except BaseException:
+            self._store.abandon(pieces)
+            raise
+
+    def finish(self) -> None:
+        """All pages of this step are done."""
+        if self._before is not None:
+            self._set_values({**dict(enumerate(self._before)), **self._after})
+        self._before = None
+        self._after = {}
+
+    def prefetch(self, pieces: Sequence[Slice]) -> None:
+        """Nothing to do long before: the first pages are fetched when the slices become active."""
+
+    def stash(self, always: Sequence[Slice], keep_state: bool) -> None:
+        """The active slices rest; their state is in the store already."""
+        if not keep_state:
+            stay = set(always)
+            for piece in [piece for unit in self._units for piece, _ in unit if piece not in stay]:
+                self._store.retain(piece, set(STATE_KEYS.values()))
+        self._units = []
+
+    def forget(self) -> None:
+        """Let go of the active slices."""
+        self._units = []
+
+    def states(self) -> dict[Slice, State]:
+        """The state of every slice that has some, in host memory."""
+        states = {piece: self._store.get(piece) for piece in self._store.pieces()}
+        return {piece: state for piece, state in states.items() if state}
+
+    def show(self, target: MutableMapping[Tensor, Any]) -> None:
+        """State is on no device between steps: nothing to show."""
+        target.clear()
+
+    def follow_devices(self) -> None:
+        """State is fetched to where its leaf is, at every step."""
+
+    def gradient_nbytes(self, leaves: Sequence[Tensor]) -> int:
+        """Most bytes of gradients that exist at a time."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the slots, which state of the base optimizer and masters share."""
+        return self._store.slot_nbytes, 0
+
+    def _first(self) -> Sequence[Pairs]:
+        """The units that the next step begins with."""
+        return self._units[:2]
+
+    def _fetch(self, units: Sequence[Pairs]) -> None:
+        for unit in units:
+            self._store.prefetch([piece for piece, _ in unit])
+
+    def _set_values(self, values: dict[int, dict[str, Any]]) -> None:
+        for number, entries in values.items():
+            self._rule.groups[number].update(entries)

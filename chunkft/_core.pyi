@@ -29,6 +29,7 @@ class HostArena:
         huge_pages: bool = True,
         pretouch: bool = False,
         threads: SupportsIndex = 0,
+        within_budget: bool = False,
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -38,10 +39,31 @@ class HostArena:
     def huge_pages(self) -> bool: ...
     @property
     def closed(self) -> bool: ...
+    @property
+    def page_locked(self) -> bool: ...
+    def page_lock(self, device: SupportsIndex = 0) -> None: ...
     def close(self) -> None: ...
     def view(self, offset: SupportsIndex, nbytes: SupportsIndex) -> ArenaView: ...
     @staticmethod
     def live_bytes() -> int: ...
+
+class CudaDevice(TypedDict):
+    name: str
+    total_bytes: int
+    compute_capability: tuple[int, int]
+
+class CudaInfo(TypedDict):
+    library: str
+    driver_version: tuple[int, int]
+    devices: list[CudaDevice]
+
+class MemoryBudget(TypedDict):
+    limit: int
+    available: int
+    source: str
+
+def cuda_info() -> CudaInfo: ...
+def memory_budget() -> MemoryBudget | None: ...
 
 class Transfers(TypedDict):
     copies: int

@@ -1,64 +1,17 @@
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include <pybind11/stl.h>
+
+#include "bindings.h"
 #include "dlpack.h"
 #include "host_arena.h"
-#include "status.h"
-
-namespace py = pybind11;
 
 namespace chunkft {
 namespace {
-
-[[noreturn]] void raise(const Error& error) {
-  switch (error.code) {
-    case Code::kInvalidArgument:
-      throw py::value_error(error.message());
-    case Code::kClosed:
-    case Code::kDriver:
-    case Code::kPoisoned:
-    case Code::kBusy:
-    case Code::kForked:
-    case Code::kCorrupt:
-      PyErr_SetString(PyExc_RuntimeError, error.message().c_str());
-      throw py::error_already_set();
-    case Code::kSystem:
-    case Code::kIo:
-      // OSError(errno, text) makes Python fill in .errno.
-      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.sys_errno, error.message()).ptr());
-      throw py::error_already_set();
-  }
-  throw py::value_error(error.message());
-}
-
-template <typename T>
-T value_or_raise(Result<T> result) {
-  if (!result.ok()) raise(result.error());
-  return std::move(result.value());
-}
-
-// A size from anything with __index__; pybind11's own conversion would not name the argument in its error.
-std::size_t to_size(const py::handle& value, const char* op, const char* name) {
-  auto bad = [&](const std::string& got) {
-    return invalid_argument(op, std::string(name) + " must be an integer from 0 to 2**63 - 1, got " + got);
-  };
-  py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-  if (!index) {
-    PyErr_Clear();
-    PyErr_SetString(PyExc_TypeError, bad(py::repr(value).cast<std::string>()).message().c_str());
-    throw py::error_already_set();
-  }
-  int overflow = 0;
-  const long long number = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  if (overflow != 0 || number < 0) raise(bad(py::str(index).cast<std::string>()));
-  return static_cast<std::size_t>(number);
-}
 
 // What a DLPack consumer owns: the memory's hold, and the arrays that the tensor points into.
 template <typename Managed>
@@ -116,14 +69,14 @@ py::object to_dlpack(const ArenaView& view, const py::object& stream,
 }
 
 std::shared_ptr<HostArena> make_arena(const py::object& nbytes, bool huge_pages, bool pretouch,
-                                      const py::object& threads) {
+                                      const py::object& threads, bool within_budget) {
   const std::size_t size = to_size(nbytes, "HostArena", "nbytes");
   const std::size_t thread_count = to_size(threads, "HostArena", "threads");
   if (thread_count > 1024) {
     raise(invalid_argument("HostArena", "threads must be an integer from 0 (automatic) to 1024, got " +
                                             std::to_string(thread_count)));
   }
-  const ArenaOptions options{huge_pages, pretouch, static_cast<unsigned>(thread_count)};
+  const ArenaOptions options{huge_pages, pretouch, static_cast<unsigned>(thread_count), within_budget};
   auto result = [&] {
     py::gil_scoped_release release;
     return HostArena::create(size, options);
@@ -154,7 +107,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<HostArena, std::shared_ptr<HostArena>>(
       m, "HostArena", "Zero-filled, page-aligned host memory of an exact size, mapped apart from malloc.")
       .def(py::init(&make_arena), py::arg("nbytes"), py::kw_only(), py::arg("huge_pages") = true,
-           py::arg("pretouch") = false, py::arg("threads") = 0)
+           py::arg("pretouch") = false, py::arg("threads") = 0, py::arg("within_budget") = false)
       .def_property_readonly("nbytes", &HostArena::nbytes)
       .def_property_readonly("capacity", &HostArena::capacity)
       .def_property_readonly("huge_pages", &HostArena::huge_pages)
@@ -168,4 +121,7 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("offset"), py::arg("nbytes"))
       .def_static("live_bytes", &HostArena::live_bytes);
+
+  bind_pager(m);
+  bind_cuda(m);
 }

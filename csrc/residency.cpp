@@ -94,7 +94,8 @@ const char* name_of(State state) {
 }
 
 bool host_is_canonical(Residency residency) {
-  return residency.host == HostCopy::kCanonical && !is_acquired(residency.place);
+  return residency.host == HostCopy::kCanonical && !is_acquired(residency.place) &&
+         residency.place != Place::kPoisoned;
 }
 
 }  // namespace chunkft

@@ -144,7 +144,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._interval_index = 0
             self.interval_position = 0
             super().__init__(groups, defaults)
-            rule = UpdateRule(self._make_base, self.param_groups, self._group_of, self._modes)
+            rule = UpdateRule(base, self._make_base, self.param_groups, self._group_of, self._modes)
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._given_plan = plan  # loaded state may split its slices; the next load starts from here again

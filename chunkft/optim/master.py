@@ -110,5 +110,9 @@ class WorkingWeight:
             self.leaf.detach().copy_(weight)
             self.extra["residual"].copy_(residual)
         else:
-            digest = hashlib.blake2b(f"{seed}/{self.piece}".encode(), digest_size=7).digest()
-            self.leaf.detach().copy_(stochastic_round(value, int.from_bytes(digest)))
+            self.leaf.detach().copy_(stochastic_round(value, noise_seed(seed, self.piece)))
+
+
+def noise_seed(seed: str, piece: Slice) -> int:
+    """Seed of the stochastic rounding of one slice in one step, below 2^56."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{piece}".encode(), digest_size=7).digest())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.active import ActiveSlices
+from chunkft.optim.kernel_slices import KernelSlices, make_slices
 from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State, StateStore
 
@@ -26,7 +27,7 @@ class ChunkResidency:
     def __init__(self, rule: UpdateRule, store: StateStore) -> None:
         self._rule = rule
         self._store = store
-        self._active: ActiveSlices | None = None
+        self._active: ActiveSlices | KernelSlices | None = None
         self._carried: dict[Slice, State] = {}  # state that stays while leaves are replaced
 
     def bind(self, pairs: Pairs) -> None:
@@ -38,7 +39,7 @@ class ChunkResidency:
         states = {piece: carried[piece] if piece in carried else opened[piece] for piece, _ in pairs}
         for piece, leaf in pairs:
             states[piece] = beside_weight(self._rule, piece, leaf, states[piece])
-        self._active = ActiveSlices(pairs, states, self._rule)
+        self._active = make_slices(pairs, states, self._rule)
 
     def use(self, store: StateStore) -> None:
         """Work with another store from now on."""
@@ -93,7 +94,7 @@ class ChunkResidency:
         """Bytes on the device of the base optimizer's state, and of the masters."""
         return (0, 0) if self._active is None else self._active.nbytes()
 
-    def _slices(self) -> ActiveSlices:
+    def _slices(self) -> ActiveSlices | KernelSlices:
         assert self._active is not None  # the optimizer checks that it is attached before
         return self._active
 

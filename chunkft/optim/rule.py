@@ -16,12 +16,14 @@ class UpdateRule:
     """The base optimizer, its groups and the precision of each parameter.
 
     Attributes:
+        base: class of the base optimizer.
         make_base: builds the base optimizer from groups.
         groups: the groups of the outer optimizer, whose values the base optimizer shares.
         group_of: index of each parameter's group, by name.
         modes: master mode of each parameter, by name.
     """
 
+    base: type[torch.optim.Optimizer]
     make_base: Callable[[Groups], torch.optim.Optimizer]
     groups: Groups
     group_of: Mapping[str, int]

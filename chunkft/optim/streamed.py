@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from chunkft.autograd import Slice
-from chunkft.optim.active import ActiveSlices
+from chunkft.optim.kernel_slices import make_slices
 from chunkft.optim.master import STATE_KEYS
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.resident import Pairs, beside_weight
@@ -68,7 +68,7 @@ class StreamResidency:
                 self._before = self._rule.values()
             # Some optimizers count steps in their groups: every page starts from the values before the step.
             self._set_values(dict(enumerate(self._before)))
-            active = ActiveSlices(unit, states, self._rule)
+            active = make_slices(unit, states, self._rule)
             active.step(seed)
             values = self._rule.values()
             for number in {self._rule.group_of[piece.name] for piece in pieces}:

@@ -1,0 +1,142 @@
+"""AdamW on a GPU: all active slices in one launch, without fp32 copies of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft.autograd import Slice
+from chunkft.kernels import gpu
+from chunkft.kernels.adamw import adamw
+from chunkft.optim.active import ActiveSlices
+from chunkft.optim.master import STATE_KEYS, noise_seed
+from chunkft.optim.rule import UpdateRule
+from chunkft.optim.state import State
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class KernelSlices:
+    """``ActiveSlices`` for ``torch.optim.AdamW``, whose update ``chunkft.kernels.adamw`` does.
+
+    State keys, dtypes and step counts are those of ``torch.optim.AdamW``, so that checkpoints go from one to the
+    other.
+    """
+
+    def __init__(
+        self, pairs: list[tuple[Slice, nn.Parameter]], states: dict[Slice, State], rule: UpdateRule
+    ) -> None:
+        self._rule = rule
+        self._leaves = dict(pairs)
+        self._states = {piece: dict(states[piece]) for piece in self._leaves}
+
+    def step(self, seed: str) -> None:
+        """Update every slice that has a gradient; ``seed`` names the noise of stochastic rounding."""
+        together: dict[tuple[int, str, torch.device], list[Slice]] = {}
+        for piece, leaf in self._leaves.items():
+            if leaf.grad is not None:
+                self._begin(piece, leaf)
+                key = (self._rule.group_of[piece.name], self._rule.modes[piece.name], leaf.device)
+                together.setdefault(key, []).append(piece)
+        for (number, mode, _), pieces in together.items():
+            self._update(self._rule.groups[number], mode, pieces, seed)
+
+    def states(self) -> dict[Slice, State]:
+        """State and master of each slice, the tensors themselves."""
+        return {piece: dict(state) for piece, state in self._states.items()}
+
+    def masters(self) -> dict[Slice, State]:
+        """Only what belongs to the weights."""
+        return {
+            piece: {key: value for key, value in state.items() if key in STATE_KEYS.values()}
+            for piece, state in self._states.items()
+        }
+
+    def show(self, target: MutableMapping[Tensor, State]) -> None:
+        """Put the state of each leaf into ``target``, in place of what was there."""
+        target.clear()
+        for piece, state in self._states.items():
+            own = {key: value for key, value in state.items() if key not in STATE_KEYS.values()}
+            if own:
+                target[self._leaves[piece]] = own
+
+    def follow_devices(self) -> None:
+        """Bring state to where its leaf is now."""
+        for piece, state in self._states.items():
+            device = self._leaves[piece].device
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.device != device:
+                    state[key] = value.to(device)
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the moments, and of the masters."""
+        masters = self.masters()
+        both = sum(_nbytes(state) for state in self._states.values())
+        extra = sum(_nbytes(state) for state in masters.values())
+        return both - extra, extra
+
+    def _begin(self, piece: Slice, leaf: nn.Parameter) -> None:
+        """State of a slice that is updated for the first time."""
+        state = self._states[piece]
+        mode = self._rule.modes[piece.name]
+        dtype = leaf.dtype if mode == "none" else torch.float32
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        for key in MOMENTS:
+            if key not in state:
+                state[key] = torch.zeros_like(leaf, dtype=dtype, memory_format=torch.preserve_format)
+        if mode == "fp32" and "master" not in state:
+            state["master"] = leaf.detach().float()
+        if mode == "residual" and "residual" not in state:
+            state["residual"] = torch.zeros(leaf.shape, dtype=torch.int16, device=leaf.device)
+
+    def _update(self, group: Mapping[str, Any], mode: str, pieces: list[Slice], seed: str) -> None:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        states = [self._states[piece] for piece in pieces]
+        leaves = [self._leaves[piece] for piece in pieces]
+        adamw(
+            [leaf.detach() for leaf in leaves],
+            [leaf.grad for leaf in leaves if leaf.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            lr=group["lr"],
+            betas=(beta1, beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            residuals=[state["residual"] for state in states] if mode == "residual" else None,
+            masters=[state["master"] for state in states] if mode == "fp32" else None,
+            master=mode,
+            seed=[noise_seed(seed, piece) for piece in pieces],
+        )
+
+
+def make_slices(
+    pairs: list[tuple[Slice, nn.Parameter]], states: dict[Slice, State], rule: UpdateRule
+) -> ActiveSlices | KernelSlices:
+    """The slices with the best update for them: the kernel where it computes what was asked for."""
+    return (KernelSlices if kernel_applies(pairs, rule) else ActiveSlices)(pairs, states, rule)
+
+
+def kernel_applies(pairs: list[tuple[Slice, nn.Parameter]], rule: UpdateRule) -> bool:
+    """Whether ``chunkft.kernels.adamw`` does these updates: plain AdamW of weights on a GPU.
+
+    A group that names an implementation (``fused``, ``foreach``, ``capturable``) gets that one.
+    """
+    special = ("amsgrad", "maximize", "differentiable", "capturable", "foreach", "fused")
+    return (
+        rule.base is torch.optim.AdamW
+        and not any(group.get(name) for group in rule.groups for name in special)
+        and all(_on_gpu(leaf) for _, leaf in pairs)
+    )
+
+
+def _on_gpu(leaf: nn.Parameter) -> bool:
+    return leaf.is_cuda and gpu.runs_on(leaf) and leaf.dtype != torch.float64
+
+
+def _nbytes(state: State) -> int:
+    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)

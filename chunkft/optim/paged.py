@@ -148,7 +148,8 @@ class PagedStore(StateStore):
         if number in self._open or number in self._ahead:
             return
         pager, local = self._pager(number)
-        if any(self._valid.get(piece) for piece in self.pages[number].pieces) and pager.prefetch(local):
+        written = any(self._valid.get(piece) for piece in self.pages[number].pieces)
+        if written and len(self._in_slots(pager)) < pager.slots and pager.prefetch(local):
             self._ahead.append(number)
 
     def put(self, states: dict[Slice, State]) -> None:
@@ -248,11 +249,15 @@ class PagedStore(StateStore):
             self._ahead.remove(number)
             return
         pager, _ = self._pager(number)
-        ahead = [other for other in self._ahead if self._pager(other)[0] is pager]
-        taken = [other for other in self._open if self._pager(other)[0] is pager]
-        if ahead and len(ahead) + len(taken) >= pager.slots:
-            self._ahead.remove(ahead[0])
-            pager.evict(self._number[ahead[0]])
+        in_slots = self._in_slots(pager)
+        if len(in_slots) >= pager.slots:
+            dropped = next((other for other in in_slots if other in self._ahead), None)
+            if dropped is not None:
+                self._ahead.remove(dropped)
+                pager.evict(self._number[dropped])
+
+    def _in_slots(self, pager: Pager) -> list[int]:
+        return [number for number in [*self._ahead, *self._open] if self._pager(number)[0] is pager]
 
     def _tier(self, device: torch.device) -> dict[str, Any]:
         if self._state_dir is None:

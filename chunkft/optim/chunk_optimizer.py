@@ -25,6 +25,8 @@ from chunkft.optim.distributed import average_gradients
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
+from chunkft.optim.paged import PagedStore
+from chunkft.optim.paging import PagingMeter, PagingReport
 from chunkft.optim.restore import Restored, read_state
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
@@ -147,6 +149,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             rule = UpdateRule(base, self._make_base, self.param_groups, self._group_of, self._modes)
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
+            self._meter = PagingMeter()
             self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
             self.plan: ChunkPlan = plan
             self._ready = True
@@ -282,6 +285,17 @@ class ChunkOptimizer(torch.optim.Optimizer):
             "state_host": self._store.nbytes,
         }
 
+    def paging(self) -> PagingReport | None:
+        """What paging moved since the last call, how much of it was exposed, and how many chunks would hide it.
+
+        Returns:
+            None if state is not paged.
+        """
+        if not isinstance(self._store, PagedStore):
+            return None
+        stats = [pager.stats() for pager in self._store.pagers.values()]
+        return self._meter.report(stats, self.updates + self.skipped, len(self.plan))
+
     def detach(self) -> None:
         """Give the model back as it was, trained: what was trainable is so again, no operator of chunkft left.
 
@@ -404,6 +418,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self._store.clear()
         self._store = restored.store
         self._store.realise()
+        self._meter = PagingMeter()
         self._residency.use(self._store)
         self.plan = restored.plan
         for group, loaded in zip(self.param_groups, restored.groups, strict=True):

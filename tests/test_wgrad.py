@@ -6,7 +6,8 @@ from helpers import assert_close_to_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chunkft.kernels import wgrad
+from chunkft.kernels import Blocks, wgrad
+from chunkft.kernels.heuristics import Config
 from chunkft.kernels.wgrad import saved_columns
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -142,6 +143,32 @@ def test_index_tensors_gather_rows_and_columns(dtype):
     assert wgrad(dy, x, rows[:0]).shape == (0, 21)
 
 
+@pytest.mark.parametrize("size", [8, 11, 24])
+def test_blocks_gather_neighbours(size):
+    dy, x = torch.randn(33, 264, dtype=torch.float64), torch.randn(33, 528, dtype=torch.float64)
+    dense = dy.t().mm(x)
+    rows, columns = torch.tensor([264 // size - 1, 0, 5, 5]), torch.tensor([7, 1], dtype=torch.int32)
+    wide = [(r * size + torch.arange(size)) for r in rows]
+    high = [(c * size + torch.arange(size)) for c in columns]
+    expected = dense[torch.cat(wide)]
+    torch.testing.assert_close(wgrad(dy, x, Blocks(rows, size)), expected)
+    torch.testing.assert_close(
+        wgrad(dy, x, Blocks(rows, size), Blocks(columns, size)), expected[:, torch.cat(high)]
+    )
+    assert wgrad(dy, x, Blocks(rows[:0], size)).shape == (0, 528)
+    assert wgrad(torch.zeros(3, 0), x[:3].float(), Blocks(rows[:0], size)).shape == (0, 528)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_squared_norm_is_that_of_the_stored_result(shape):
+    dy, x = torch.randn(9, 20).bfloat16(), torch.randn(9, 30).bfloat16()
+    norm, out = torch.full(shape, float("nan")), torch.ones(16, 30, dtype=torch.bfloat16)
+    wgrad(dy, x, slice(3, 19), out=out, accumulate=True, squared_norm=norm)
+    torch.testing.assert_close(norm, out.float().square().sum().view(shape))
+    wgrad(dy, x, slice(3, 3), squared_norm=norm)
+    assert norm.item() == 0
+
+
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_few_tokens(tokens):
     dy, x = torch.randn(tokens, 40), torch.randn(tokens, 70)
@@ -206,7 +233,31 @@ DY, X = torch.zeros(4, 6), torch.zeros(4, 9)
         ({"x": torch.zeros(2, 4, 9)}, ValueError, r"got \(4, 6\) and \(2, 4, 9\)"),
         ({"x": X.double()}, ValueError, r"one floating dtype, got torch\.float32 and torch\.float64"),
         ({"dy": DY.int(), "x": X.int()}, ValueError, r"got torch\.int32"),
-        ({"backend": "cuda"}, ValueError, "backend='cuda' is not known; allowed are 'auto' and 'torch'"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend='cuda' is not known; allowed are 'auto', 'triton', 'torch'",
+        ),
+        ({"backend": "triton"}, ValueError, "backend='triton' needs"),
+        (
+            {"config": Config(64, 64, 16, 4, 2)},
+            ValueError,
+            "config is for backend='triton', got backend='auto'",
+        ),
+        ({"squared_norm": torch.zeros(2)}, ValueError, r"squared_norm must be one float32, got .* \(2,\)"),
+        ({"squared_norm": torch.zeros(1).double()}, ValueError, r"squared_norm must be one float32"),
+        (
+            {"rows": Blocks(torch.tensor([0]), 8)},
+            ValueError,
+            "rows has blocks of size=8; needs .* divisor of 6",
+        ),
+        ({"rows": Blocks(torch.tensor([0]), 3)}, ValueError, "rows has blocks of size=3; needs at least 8"),
+        ({"cols": Blocks(torch.tensor([[0]]), 9)}, ValueError, "cols must be a 1-D int32 or int64"),
+        (
+            {"cols": Blocks(torch.tensor([1]), 9)},
+            IndexError,
+            "cols has indices from 1 to 1; needs 0 <= index < 1",
+        ),
         ({"accumulate": True}, ValueError, "accumulate=True needs out="),
         ({"out": torch.zeros(6, 8)}, ValueError, r"out must have shape \(6, 9\), got \(6, 8\)"),
         ({"out": torch.zeros(6, 9), "out_dtype": torch.float64}, ValueError, r"disagrees with out\.dtype"),

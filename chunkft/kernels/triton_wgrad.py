@@ -1,0 +1,215 @@
+"""Host side of the Triton kernel of ``wgrad``: what is asked for, in which configuration, and its launch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkft.kernels import gpu, measured
+from chunkft.kernels.heuristics import (
+    Config,
+    Problem,
+    broken_limits,
+    choose,
+    pick,
+    tiles,
+    workspace_elements,
+)
+from chunkft.kernels.selection import Blocks, Selection, selected_size
+from chunkft.kernels.targets import Target, target_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ALIGN = 8
+
+
+def target_for(device: torch.device) -> Target:
+    """Limits and speeds of a CUDA device; under the interpreter, those of the newest known one.
+
+    Raises:
+        ValueError: if the device is older than compute capability 8.0.
+    """
+    if device.type != "cuda":
+        return target_of(90)
+    facts = torch.cuda.get_device_properties(device)
+    return target_of(facts.major * 10 + facts.minor, facts.name, facts.multi_processor_count)
+
+
+def problem_of(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    out_dtype: torch.dtype,
+    accumulate: bool,
+    tf32: bool,
+) -> Problem:
+    """What the picker has to know about checked arguments of ``wgrad``."""
+    row_start, row_block = _start(rows)
+    col_start, col_block = _start(cols)
+    return Problem(
+        tokens=dy.shape[0],
+        rows=selected_size(rows, dy.shape[1]),
+        cols=selected_size(cols, x.shape[1]),
+        itemsize=dy.dtype.itemsize,
+        out_itemsize=out_dtype.itemsize,
+        row_block=row_block,
+        col_block=col_block,
+        row_shift=row_start % _ALIGN,
+        col_shift=col_start % _ALIGN,
+        described=_described(dy) and _described(x),
+        accumulate=accumulate,
+        tf32=tf32,
+    )
+
+
+def chosen(dy: Tensor, x: Tensor, rows: Selection, cols: Selection, **what: Any) -> Config | None:
+    """The configuration with which ``backend="auto"`` takes Triton, or None where it takes PyTorch."""
+    if not dy.is_cuda or torch.compiler.is_compiling() or not gpu.available() or unsupported(dy, x):
+        return None
+    if torch.cuda.get_device_capability(dy.device) < (8, 0):
+        return None
+    target = target_for(dy.device)
+    return choose(problem_of(dy, x, rows, cols, **what), target, measured.for_capability(target.capability))
+
+
+def unsupported(dy: Tensor, x: Tensor) -> str:
+    """Why the kernel cannot read these tensors; empty if it can."""
+    for name, matrix in (("dy", dy), ("x", x)):
+        if matrix.dtype not in DTYPES:
+            return f"{name} must be bfloat16, float16 or float32, got {matrix.dtype}"
+        if matrix.shape[1] > 1 and matrix.stride(1) != 1:
+            return f"{name} must have a contiguous last dimension, got strides {matrix.stride()}"
+    return ""
+
+
+def launch(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    out: Tensor,
+    *,
+    accumulate: bool,
+    tf32: bool,
+    squared_norm: Tensor | None,
+    config: Config | None,
+) -> None:
+    """Run the kernel on checked arguments; ``out`` (R, C) receives the result.
+
+    Raises:
+        ValueError: if the tensors or ``config`` do not suit the kernel.
+    """
+    gpu.require(dy)
+    reason = unsupported(dy, x)
+    if not reason and out.dtype not in DTYPES:
+        reason = f"out must be bfloat16, float16 or float32, got {out.dtype}"
+    if reason:
+        raise ValueError(f"backend='triton' cannot do this: {reason}")
+    target = target_for(dy.device)
+    problem = problem_of(dy, x, rows, cols, out.dtype, accumulate, tf32)
+    config = _checked_config(config, problem, target)
+    if not problem.rows or not problem.cols:
+        if squared_norm is not None:
+            squared_norm.zero_()
+        return
+
+    from chunkft.kernels.gpu.wgrad import wgrad_kernel
+
+    count = tiles(config, problem)
+    row_start, row_shift = divmod(_start(rows)[0], _ALIGN)
+    col_start, col_shift = divmod(_start(cols)[0], _ALIGN)
+    steps = -(-problem.tokens // config.block_k)
+    partials = counters = norms = None
+    if config.splits > 1:
+        partials = torch.empty(workspace_elements(config, problem), dtype=torch.float32, device=dy.device)
+        counters = torch.zeros(count, dtype=torch.int32, device=dy.device)
+    if squared_norm is not None:
+        norms = torch.empty(count, dtype=torch.float32, device=dy.device)
+    with torch.cuda.device(dy.device) if dy.is_cuda else nullcontext():
+        wgrad_kernel[(count * config.splits,)](
+            _operand(dy, config.block_k, config.block_m, config.tma),
+            _operand(x, config.block_k, config.block_n, config.tma),
+            out,
+            _index(rows),
+            _index(cols),
+            partials,
+            counters,
+            # a pointer is needed where none is used: the kernel adds the tile's number to it
+            out if norms is None else norms,
+            problem.tokens,
+            -(-steps // config.splits) * config.block_k,
+            dy.shape[1],
+            x.shape[1],
+            problem.rows,
+            problem.cols,
+            dy.stride(0),
+            x.stride(0),
+            out.stride(0),
+            out.stride(1),
+            row_start,
+            row_shift,
+            col_start,
+            col_shift,
+            BM=config.block_m,
+            BN=config.block_n,
+            BK=config.block_k,
+            SPLITS=config.splits,
+            ROW_BLOCK=problem.row_block,
+            COL_BLOCK=problem.col_block,
+            MASKED=not config.tma and problem.tokens % config.block_k != 0,
+            TMA=config.tma,
+            ACCUMULATE=accumulate,
+            NORM=norms is not None,
+            PRECISION="tf32" if tf32 and problem.itemsize == 4 else "ieee",
+            INTERPRETED=gpu.interpreted(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    if squared_norm is not None and norms is not None:
+        torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
+
+
+def _checked_config(config: Config | None, problem: Problem, target: Target) -> Config:
+    if config is not None:
+        broken = broken_limits(config, problem, target)
+        steps = -(-problem.tokens // config.block_k)
+        if not 1 <= config.splits <= max(1, steps):
+            broken.append(f"splits between 1 and {max(1, steps)}")
+        if broken:
+            raise ValueError(f"config={config} is not allowed on {target.name}: needs {', '.join(broken)}")
+        return config
+    table = measured.for_capability(target.capability)
+    found = None if table is None else table.find(problem, target)
+    return pick(problem, target) if found is None else found[0]
+
+
+def _start(selection: Selection) -> tuple[int, int]:
+    """Start of a contiguous selection, and the size of indexed blocks (0: contiguous)."""
+    if isinstance(selection, Tensor):
+        return 0, 1
+    if isinstance(selection, Blocks):
+        return 0, selection.size
+    return (0 if selection is None else int(selection.start)), 0
+
+
+def _index(selection: Selection) -> Tensor | None:
+    if isinstance(selection, Blocks):
+        return selection.index.contiguous()
+    return selection.contiguous() if isinstance(selection, Tensor) else None
+
+
+def _described(matrix: Tensor) -> bool:
+    pitch = matrix.stride(0)
+    aligned = matrix.data_ptr() % 16 == 0 and pitch * matrix.dtype.itemsize % 16 == 0
+    return bool(matrix.numel()) and aligned and pitch >= matrix.shape[1]
+
+
+def _operand(matrix: Tensor, block_k: int, block: int, tma: bool) -> Any:
+    if not tma:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_k, block])

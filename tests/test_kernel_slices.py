@@ -109,3 +109,13 @@ def test_other_optimizers_are_left_alone(as_on_a_gpu):
     train(dense_model, dense, mlp_loss, range(4))
     assert_same_weights(model, dense_model)
     assert not as_on_a_gpu
+
+
+def test_new_state_is_made_in_the_slot_itself(as_on_a_gpu):
+    """On the first visit of a chunk its state does not exist twice on the device."""
+    model = mlp()
+    optimizer = run(model, mlp_loss, range(1), state_device="paged")
+    slots = {t.untyped_storage().data_ptr() for t in optimizer._store._open.values()}
+    for _, leaf in optimizer.active_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert optimizer.state[leaf][key].untyped_storage().data_ptr() in slots

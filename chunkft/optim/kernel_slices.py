@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from chunkft.optim.master import STATE_KEYS, noise_seed
 from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State
 
+Home = Callable[[Slice, str], Tensor | None]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,11 +25,22 @@ class KernelSlices:
 
     State keys, dtypes and step counts are those of ``torch.optim.AdamW``, so that checkpoints go from one to the
     other.
+
+    Args:
+        pairs: each active slice with its leaf.
+        states: what is known of each slice.
+        rule: how they are updated.
+        home: tells the memory that new state of a slice is to lie in, by its key; None for memory of its own.
     """
 
     def __init__(
-        self, pairs: list[tuple[Slice, nn.Parameter]], states: dict[Slice, State], rule: UpdateRule
+        self,
+        pairs: list[tuple[Slice, nn.Parameter]],
+        states: dict[Slice, State],
+        rule: UpdateRule,
+        home: Home,
     ) -> None:
+        self._home = home
         self._rule = rule
         self._leaves = dict(pairs)
         self._states = {piece: dict(states[piece]) for piece in self._leaves}
@@ -87,11 +99,22 @@ class KernelSlices:
             state["step"] = torch.zeros((), dtype=torch.float32)
         for key in MOMENTS:
             if key not in state:
-                state[key] = torch.zeros_like(leaf, dtype=dtype, memory_format=torch.preserve_format)
+                state[key] = self._new(piece, key, leaf, dtype).zero_()
         if mode == "fp32" and "master" not in state:
-            state["master"] = leaf.detach().float()
+            state["master"] = self._new(piece, "master", leaf, torch.float32).copy_(leaf.detach())
         if mode == "residual" and "residual" not in state:
-            state["residual"] = torch.zeros(leaf.shape, dtype=torch.int16, device=leaf.device)
+            state["residual"] = self._new(piece, "residual", leaf, torch.int16).zero_()
+
+    def _new(self, piece: Slice, key: str, leaf: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        place = self._home(piece, key)
+        if (
+            place is not None
+            and place.shape == leaf.shape
+            and place.dtype == dtype
+            and place.device == leaf.device
+        ):
+            return place
+        return torch.empty_like(leaf, dtype=dtype, memory_format=torch.preserve_format).detach()
 
     def _update(self, group: Mapping[str, Any], mode: str, pieces: list[Slice], seed: str) -> None:
         beta1, beta2 = (float(beta) for beta in group["betas"])
@@ -115,10 +138,12 @@ class KernelSlices:
 
 
 def make_slices(
-    pairs: list[tuple[Slice, nn.Parameter]], states: dict[Slice, State], rule: UpdateRule
+    pairs: list[tuple[Slice, nn.Parameter]], states: dict[Slice, State], rule: UpdateRule, home: Home
 ) -> ActiveSlices | KernelSlices:
     """The slices with the best update for them: the kernel where it computes what was asked for."""
-    return (KernelSlices if kernel_applies(pairs, rule) else ActiveSlices)(pairs, states, rule)
+    if kernel_applies(pairs, rule):
+        return KernelSlices(pairs, states, rule, home)
+    return ActiveSlices(pairs, states, rule)
 
 
 def kernel_applies(pairs: list[tuple[Slice, nn.Parameter]], rule: UpdateRule) -> bool:

@@ -131,6 +131,14 @@ class PagedStore(StateStore):
                 page = self.pages[number]
                 pager.release(local, dirty=any(self._valid.get(piece) for piece in page.pieces))
 
+    def home(self, piece: Slice, key: str) -> Tensor | None:
+        """The place of a tensor in the slot of its page, while that is open."""
+        number = self.page_of.get(piece)
+        if number is None or number not in self._open:
+            return None
+        region = self.pages[number].regions[piece].get(key)
+        return None if region is None else region.of(self._open[number])
+
     def abandon(self, pieces: Sequence[Slice]) -> None:
         """Forget what happened on open pages of ``pieces``: the host's copy counts again."""
         for number in self._pages_of(pieces):

@@ -39,7 +39,7 @@ class ChunkResidency:
         states = {piece: carried[piece] if piece in carried else opened[piece] for piece, _ in pairs}
         for piece, leaf in pairs:
             states[piece] = beside_weight(self._rule, piece, leaf, states[piece])
-        self._active = make_slices(pairs, states, self._rule)
+        self._active = make_slices(pairs, states, self._rule, self._store.home)
 
     def use(self, store: StateStore) -> None:
         """Work with another store from now on."""

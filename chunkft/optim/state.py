@@ -93,6 +93,10 @@ class StateStore:
             for key, value in self._states.get(piece, {}).items()
         }
 
+    def home(self, piece: Slice, key: str) -> Tensor | None:
+        """Memory in which new state of an open slice may be made, so that keeping it copies nothing."""
+        return None
+
     def clear(self) -> None:
         """Forget all state and release its memory."""
         self._states.clear()

@@ -68,7 +68,7 @@ class StreamResidency:
                 self._before = self._rule.values()
             # Some optimizers count steps in their groups: every page starts from the values before the step.
             self._set_values(dict(enumerate(self._before)))
-            active = make_slices(unit, states, self._rule)
+            active = make_slices(unit, states, self._rule, self._store.home)
             active.step(seed)
             values = self._rule.values()
             for number in {self._rule.group_of[piece.name] for piece in pieces}:

@@ -32,10 +32,11 @@ enum class WaitSite {
   kAcquireStored,  // caller, who may write <- the write-back that still reads the slot
   kClaimSlot,      // caller, who writes without a load <- the slot's last user or write-back
   kStoreDone,      // write-back <- the page's last user
+  kStoreLoaded,    // write-back of a page that was claimed <- an earlier load of the same page, into another slot
   kFlushStored,    // host <- write-back
   kDiscardStored,  // host <- whatever a failed write-back left under way
 };
-inline constexpr int kWaitSites = 9;
+inline constexpr int kWaitSites = 10;
 
 // Streams, events and copies of one device. The contract is that of CUDA streams:
 // - Work on one stream runs in the order of the calls; work on different streams in any order but for wait().

@@ -131,6 +131,7 @@ void Engine::free_slot(std::size_t page, Move move) {
   std::lock_guard lock(mutex_);
   apply(page, move);
   ring_.set_free(std::exchange(pages_[page].slot, SIZE_MAX));
+  pages_[page].store_behind_loads = false;
   pages_[page].why.clear();
 }
 
@@ -146,6 +147,7 @@ Status Engine::submit_load(std::size_t page, std::size_t index) {
   }
   auto* probe = telemetry_->begin(TraceRecord::Kind::kLoad, page, index, span.bytes, Stream::load());
   slot.unrecorded_load = true;
+  pages_[page].host_read = true;
   Status status = backend_->copy(Stream::load(), slot.data, span.host, span.bytes);
   if (status.ok()) status = backend_->record(slot.loaded, Stream::load());
   telemetry_->end(probe, Stream::load(), status.ok());
@@ -190,13 +192,12 @@ Result<std::size_t> Engine::claim(std::size_t page, Stream caller) {
   if (!taken.ok()) return taken.error();
   if (!taken.value()) return no_slot(kOp, page, ring_.size());
   Slot& slot = ring_[index];
+  const bool host_read = pages_[page].host_read;
   Status status;
-  if (slot.unrecorded_load) {
-    status = backend_->record(slot.loaded, Stream::load());
-    if (status.ok()) {
-      slot.unrecorded_load = false;
-      slot.last = slot.loaded;
-    }
+  if (host_read || slot.unrecorded_load) status = backend_->record(slot.loaded, Stream::load());
+  if (status.ok() && slot.unrecorded_load) {
+    slot.unrecorded_load = false;
+    slot.last = slot.loaded;
   }
   if (status.ok() && slot.last != 0) status = backend_->wait(caller, slot.last, WaitSite::kClaimSlot);
   std::lock_guard lock(mutex_);
@@ -206,6 +207,7 @@ Result<std::size_t> Engine::claim(std::size_t page, Stream caller) {
   }
   apply(page, Move::kClaim);
   pages_[page].slot = index;
+  pages_[page].store_behind_loads = host_read;
   return index;
 }
 

@@ -86,6 +86,10 @@ class Engine {
     std::size_t slot = SIZE_MAX;
     Event stored = 0;    // recorded on the store lane
     bool taken = false;  // an operation has the page to itself
+    // A load may be reading the host copy, and no write-back is ordered behind it yet. A write-back from the slot that
+    // was loaded is, by the slot's events; one from another slot, claimed since, has to wait for `loaded` of that slot.
+    bool host_read = false;
+    bool store_behind_loads = false;
     std::string why;     // of a poisoned page
   };
 

@@ -8,12 +8,17 @@ Status Engine::submit_store(std::size_t page) {
   Slot& slot = ring_[index];
   const PageSpan& span = layout_.page(page);
   if (Status s = backend_->wait(Stream::store(), slot.last, WaitSite::kStoreDone); !s.ok()) return s;
+  if (pages_[page].store_behind_loads) {
+    if (Status s = backend_->wait(Stream::store(), slot.loaded, WaitSite::kStoreLoaded); !s.ok()) return s;
+  }
   auto* probe = telemetry_->begin(TraceRecord::Kind::kStore, page, index, span.bytes, Stream::store());
   Status status = backend_->copy(Stream::store(), span.host, slot.data, span.bytes);
   if (status.ok()) status = backend_->record(pages_[page].stored, Stream::store());
   telemetry_->end(probe, Stream::store(), status.ok());
   if (!status.ok()) return status;
   slot.last = pages_[page].stored;
+  pages_[page].host_read = false;
+  pages_[page].store_behind_loads = false;
   telemetry_->count(TraceRecord::Kind::kStore, span.bytes);
   return {};
 }

@@ -237,11 +237,22 @@ Status HostBackend::launch(Stream stream, void (*run)(void*), void* argument) {
   return {};
 }
 
+std::size_t HostBackend::ready() const {
+  std::size_t count = 0;
+  for (auto& stream : streams_) count += stream->can_step() ? 1 : 0;
+  return count;
+}
+
+std::uint64_t HostBackend::progress() const {
+  std::uint64_t hash = 0;
+  for (auto& stream : streams_) hash = (hash ^ stream->progress()) * 0x100000001b3u;
+  return hash;
+}
+
 bool HostBackend::step() {
-  std::size_t ready = 0;
-  for (auto& stream : streams_) ready += stream->can_step() ? 1 : 0;
-  if (ready == 0) return false;
-  std::size_t skip = scheduler_->choose(ready);
+  const std::size_t count = ready();
+  if (count == 0) return false;
+  std::size_t skip = scheduler_->choose(count);
   for (auto& stream : streams_) {
     if (!stream->can_step()) continue;
     if (skip-- == 0) {

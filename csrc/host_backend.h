@@ -67,6 +67,9 @@ class HostBackend final : public Backend {
   // Runs one command, false when nothing can run. Only with a scheduler.
   bool step();
 
+  std::size_t ready() const;  // streams with something that can run; only with a scheduler
+  // How far every stream has come, as one number that differs whenever that does, but for hash collisions.
+  std::uint64_t progress() const;
   int live_events() const { return live_events_; }
 
  private:

@@ -7,11 +7,12 @@
 namespace chunkft {
 namespace {
 
-constexpr std::size_t kInitialCapacity = 1024;
+constexpr std::size_t kCapacity = 1024;
+constexpr std::size_t kSteppedCapacity = 16;  // tests make these by the thousand
 
 }  // namespace
 
-HostStream::HostStream(bool threaded) : ring_(kInitialCapacity) {
+HostStream::HostStream(bool threaded) : ring_(threaded ? kCapacity : kSteppedCapacity) {
   if (threaded) thread_ = std::thread([this] { work(); });
 }
 

@@ -41,6 +41,7 @@ class HostStream {
   // By hand, in a stream without a thread.
   bool can_step();
   void step();
+  std::uint64_t progress() const { return 2 * executed_.load(std::memory_order_relaxed) + (half_copied_ ? 1 : 0); }
 
   void stop();  // the thread ends when it has worked off what it has; returns at once
 

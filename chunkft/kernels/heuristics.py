@@ -86,7 +86,7 @@ TILES_16BIT = (
     Config(64, 128, 64, 4, 3),
     Config(128, 64, 64, 4, 3),
     Config(32, 128, 64, 4, 3),
-    Config(64, 64, 32, 4, 3),
+    Config(64, 64, 32, 8, 3),
 )
 TILES_TF32 = (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3))
 TILES_IEEE = (Config(64, 64, 16, 4, 3),)

@@ -113,7 +113,7 @@ def test_there_is_a_tile_of_every_kind_for_every_target():
     assert seen >= {(sm, "ieee", False) for sm in TARGETS}
 
 
-FLAT, TALL, SMALL = Config(64, 128, 64, 4, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 4, 3)
+FLAT, TALL, SMALL = Config(64, 128, 64, 4, 3), Config(128, 64, 64, 4, 3), Config(64, 64, 32, 8, 3)
 
 
 @pytest.mark.parametrize("sm", [80, 90, 100])

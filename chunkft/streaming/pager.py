@@ -142,7 +142,8 @@ class Pager:
         """Start to bring a page into a slot; True if it is there or on its way.
 
         False, with nothing done, if every slot holds a page that is acquired, or prefetched and not acquired
-        since. Raises ValueError for a page that does not exist, RuntimeError if the page is poisoned, the pager
+        since. With a `state_dir` it is enough that the page is on its way into host
+        memory. Raises ValueError for a page that does not exist, RuntimeError if the page is poisoned, the pager
         closed or the process forked, or the driver refuses.
         """
         self._check("prefetch", page)

@@ -132,6 +132,7 @@ class StagedEngine:
     def discard(self, page: int) -> None:
         """Forget the device copy of a page, and what was never stored from there."""
         with self._changed:
+            self._write_behind()
             while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
                 self._changed.wait()
             if entry is None:
@@ -149,8 +150,9 @@ class StagedEngine:
     def evict(self, page: int) -> None:
         """Give up the slot of a page; its changes go on to the file."""
         with self._changed:
-            entry = self._entry_of.get(page)
-            if entry is None or entry.phase is _Phase.READING:
+            while (entry := self._entry_of.get(page)) is not None and entry.phase is _Phase.READING:
+                self._changed.wait()
+            if entry is None:
                 return
             self._call(entry, self._core.evict, entry.index)
             self._write_behind()
@@ -163,7 +165,7 @@ class StagedEngine:
                 if entry.dirty:
                     entry.error = None
             while True:
-                self._write_behind(everything=True)
+                self._write_behind()
                 if all(entry.phase is _Phase.READY for entry in self._entries):
                     break
                 self._changed.wait()
@@ -325,12 +327,12 @@ class StagedEngine:
                 self._core.prefetch(entry.index)  # raises, saying why
             time.sleep(POLL_SECONDS)
 
-    def _write_behind(self, *, everything: bool = False) -> None:
+    def _write_behind(self) -> None:
         """Start to write each page whose newest content is, or is about to be, in host memory."""
         for entry in self._entries:
             if not entry.dirty or entry.held or entry.error is not None or entry.phase is not _Phase.READY:
                 continue
-            if not everything and self._core.state(entry.index) in (DIRTY, IN_USE, POISONED):
+            if self._core.state(entry.index) in (DIRTY, IN_USE, POISONED):
                 continue
             entry.phase = _Phase.WRITING
             entry.dirty = False

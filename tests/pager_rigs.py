@@ -1,0 +1,176 @@
+"""Pagers over every backend for one suite of tests: host threads, a file, a fake CUDA driver, a real GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import chunkft.streaming.pager as pager_module
+from chunkft.streaming import Pager
+from chunkft.streaming.place import Place
+
+ROOT = Path(__file__).parent.parent
+
+
+class Rig:
+    """A backend under test. `settle` waits until the host may touch slots that were acquired."""
+
+    name = "host"
+
+    def __init__(self, tmp_path: Path) -> None:
+        self._tmp_path = tmp_path
+        self._made = 0
+
+    def pager(self, pages: Any, **options: Any) -> Pager:
+        return Pager(pages, **self.options() | options)
+
+    def options(self) -> dict[str, Any]:
+        return {"device": "cpu"}
+
+    def settle(self) -> None:
+        return
+
+    def read(self, tensor: torch.Tensor) -> bytes:
+        self.settle()
+        return bytes(tensor.cpu().numpy())
+
+    def write(self, tensor: torch.Tensor, content: bytes) -> None:
+        self.settle()
+        tensor.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+
+
+class FileRig(Rig):
+    name = "file"
+
+    def options(self) -> dict[str, Any]:
+        self._made += 1
+        return {"device": "cpu", "state_dir": self._tmp_path / f"state{self._made}"}
+
+
+class CudaRig(Rig):
+    name = "cuda"
+
+    def options(self) -> dict[str, Any]:
+        return {"device": "cuda"}
+
+
+class CudaFileRig(FileRig):
+    name = "cuda-file"
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"device": "cuda"}
+
+
+def fake_library() -> Path | None:
+    """The fake driver of the C++ tests, if it was built."""
+    if "CHUNKFT_FAKECUDA_LIBRARY" in os.environ:
+        return Path(os.environ["CHUNKFT_FAKECUDA_LIBRARY"])
+    built = sorted(
+        (ROOT / "build").glob("core-*/libchunkft_fakecuda.so"), key=lambda path: path.stat().st_mtime
+    )
+    plain = [path for path in built if path.parent.name.count("-") == 1]
+    return plain[-1] if plain else None
+
+
+class FakeCudaRig(Rig):
+    """Slots are CPU tensors that the fake driver takes for device memory; its checker sees every copy and wait."""
+
+    name = "fakecuda"
+
+    def __init__(self, tmp_path: Path) -> None:
+        super().__init__(tmp_path)
+        self._library = fake_library()
+        self.driver = ctypes.CDLL(str(self._library))
+        self.driver.fakecuda_violation.restype = ctypes.c_char_p
+        self.driver.fakecuda_violations.restype = ctypes.c_size_t
+        self.driver.fakecuda_declare_device.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        self._slots: list[torch.Tensor] = []
+
+    def start(self) -> None:
+        driver = self.driver
+        driver.fakecuda_reset(ctypes.c_uint64(7))
+        driver.fakecuda_allow_pageable(1)
+        context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
+        for result in (
+            driver.cuInit(0),
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0),
+            driver.cuCtxPushCurrent_v2(context),
+            driver.cuStreamCreate(ctypes.byref(self.stream), 1),
+        ):
+            assert result == 0
+
+    def stop(self) -> None:
+        found = [self.driver.fakecuda_violation(i) for i in range(self.driver.fakecuda_violations())]
+        self.driver.fakecuda_reset(ctypes.c_uint64(0))
+        assert not found, b"\n".join(found).decode()
+
+    def options(self) -> dict[str, Any]:
+        return {"device": "cuda"}
+
+    def settle(self) -> None:
+        assert self.driver.cuStreamSynchronize(self.stream) == 0
+
+    def place(self, device: Any) -> Place:
+        rig = self
+
+        class Fence:
+            def record(self) -> None:
+                rig.settle()
+
+            def synchronize(self) -> None:
+                return
+
+        return Place(
+            torch.device("cuda", 0), "cuda", self._empty, lambda: self.stream.value, self.settle, Fence
+        )
+
+    def _empty(self, nbytes: int) -> torch.Tensor:
+        slot = torch.empty(nbytes, dtype=torch.uint8)
+        self.driver.fakecuda_declare_device(slot.data_ptr(), nbytes)
+        self._slots.append(slot)
+        return slot
+
+
+class FakeCudaFileRig(FakeCudaRig):
+    name = "fakecuda-file"
+
+    def options(self) -> dict[str, Any]:
+        self._made += 1
+        return {"device": "cuda", "state_dir": self._tmp_path / f"state{self._made}"}
+
+
+RIGS: dict[str, Callable[[Path], Rig]] = {
+    rig.name: rig for rig in (Rig, FileRig, FakeCudaRig, FakeCudaFileRig, CudaRig, CudaFileRig)
+}
+
+
+def names() -> list[str]:
+    """The rigs to test; those of a GPU only where there is one."""
+    return [name for name in RIGS if torch.cuda.is_available() or not name.startswith("cuda")]
+
+
+def missing(name: str) -> str | None:
+    """Why a rig cannot be had here."""
+    if name.startswith("fake") and fake_library() is None:
+        return "needs the fake driver: make core-test"
+    return None
+
+
+@contextmanager
+def opened(name: str, tmp_path: Path, monkeypatch: Any) -> Iterator[Rig]:
+    """A rig, ready for use; the fake driver is asked afterwards whether it saw a race."""
+    rig = RIGS[name](tmp_path)
+    if isinstance(rig, FakeCudaRig):
+        monkeypatch.setenv("CHUNKFT_LIBCUDA", str(rig._library))
+        monkeypatch.setattr(pager_module, "place_of", rig.place)
+        rig.start()
+        yield rig
+        rig.stop()
+    else:
+        yield rig

@@ -179,20 +179,20 @@ class PageFile:
         room = os.fstatvfs(self._fd)
         available = room.f_bavail * room.f_frsize + status.st_blocks * 512
         if available < self.nbytes:
+            if status.st_size == 0:
+                os.unlink(self.path)
             self._no_room(available)
         os.ftruncate(self._fd, 0)
         try:
             os.posix_fallocate(self._fd, 0, self.nbytes)
         except OSError as error:
-            os.ftruncate(self._fd, 0)
+            os.unlink(self.path)
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self._no_room(available, error)
             raise
         self._write_super(whole=True)
 
     def _no_room(self, available: int, cause: OSError | None = None) -> NoReturn:
-        if os.fstat(self._fd).st_size == 0:
-            os.unlink(self.path)
         why = "" if cause is None else f": {cause.strerror}"
         raise OSError(
             errno.ENOSPC if cause is None else cause.errno,

@@ -1,0 +1,466 @@
+"""Pages in a file: what is torn, flipped, cut off, full, locked or foreign is told, by file and page."""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import chunkft.streaming.files as files
+from chunkft.streaming import CorruptPageError, Pager
+from chunkft.streaming.files import BLOCK, PageFile, padded
+from chunkft.streaming.workers import Workers
+
+SIZES = [5000, 70_000, 1, 4096, 300_000, 64, 4097, 12_000]
+
+
+def offset_of(page: int) -> int:
+    """Where the bytes of a page start in the file."""
+    return BLOCK + sum(BLOCK + padded(size) for size in SIZES[:page]) + BLOCK
+
+
+def write_all(pager: Pager, value: int) -> None:
+    for page in range(len(pager)):
+        pager.acquire(page, load=False).fill_(value + page)
+        pager.release(page)
+
+
+def read_all(pager: Pager) -> list[set[int]]:
+    found = []
+    for page in range(len(pager)):
+        found.append(set(pager.acquire(page).tolist()))
+        pager.release(page, dirty=False)
+    return found
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory that a pager was closed in; page p holds bytes 10 + p."""
+    with Pager(SIZES, state_dir=tmp_path / "state") as pager:
+        write_all(pager, 10)
+    return tmp_path / "state"
+
+
+def damage(directory: Path, offset: int, content: bytes) -> None:
+    with open(directory / files.NAME, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_closed_directory_is_taken_up_again(directory):
+    for _ in range(2):
+        with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+            assert read_all(pager) == [{10 + page} for page in range(len(SIZES))]
+
+
+def test_new_pager_starts_with_zeros_in_an_old_directory(directory):
+    with Pager([100] * 3, state_dir=directory) as pager:
+        assert read_all(pager) == [{0}] * 3
+        assert [int(pager.host(page).sum()) for page in range(3)] == [0] * 3
+
+
+def test_memory_is_bounded_by_the_ring(tmp_path):
+    with Pager([1 << 20] * 40, slots=2, state_dir=tmp_path) as pager:
+        write_all(pager, 1)
+        assert pager.stats().host_bytes == 4 << 20
+        assert read_all(pager) == [{1 + page} for page in range(40)]
+        assert pager.stats().file_writes == 40
+
+
+def test_file_has_its_whole_size_from_the_start(tmp_path):
+    with Pager([1 << 20] * 4, state_dir=tmp_path):
+        status = (tmp_path / files.NAME).stat()
+        assert status.st_size == BLOCK + 4 * (BLOCK + (1 << 20))
+        assert status.st_blocks * 512 >= status.st_size
+
+
+@pytest.mark.parametrize("page", [0, 2, 4, 7])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_flipped_bit_is_told_by_file_and_page(directory, page, bit):
+    last = offset_of(page) + SIZES[page] - 1
+    damage(directory, last, bytes([(10 + page) ^ (1 << bit)]))
+    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+        pager.prefetch(page)
+        with pytest.raises(CorruptPageError, match=rf"page {page} of .*{files.NAME} is damaged") as caught:
+            pager.acquire(page)
+        assert caught.value.page == page
+        assert caught.value.path == directory / files.NAME
+        other = (page + 1) % len(SIZES)
+        assert set(pager.acquire(other).tolist()) == {10 + other}
+        pager.release(other)
+        # Repaired by writing the page anew.
+        pager.acquire(page, load=False).fill_(3)
+        pager.release(page)
+    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+        assert set(pager.acquire(page).tolist()) == {3}
+        pager.release(page)
+
+
+def test_flip_during_the_run_is_told(tmp_path):
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        write_all(pager, 10)
+        pager.flush()
+        damage(tmp_path, offset_of(0) + 100, b"\xff")
+        with pytest.raises(CorruptPageError, match="page 0 of"):
+            pager.acquire(0)
+
+
+def test_old_content_of_a_page_is_not_taken_for_the_new(tmp_path):
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        write_all(pager, 10)
+        pager.flush()
+        start = offset_of(4)
+        old = (tmp_path / files.NAME).read_bytes()[start : start + SIZES[4]]
+        write_all(pager, 50)
+        pager.flush()
+        damage(tmp_path, start, old)
+        for page in range(4):
+            pager.acquire(page)
+            pager.release(page, dirty=False)
+        with pytest.raises(CorruptPageError, match="page 4 of"):
+            pager.acquire(4)
+
+
+def test_page_of_another_place_is_not_taken(directory):
+    with Pager([4096] * 2, state_dir=directory) as pager:
+        for page in range(2):
+            pager.acquire(page, load=False).fill_(9)
+            pager.release(page)
+    content = (directory / files.NAME).read_bytes()
+    damage(directory, BLOCK, content[3 * BLOCK : 5 * BLOCK])
+    with pytest.raises(CorruptPageError, match=r"page 0 of .* has the header of page 1"):
+        Pager([4096] * 2, state_dir=directory, reopen=True)
+
+
+def test_damaged_header_is_told(directory):
+    damage(directory, offset_of(3) - BLOCK + 20, b"\xff")
+    with pytest.raises(CorruptPageError, match=r"page 3 of .* has a damaged header"):
+        Pager(SIZES, state_dir=directory, reopen=True)
+
+
+def test_truncated_file_is_told(directory):
+    path = directory / files.NAME
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(
+        CorruptPageError, match=r"page 7 of .* is cut off: it ends at byte \d+, the file at \d+"
+    ):
+        Pager(SIZES, state_dir=directory, reopen=True)
+
+
+def test_truncation_during_the_run_is_told(tmp_path):
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        write_all(pager, 10)
+        pager.flush()
+        os.truncate(tmp_path / files.NAME, offset_of(1) + 8192)
+        with pytest.raises(CorruptPageError, match=r"page 1 of .* ends after 8192 of 70000 bytes"):
+            pager.acquire(1)
+        with pytest.raises(CorruptPageError, match=r"page 2 of .* is cut off"):
+            pager.host(2)
+
+
+def test_emptied_and_missing_files_are_told(directory):
+    os.truncate(directory / files.NAME, 0)
+    with pytest.raises(CorruptPageError, match="is empty"):
+        Pager(SIZES, state_dir=directory, reopen=True)
+    with pytest.raises(FileNotFoundError, match=r"state_dir='.*nothing' holds no pages.chunkft"):
+        Pager(SIZES, state_dir=directory / "nothing", reopen=True)
+    assert not (directory / "nothing").exists()
+
+
+def test_other_sizes_are_refused_and_nothing_is_changed(directory):
+    before = (directory / files.NAME).read_bytes()
+    for sizes in (SIZES[:-1], [*SIZES[:-1], 12_001]):
+        with pytest.raises(ValueError, match="pages of other sizes than the"):
+            Pager(sizes, state_dir=directory, reopen=True)
+    assert (directory / files.NAME).read_bytes() == before
+
+
+def test_foreign_file_is_left_as_it_is(tmp_path):
+    (tmp_path / files.NAME).write_bytes(b"somebody's data")
+    for reopen in (False, True):
+        with pytest.raises(ValueError, match="is no page file of chunkft"):
+            Pager([64], state_dir=tmp_path, reopen=reopen)
+    assert (tmp_path / files.NAME).read_bytes() == b"somebody's data"
+
+
+def test_directory_in_use_is_refused_until_it_is_free(directory):
+    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+        for reopen in (False, True):
+            with pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()}; give each run"):
+                Pager(SIZES, state_dir=directory, reopen=reopen)
+        assert read_all(pager) == [{10 + page} for page in range(len(SIZES))]
+    Pager(SIZES, state_dir=directory, reopen=True).close()
+
+
+def child(code: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_killed_run_leaves_a_directory_that_is_known_to_be_torn(tmp_path):
+    run = child(
+        """
+        import sys, time
+        from chunkft.streaming import Pager
+        pager = Pager([300_000] * 8, state_dir=sys.argv[1])
+        for turn in range(10**9):
+            pager.acquire(turn % 8).fill_(turn % 256)
+            pager.release(turn % 8)
+            if turn == 20:
+                print("busy", flush=True)
+        """,
+        tmp_path,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "busy\n"
+    with pytest.raises(RuntimeError, match=f"in use by process {run.pid}"):
+        Pager([300_000] * 8, state_dir=tmp_path)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    with pytest.raises(CorruptPageError, match=r"is torn: .* load a checkpoint"):
+        Pager([300_000] * 8, state_dir=tmp_path, reopen=True)
+    with Pager([300_000] * 8, state_dir=tmp_path) as pager:
+        assert read_all(pager) == [{0}] * 8
+
+
+def test_forked_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
+    run = child(
+        """
+        import os, sys, time
+        from chunkft.streaming import Pager
+        pager = Pager([4096] * 8, state_dir=sys.argv[1])
+        pager.flush()
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        print(child, flush=True)
+        os.kill(os.getpid(), 9)
+        """,
+        tmp_path,
+    )
+    assert run.stdout is not None
+    orphan = int(run.stdout.readline())
+    run.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                Pager([4096] * 8, state_dir=tmp_path, reopen=True).close()
+                break
+            except RuntimeError:
+                assert time.monotonic() < deadline, "the orphan holds the lock"
+                time.sleep(0.05)
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
+def test_directory_is_whole_between_flush_and_the_next_change(tmp_path):
+    def whole() -> bool:
+        copy = tmp_path / "copy"
+        copy.mkdir(exist_ok=True)
+        (copy / files.NAME).write_bytes((tmp_path / "state" / files.NAME).read_bytes())
+        try:
+            Pager(SIZES, state_dir=copy, reopen=True).close()
+        except CorruptPageError as error:
+            return "torn" not in str(error)
+        return True
+
+    with Pager(SIZES, state_dir=tmp_path / "state") as pager:
+        assert whole()
+        write_all(pager, 1)
+        assert not whole()
+        pager.flush()
+        assert whole()
+        pager.host(3)
+        assert not whole()
+        pager.flush()
+        assert whole()
+        pager.acquire(0)
+        pager.release(0)
+        while pager.state(0) != "HOST":
+            time.sleep(0.001)
+        assert not whole()
+    assert whole()
+
+
+def test_what_is_written_into_the_host_copy_is_on_the_disk_after_flush(tmp_path):
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        for page in range(len(SIZES)):
+            pager.host(page).fill_(30 + page)
+        pager.flush()
+    with Pager(SIZES, state_dir=tmp_path, reopen=True) as pager:
+        assert read_all(pager) == [{30 + page} for page in range(len(SIZES))]
+
+
+def test_full_disk_raises_before_anything_is_changed(directory, monkeypatch):
+    before = (directory / files.NAME).read_bytes()
+    with pytest.raises(OSError, match=r"must have room for \d+ bytes, \d+ are free") as caught:
+        Pager([1 << 28] * 2**14, state_dir=directory)
+    assert caught.value.errno == errno.ENOSPC
+    assert (directory / files.NAME).read_bytes() == before
+    with pytest.raises(OSError, match="must have room for"):
+        Pager([1 << 28] * 2**14, state_dir=directory / "new")
+    assert not list((directory / "new").iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_refused_preallocation_leaves_no_file(tmp_path, monkeypatch, code):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        Pager([4096], state_dir=tmp_path)
+    assert caught.value.errno == code
+    assert not list(tmp_path.iterdir())
+
+
+class Failing:
+    """`os.pwrite` or `os.preadv` that fails from the n-th call on, `times` times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, nth: int, times: int = 10**9) -> None:
+        self.real = getattr(os, name)
+        self.name, self.left, self.times = name, nth, times
+        monkeypatch.setattr(os, name, self)
+
+    def __call__(self, *arguments: object) -> int:
+        self.left -= 1
+        if self.left < 0 and self.times > 0:
+            self.times -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return int(self.real(*arguments))
+
+
+def test_failed_write_is_told_and_loses_nothing(tmp_path, monkeypatch):
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        write_all(pager, 10)
+        pager.flush()
+        with monkeypatch.context() as patch:
+            Failing(patch, "pwrite", 0)
+            pager.acquire(4).fill_(77)
+            pager.release(4)
+            with pytest.raises(OSError, match="Input/output error"):
+                pager.flush()
+            with pytest.raises(RuntimeError, match=r"page 4 .* call flush\(\)"):
+                pager.host(4)
+            with pytest.raises(OSError, match="Input/output error"):
+                pager.acquire(5)
+        pager.flush()
+        assert set(pager.host(4).tolist()) == {77}
+        assert set(pager.acquire(4).tolist()) == {77}
+        pager.release(4)
+
+
+@pytest.mark.parametrize("nth", range(5))
+def test_write_that_fails_at_any_point_once_is_tried_again(tmp_path, monkeypatch, nth):
+    monkeypatch.setattr(files, "SEGMENT", 64 * BLOCK)
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        write_all(pager, 10)
+        pager.flush()
+        Failing(monkeypatch, "pwrite", nth, times=1)
+        pager.acquire(4).fill_(77)
+        pager.release(4)
+        with contextlib.suppress(OSError):
+            pager.flush()
+        pager.flush()
+        assert set(pager.host(4).tolist()) == {77}
+    with Pager(SIZES, state_dir=tmp_path, reopen=True) as pager:
+        assert read_all(pager) == [{77} if page == 4 else {10 + page} for page in range(len(SIZES))]
+
+
+def test_failed_read_may_be_tried_again(directory, monkeypatch):
+    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+        with monkeypatch.context() as patch:
+            Failing(patch, "preadv", 0, times=1)
+            pager.prefetch(1)
+            with pytest.raises(OSError, match="Input/output error"):
+                pager.acquire(1)
+        assert set(pager.acquire(1).tolist()) == {11}
+        pager.release(1)
+
+
+def test_close_after_a_failed_write_raises_and_closes(tmp_path, monkeypatch):
+    pager = Pager(SIZES, state_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        Failing(patch, "pwrite", 1)
+        pager.acquire(0).fill_(1)
+        pager.release(0)
+        with pytest.raises(OSError, match="Input/output error"):
+            pager.close()
+    assert pager.closed
+    with pytest.raises(CorruptPageError, match="torn"):
+        Pager(SIZES, state_dir=tmp_path, reopen=True)
+    Pager(SIZES, state_dir=tmp_path).close()
+
+
+@pytest.mark.parametrize("segment", [BLOCK, 3 * BLOCK, 8 << 20])
+def test_pages_of_any_size_are_whole_in_any_number_of_segments(tmp_path, monkeypatch, segment):
+    monkeypatch.setattr(files, "SEGMENT", segment)
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        contents = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in SIZES]
+        for page, content in enumerate(contents):
+            pager.acquire(page, load=False).copy_(content)
+            pager.release(page)
+        for page, content in enumerate(contents):
+            assert torch.equal(pager.acquire(page), content)
+            pager.release(page, dirty=False)
+            pager.flush()
+            assert torch.equal(pager.host(page), content)
+
+
+def test_file_system_without_direct_input_and_output_is_served(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path: object, flags: int, *rest: int, **named: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", refuse)
+    with Pager(SIZES, state_dir=tmp_path) as pager:
+        assert not pager.stats().file_direct
+        write_all(pager, 10)
+        assert read_all(pager) == [{10 + page} for page in range(len(SIZES))]
+
+
+def test_threads_and_descriptors_end_with_the_pager(tmp_path):
+    def count() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    Pager(SIZES, state_dir=tmp_path).close()
+    before = count()
+    for _ in range(3):
+        with Pager(SIZES, state_dir=tmp_path) as pager:
+            write_all(pager, 1)
+        with pytest.raises(ValueError, match="other sizes"):
+            Pager([1], state_dir=tmp_path, reopen=True)
+    after = count()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+
+
+def test_workers_carry_out_every_job_and_tell_the_first_error():
+    workers = Workers(3, "test")
+    assert workers.map(lambda x: x * x, range(50)) == [x * x for x in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        workers.map(lambda x: 1 // (x - 3), range(6))
+    workers.close()
+
+
+def test_page_file_refuses_a_second_holder(tmp_path):
+    workers = Workers(1, "test")
+    file = PageFile(tmp_path, [10], workers, reopen=False)
+    with pytest.raises(RuntimeError, match="in use"):
+        PageFile(tmp_path, [10], workers, reopen=True)
+    file.close()
+    PageFile(tmp_path, [10], workers, reopen=True).close()
+    workers.close()

@@ -247,9 +247,8 @@ class PagedStore(StateStore):
             self._number.append(len(on_device))
             on_device.append(page.nbytes)
         for device, pages in sizes.items():
-            self._pagers[device] = Pager(
-                pages, device=device, slots=3 if self._stream else 2, **self._tier(device)
-            )
+            slots = min(3 if self._stream else 2, len(pages))
+            self._pagers[device] = Pager(pages, device=device, slots=slots, **self._tier(device))
 
     def _make_room(self, number: int) -> None:
         """See that a slot can be had for a page, at the cost of one that was fetched ahead and did not come."""

@@ -1,0 +1,95 @@
+"""`chunkft finetune` with state that is paged, streamed or in files: the same weights, less memory."""
+
+import json
+
+import pytest
+import torch
+from clitools import assert_same_weights, save_tiny_llama, sums
+
+from chunkft.cli import main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    save_tiny_llama(root / "llama")
+    sums(root / "train.jsonl", 40)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def finetune(place, out, *options):
+    basis = {"--model": place / "llama", "--data": place / "train.jsonl", "--out": out, "--device": "cpu"}
+    basis |= {"--steps": 6, "--seq-len": 32, "--batch-size": 4, "--chunks": 2, "--lr": 1e-2}
+    words = [str(word) for pair in basis.items() for word in pair]
+    return main(["finetune", *words, "--quiet", *map(str, options)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--residency", "stream", "--page-mib", "1"],
+        ["--residency", "stream", "--update", "backward"],
+        ["--state-dir", "DIR"],
+    ],
+    ids=["stream", "backward", "files"],
+)
+def test_the_weights_are_those_of_a_run_in_memory_and_of_a_resumed_one(place, tmp_path, options):
+    options = [tmp_path / "state" if word == "DIR" else word for word in options]
+    clip = [] if "backward" in options else ["--max-grad-norm", "0"]
+    plain, paged, resumed = tmp_path / "plain", tmp_path / "paged", tmp_path / "resumed"
+    assert finetune(place, plain, "--max-grad-norm", "0") == 0
+    assert finetune(place, paged, *options, *clip) == 0
+    assert_same_weights(plain, paged)
+    assert finetune(place, resumed, *options, *clip, "--save-every", "3") == 0
+    kept = resumed / "checkpoints" / "checkpoint-3"
+    assert kept.is_dir()
+    assert main(["finetune", "--resume", "--out", str(resumed)]) == 0
+    assert_same_weights(plain, resumed)
+
+
+def test_the_memory_table_tells_what_existed_at_a_time(place, tmp_path):
+    out = tmp_path / "out"
+    assert finetune(place, out, "--chunks", "1", "--residency", "stream", "--update", "backward") == 0
+    report = json.loads((out / "memory.json").read_text())
+    run, full = report["this_run"], report["full_adamw"]
+    assert 0 < run["gradients"] <= full["gradients"]
+    # All of this model's state is on one page, in one slot, padded to 256 bytes a tensor.
+    assert full["optimizer state"] <= run["optimizer state"] <= 1.05 * full["optimizer state"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--update", "backward"], "--update backward needs --residency stream"),
+        (
+            ["--residency", "stream", "--update", "backward", "--grad-accum", "2"],
+            "--grad-accum 2 and --update backward exclude each other",
+        ),
+        (
+            ["--residency", "stream", "--update", "backward", "--max-grad-norm", "0.5"],
+            "--max-grad-norm 0.5 and --update backward exclude each other",
+        ),
+        (["--page-mib", "8"], "--page-mib 8 needs --residency stream"),
+        (
+            ["--optimizer", "adamw", "--residency", "stream"],
+            "--residency stream needs --optimizer chunkadamw",
+        ),
+        (["--optimizer", "adamw", "--state-dir", "x"], "--state-dir x needs --optimizer chunkadamw"),
+        (["--state-dir", "/dev/null/x"], "no place for the optimizer state"),
+    ],
+)
+def test_what_excludes_each_other_is_one_line_and_leaves_nothing(place, tmp_path, capsys, options, words):
+    out = tmp_path / "out"
+    assert finetune(place, out, *options) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not out.exists()

@@ -240,8 +240,18 @@ def test_slots_bound_the_state_on_the_device_whatever_the_number_of_chunks():
     for chunks in (1, 2, 4):
         optimizer = adamw(tiny_net(), chunks=chunks, residency="stream", page_bytes=2048)
         assert optimizer.memory()["state_active"] <= 3 * 2048
-    whole = adamw(tiny_net(), chunks=4, state_device="paged").memory()
-    assert whole["state_host"] >= 8 * sum(p.numel() for p in tiny_net().parameters())
+
+
+def test_paging_by_chunk_holds_the_active_one_and_the_next():
+    model = tiny_net()
+    optimizer = adamw(model, chunks=4, state_device="paged")
+    train(model, optimizer, tiny_loss, range(3))
+    memory = optimizer.memory()
+    padded = [sum(2 * -(-4 * piece.numel // 256) * 256 for piece in chunk.slices) for chunk in optimizer.plan]
+    assert (
+        max(padded) < memory["state_active"] <= 2 * max(padded)
+    )  # two slots, less the padding of the one in use
+    assert memory["state_host"] >= 8 * sum(p.numel() for p in model.parameters())
 
 
 def test_gradients_of_the_chunk_never_exist_together():

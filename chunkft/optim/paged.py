@@ -235,6 +235,11 @@ class PagedStore(StateStore):
         return sum(pager.slots * pager.slot_bytes for pager in self._pagers.values())
 
     @property
+    def spare_nbytes(self) -> int:
+        """Bytes of slots that no open page lies in."""
+        return self.slot_nbytes - sum(self.pages[number].nbytes for number in self._open)
+
+    @property
     def pagers(self) -> dict[torch.device, Pager]:
         """The pager of each device."""
         return dict(self._pagers)

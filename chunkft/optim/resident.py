@@ -91,8 +91,9 @@ class ChunkResidency:
         return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
     def nbytes(self) -> tuple[int, int]:
-        """Bytes on the device of the base optimizer's state, and of the masters."""
-        return (0, 0) if self._active is None else self._active.nbytes()
+        """Bytes on the device of the base optimizer's state, free slots included, and of the masters."""
+        state, masters = (0, 0) if self._active is None else self._active.nbytes()
+        return state + self._store.spare_nbytes, masters
 
     def _slices(self) -> ActiveSlices | KernelSlices:
         assert self._active is not None  # the optimizer checks that it is attached before

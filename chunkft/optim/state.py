@@ -118,6 +118,11 @@ class StateStore:
         """Bytes of host memory that arenas hold."""
         return sum(arena.nbytes for arena in self._arenas)
 
+    @property
+    def spare_nbytes(self) -> int:
+        """Bytes on devices that no state in use lies in."""
+        return 0
+
     def _house(self, tensors: list[tuple[Slice, str, Tensor]]) -> None:
         offsets = []
         total = 0

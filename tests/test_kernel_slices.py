@@ -111,6 +111,29 @@ def test_other_optimizers_are_left_alone(as_on_a_gpu):
     assert not as_on_a_gpu
 
 
+def test_the_device_decides_about_gradients_that_are_not_finite(as_on_a_gpu):
+    """In the backward pass nobody waits for the check: below the first NaN nothing changes, step counts included."""
+    model = tiny_net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1, **RESIDENCIES["backward"])
+    train(model, optimizer, tiny_loss, range(2))
+    table, head = model.table.weight.detach().clone(), model.head.weight.detach().clone()
+    hook = model.blocks[0].register_full_backward_hook(lambda *_: (torch.full((6, 7, 11), float("nan")),))
+    tiny_loss(model, 2).backward()
+    hook.remove()
+    optimizer.step()
+    assert torch.equal(model.table.weight, table)
+    assert not torch.equal(model.head.weight, head)
+    assert (optimizer.updates, optimizer.skipped) == (2, 1)
+    counts = {
+        name: {float(entry["values"].get("step", -1)) for entry in state["ranges"]}
+        for name, state in optimizer.state_dict()["state"].items()
+    }
+    assert counts["table.weight"] == {2.0}
+    assert counts["head.weight"] == {3.0}
+    train(model, optimizer, tiny_loss, range(3, 5))
+    assert optimizer.updates == 4
+
+
 def test_new_state_is_made_in_the_slot_itself(as_on_a_gpu):
     """On the first visit of a chunk its state does not exist twice on the device."""
     model = mlp()

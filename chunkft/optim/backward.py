@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd import Slice
-from chunkft.optim.gradients import all_finite
+from chunkft.optim.gradients import all_finite, non_finite
+from chunkft.optim.kernel_slices import kernel_applies
 from chunkft.optim.resident import Pairs
 from chunkft.optim.streamed import StreamResidency
 
@@ -43,6 +44,7 @@ class BackwardResidency(StreamResidency):
         self.dropped = False
         self._dropping = False
         self._begun = False
+        self._flags: dict[torch.device, Tensor] = {}
         self._held = 0  # bytes of gradients that exist now
         self._peak = 0
 
@@ -91,7 +93,7 @@ class BackwardResidency(StreamResidency):
         finally:
             if self._done:
                 self._order = list(self._done)
-            self.dropped = self._dropping
+            self.dropped = self._dropping or any(bool(flag) for flag in self._flags.values())
             self.reset()
         self._fetch(self._first())
 
@@ -121,6 +123,7 @@ class BackwardResidency(StreamResidency):
         self._done = []
         self._dropping = False
         self._begun = False
+        self._flags = {}
         self._held = 0
 
     @torch.no_grad()
@@ -141,16 +144,32 @@ class BackwardResidency(StreamResidency):
             self._update_unit(number)
 
     def _update_unit(self, number: int) -> None:
+        """Update the slices of a page and free their gradients.
+
+        After a gradient that is not finite nothing more is updated in this step; what was so before stands. Where
+        the kernel does the update, the device decides that by itself, and the host asks once, in ``step()``.
+        """
         unit = self._units[number]
         gradients = [leaf.grad for _, leaf in unit if leaf.grad is not None]
-        # After a gradient that is not finite nothing more is updated in this step; what was so before stands.
-        self._dropping = self._dropping or not all_finite(gradients)
-        if not self._dropping:
-            self.update(unit, self.seed, [self._units[n] for n in self._upcoming(number)])
+        following = [self._units[n] for n in self._upcoming(number)]
+        if kernel_applies(unit, self._rule):
+            self.update(unit, self.seed, following, self._found_inf(gradients))
             self._done.append(number)
+        else:
+            self._dropping = self._dropping or not all_finite(gradients)
+            if not self._dropping:
+                self.update(unit, self.seed, following)
+                self._done.append(number)
         self._held -= sum(gradient.numel() * gradient.element_size() for gradient in gradients)
         for _, leaf in unit:
             leaf.grad = None
+
+    def _found_inf(self, gradients: list[Tensor]) -> Tensor:
+        """Whether a gradient of this step was not finite so far, as 0 or 1 on the device of these."""
+        flag = non_finite(gradients)
+        before = self._flags.get(flag.device)
+        self._flags[flag.device] = flag = flag if before is None else torch.maximum(before, flag)
+        return flag
 
     def _upcoming(self, number: int) -> list[int]:
         if number not in self._order:

@@ -30,6 +30,11 @@ def all_finite(grads: list[Tensor]) -> bool:
     return bool(torch.isfinite(get_total_norm(grads, float("inf"))))
 
 
+def non_finite(grads: list[Tensor]) -> Tensor:
+    """1.0 if an element of any gradient is infinite or NaN, else 0.0: fp32 on their device, which nobody waits for."""
+    return (~torch.isfinite(get_total_norm(grads, float("inf")))).float()
+
+
 def clip(leaves: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients in place to a joint Euclidean norm of at most ``max_norm``; returns the norm before."""
     norm = get_total_norm([leaf.grad for leaf in leaves if leaf.grad is not None], 2.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,12 @@ class KernelSlices:
         self._leaves = dict(pairs)
         self._states = {piece: dict(states[piece]) for piece in self._leaves}
 
-    def step(self, seed: str) -> None:
-        """Update every slice that has a gradient; ``seed`` names the noise of stochastic rounding."""
+    def step(self, seed: str, found_inf: Tensor | None = None) -> None:
+        """Update every slice that has a gradient; ``seed`` names the noise of stochastic rounding.
+
+        With ``found_inf``, a float32 tensor of one element, nothing happens if that is not zero; step counts are then
+        beside their weights.
+        """
         together: dict[tuple[int, str, torch.device], list[Slice]] = {}
         for piece, leaf in self._leaves.items():
             if leaf.grad is not None:
@@ -54,7 +58,7 @@ class KernelSlices:
                 key = (self._rule.group_of[piece.name], self._rule.modes[piece.name], leaf.device)
                 together.setdefault(key, []).append(piece)
         for (number, mode, _), pieces in together.items():
-            self._update(self._rule.groups[number], mode, pieces, seed)
+            self._update(self._rule.groups[number], mode, pieces, seed, found_inf)
 
     def states(self) -> dict[Slice, State]:
         """State and master of each slice, the tensors themselves."""
@@ -96,7 +100,8 @@ class KernelSlices:
         mode = self._rule.modes[piece.name]
         dtype = leaf.dtype if mode == "none" else torch.float32
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            place = self._home(piece, "step")
+            state["step"] = torch.zeros((), dtype=torch.float32) if place is None else place.zero_()
         for key in MOMENTS:
             if key not in state:
                 state[key] = self._new(piece, key, leaf, dtype).zero_()
@@ -116,7 +121,14 @@ class KernelSlices:
             return place
         return torch.empty_like(leaf, dtype=dtype, memory_format=torch.preserve_format).detach()
 
-    def _update(self, group: Mapping[str, Any], mode: str, pieces: list[Slice], seed: str) -> None:
+    def _update(
+        self,
+        group: Mapping[str, Any],
+        mode: str,
+        pieces: list[Slice],
+        seed: str,
+        found_inf: Tensor | None,
+    ) -> None:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         states = [self._states[piece] for piece in pieces]
         leaves = [self._leaves[piece] for piece in pieces]
@@ -133,6 +145,7 @@ class KernelSlices:
             residuals=[state["residual"] for state in states] if mode == "residual" else None,
             masters=[state["master"] for state in states] if mode == "fp32" else None,
             master=mode,
+            found_inf=found_inf,
             seed=[noise_seed(seed, piece) for piece in pieces],
         )
 
@@ -146,7 +159,7 @@ def make_slices(
     return ActiveSlices(pairs, states, rule)
 
 
-def kernel_applies(pairs: list[tuple[Slice, nn.Parameter]], rule: UpdateRule) -> bool:
+def kernel_applies(pairs: Sequence[tuple[Slice, Tensor]], rule: UpdateRule) -> bool:
     """Whether ``chunkft.kernels.adamw`` does these updates: plain AdamW of weights on a GPU.
 
     A group that names an implementation (``fused``, ``foreach``, ``capturable``) gets that one.
@@ -159,7 +172,7 @@ def kernel_applies(pairs: list[tuple[Slice, nn.Parameter]], rule: UpdateRule) ->
     )
 
 
-def _on_gpu(leaf: nn.Parameter) -> bool:
+def _on_gpu(leaf: Tensor) -> bool:
     return leaf.is_cuda and gpu.runs_on(leaf) and leaf.dtype != torch.float64
 
 

@@ -9,6 +9,7 @@ import torch
 
 from chunkft.attach import Attachment
 from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.kernel_slices import kernel_applies
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.pages import StateProbe, fitted
 from chunkft.optim.resident import ChunkResidency
@@ -53,7 +54,9 @@ def build_memory(
     if not paged and (choice.state_device != "auto" or devices == {"cpu"}):
         store = StateStore(in_arena=choice.state_device != "device")
         return plan, store, ChunkResidency(rule, store)
-    probe = StateProbe(rule, parameter_of)
+    pairs = [(piece, parameter_of(piece.name)) for piece in plan.slices()]
+    backward = choice.update == "backward"
+    probe = StateProbe(rule, parameter_of, counts_on_pages=backward and kernel_applies(pairs, rule))
     page_bytes = choice.page_bytes if stream else None
     if page_bytes is not None:
         plan = fitted(plan, probe, page_bytes)
@@ -62,5 +65,5 @@ def build_memory(
     )
     if not stream:
         return plan, pages, ChunkResidency(rule, pages)
-    kind = BackwardResidency if choice.update == "backward" else StreamResidency
+    kind = BackwardResidency if backward else StreamResidency
     return plan, pages, kind(rule, pages)

@@ -62,13 +62,17 @@ class StateProbe:
     Args:
         rule: how slices are updated.
         parameter_of: the full parameter of a name.
+        counts_on_pages: lay out step counts as well, for updates that decide on the device whether they count.
 
     Attributes:
         failure: why the base optimizer could not be probed, or None. Its state is then not laid out ahead.
     """
 
-    def __init__(self, rule: UpdateRule, parameter_of: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, rule: UpdateRule, parameter_of: Callable[[str], Tensor], counts_on_pages: bool = False
+    ) -> None:
         self._rule = rule
+        self._counts_on_pages = counts_on_pages
         self._parameter_of = parameter_of
         self._known: dict[tuple[tuple[int, ...], torch.dtype, int], Layout] = {}
         self.failure: str | None = None
@@ -107,7 +111,7 @@ class StateProbe:
         return {
             key: (tuple(value.shape), value.dtype)
             for key, value in base.state[parameter].items()
-            if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0
+            if isinstance(value, Tensor) and value.numel() > 0 and (value.dim() > 0 or self._counts_on_pages)
         }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from chunkft.autograd import Slice
-from chunkft.optim.kernel_slices import make_slices
+from chunkft.optim.kernel_slices import KernelSlices, make_slices
 from chunkft.optim.master import STATE_KEYS
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.resident import Pairs, beside_weight
@@ -56,8 +56,13 @@ class StreamResidency:
             self.finish()
         self._fetch(self._first())
 
-    def update(self, unit: Pairs, seed: str, following: Sequence[Pairs]) -> None:
-        """Update the slices of one page; begin to fetch the pages that follow."""
+    def update(
+        self, unit: Pairs, seed: str, following: Sequence[Pairs], found_inf: Tensor | None = None
+    ) -> None:
+        """Update the slices of one page; begin to fetch the pages that follow.
+
+        ``found_inf`` is for slices that ``kernel_applies`` to: not zero, and nothing is updated.
+        """
         pieces = [piece for piece, _ in unit]
         states = self._store.open(unit)
         self._fetch(following)
@@ -69,7 +74,10 @@ class StreamResidency:
             # Some optimizers count steps in their groups: every page starts from the values before the step.
             self._set_values(dict(enumerate(self._before)))
             active = make_slices(unit, states, self._rule, self._store.home)
-            active.step(seed)
+            if isinstance(active, KernelSlices):
+                active.step(seed, found_inf)
+            else:
+                active.step(seed)
             values = self._rule.values()
             for number in {self._rule.group_of[piece.name] for piece in pieces}:
                 self._after[number] = values[number]

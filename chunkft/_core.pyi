@@ -82,8 +82,6 @@ class PagerStats(TypedDict):
     events_created: int
     streams_created: int
 
-def pack_pages(pages: Sequence[SupportsIndex]) -> tuple[list[int], int]: ...
-
 class Pager:
     def __init__(
         self,

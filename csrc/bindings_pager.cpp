@@ -139,17 +139,6 @@ py::list to_list(const std::vector<TraceRecord>& records) {
 }  // namespace
 
 void bind_pager(py::module_& m) {
-  m.def(
-      "pack_pages",
-      [](const py::sequence& sizes) {
-        auto packing = pack_pages(to_sizes(sizes, "pack_pages", "pages"));
-        if (!packing.ok()) raise(packing.error());
-        py::list offsets;
-        for (std::size_t offset : packing.value().offsets) offsets.append(offset);
-        return py::make_tuple(offsets, packing.value().total);
-      },
-      py::arg("pages"), "Offsets, multiples of 256, at which pages lie one behind the other, and where the last ends.");
-
   auto page_of = [](const py::object& page, const char* op) { return to_size(page, op, "page"); };
 
   py::class_<Pager>(m, "Pager", "Pages of host memory, a few of them at a time in slots of device memory.")

@@ -72,9 +72,9 @@ HostBackend::~HostBackend() {
     while (step()) {
     }
   }
-  // All first, then one after the other: a stream may wait for another.
+  // One step for all of them before the next: until the last has ended, each may wait for any other.
   for (auto& stream : streams_) stream->stop();
-  streams_.clear();
+  for (auto& stream : streams_) stream->join();
 }
 
 Result<std::unique_ptr<HostBackend>> HostBackend::create() {

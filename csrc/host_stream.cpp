@@ -17,9 +17,8 @@ HostStream::HostStream(bool threaded) : ring_(threaded ? kCapacity : kSteppedCap
 }
 
 HostStream::~HostStream() {
-  if (!thread_.joinable()) return;
   stop();
-  thread_.join();
+  join();
 }
 
 std::uint64_t HostStream::submit(const Command& command, bool wake) {
@@ -116,6 +115,10 @@ void HostStream::stop() {
     stopping_ = true;
   }
   filled_.notify_one();
+}
+
+void HostStream::join() {
+  if (thread_.joinable()) thread_.join();
 }
 
 }  // namespace chunkft

@@ -44,6 +44,7 @@ class HostStream {
   std::uint64_t progress() const { return 2 * executed_.load(std::memory_order_relaxed) + (half_copied_ ? 1 : 0); }
 
   void stop();  // the thread ends when it has worked off what it has; returns at once
+  void join();
 
  private:
   void work();

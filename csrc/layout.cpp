@@ -17,22 +17,6 @@ Error refuse(std::string detail) { return invalid_argument("Pager", std::move(de
 
 }  // namespace
 
-Result<Packing> pack_pages(const std::vector<std::size_t>& sizes) {
-  constexpr std::size_t kMost = std::numeric_limits<std::int64_t>::max();
-  Packing packing;
-  packing.offsets.reserve(sizes.size());
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    const std::size_t offset = (packing.total + kPageAlignment - 1) / kPageAlignment * kPageAlignment;
-    if (offset > kMost || sizes[i] > kMost - offset) {
-      return invalid_argument("pack_pages", "pages[" + std::to_string(i) + "]=" + std::to_string(sizes[i]) +
-                                                " brings the total above 2**63 - 1 bytes");
-    }
-    packing.offsets.push_back(offset);
-    packing.total = offset + sizes[i];
-  }
-  return packing;
-}
-
 Result<Layout> Layout::create(const std::vector<std::size_t>& pages, const std::vector<std::uintptr_t>& host,
                               const std::vector<std::uintptr_t>& slots, std::size_t slot_bytes) {
   if (pages.empty()) return refuse("pages must name at least one page, got none");

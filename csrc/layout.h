@@ -8,16 +8,6 @@
 
 namespace chunkft {
 
-inline constexpr std::size_t kPageAlignment = 256;
-
-struct Packing {
-  std::vector<std::size_t> offsets;  // multiples of kPageAlignment
-  std::size_t total = 0;             // end of the last page, not rounded
-};
-
-// Places pages one behind the other in one arena.
-Result<Packing> pack_pages(const std::vector<std::size_t>& sizes);
-
 struct PageSpan {
   std::byte* host = nullptr;
   std::size_t bytes = 0;

@@ -376,15 +376,4 @@ TEST(layouts_that_overlap_or_do_not_fit_are_refused) {
   CHECK(refused({8}, {8199}, {8192}, 8, "host[0] must not overlap slots[0]"));
 }
 
-TEST(pages_are_packed_at_multiples_of_256) {
-  const auto packing = pack_pages({1, 256, 257, 5});
-  REQUIRE(packing.ok());
-  CHECK((packing.value().offsets == std::vector<std::size_t>{0, 256, 512, 1024}));
-  CHECK(packing.value().total == 1029);
-  CHECK(pack_pages({}).value().total == 0);
-  CHECK(!pack_pages({SIZE_MAX / 2 + 1}).ok());
-  CHECK(!pack_pages({SIZE_MAX / 2 - 100, 1}).ok());
-  CHECK(pack_pages({SIZE_MAX / 2}).ok());
-}
-
 }  // namespace

@@ -1,13 +1,15 @@
 """Builds the package, runs the tests and every benchmark that this machine can run, in one command.
 
-python -m bench.gpu_suite                 all parts
+python -m bench.gpu_suite                 all parts that a run without names takes
 python -m bench.gpu_suite step memory     the named parts
 python -m bench.gpu_suite --list          what there is
+python -m bench.gpu_suite --resume        what an earlier run did not finish
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -24,24 +26,93 @@ from bench import common
 
 @dataclass(frozen=True)
 class Part:
-    """A command of the suite; `{out}` in it is the folder of results, `gpu` parts need an accelerator."""
+    """A command of the suite; `{out}` in it is the folder of results.
+
+    `gpu` parts need an accelerator, `extra` ones run by name only. A part that takes more than `limit` seconds is
+    stopped.
+    """
 
     name: str
     what: str
     command: tuple[str, ...]
     gpu: bool = False
+    extra: bool = False
+    limit: float = 120.0
 
     def argv(self, out: Path) -> list[str]:
         """The command line with this interpreter and the folder filled in."""
         return [sys.executable, *(word.replace("{out}", str(out)) for word in self.command)]
 
 
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+SEVEN = ("--model", "llama-2-7b", "--checkpointing", "--batch", "1", "--tokens", "1024", "--chunks", "32")
+
 PARTS = (
-    Part("build", "the package with its native core", ("-m", "pip", "install", "--no-deps", "-e", ".")),
-    Part("tests", "the test suite", ("-m", "pytest", "-q")),
-    Part("step", "step time", ("-m", "bench.step", "--out", "{out}/step.json")),
-    Part("memory", "counted memory", ("-m", "bench.memory", "--out", "{out}/memory.json")),
-    Part("quality", "quality, hours", ("-m", "bench.quality", "queue", "bench/quality_queue.jsonl")),
+    Part(
+        "build",
+        "the package with its native core",
+        ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "-e", "."),
+    ),
+    Part("gpu-tests", "tests that need a GPU", (*PYTEST, "tests/gpu"), gpu=True, limit=150),
+    Part(
+        "kernels",
+        "kernels against cuBLAS",
+        ("-m", "bench.kernels", "--out", "{out}/kernels.json"),
+        limit=180,
+    ),
+    Part(
+        "pager",
+        "paging against the link",
+        ("-m", "bench.pager", "--out", "{out}/pager.json"),
+        limit=60,
+    ),
+    Part(
+        "residency",
+        "1B parameters: step and memory of every place of state",
+        ("-m", "bench.residency", "--out", "{out}/residency-1b.json"),
+        gpu=True,
+        limit=120,
+    ),
+    Part(
+        "llama-2-7b",
+        "the same for Llama-2-7B, 1,024 tokens",
+        (
+            "-m",
+            "bench.residency",
+            *SEVEN,
+            "--steps",
+            "8",
+            "--warmup",
+            "4",
+            "--out",
+            "{out}/residency-7b.json",
+        ),
+        gpu=True,
+        limit=180,
+    ),
+    Part("doctor", "what the machine gives", ("-m", "chunkft", "doctor"), limit=60),
+    Part(
+        "step",
+        "step time on the CPU",
+        ("-m", "bench.step", "--out", "{out}/step.json"),
+        extra=True,
+        limit=1200,
+    ),
+    Part(
+        "memory",
+        "counted memory on the CPU",
+        ("-m", "bench.memory", "--out", "{out}/memory.json"),
+        extra=True,
+        limit=600,
+    ),
+    Part("tests", "the whole test suite", PYTEST, extra=True, limit=3600),
+    Part(
+        "quality",
+        "quality after real fine-tuning, hours",
+        ("-m", "bench.quality", "queue", "bench/quality_queue.jsonl"),
+        extra=True,
+        limit=86400,
+    ),
 )
 
 
@@ -51,7 +122,7 @@ def folder_name(device: str) -> str:
 
 
 def select(names: Sequence[str], parts: Sequence[Part] = PARTS, gpu: bool | None = None) -> list[Part]:
-    """The named parts in the suite's order; without names all that this machine can run but `quality`.
+    """The named parts in the suite's order; without names all that this machine can run but the extra ones.
 
     Raises ValueError for a name that does not exist, or one that needs an accelerator where there is none.
     """
@@ -64,40 +135,66 @@ def select(names: Sequence[str], parts: Sequence[Part] = PARTS, gpu: bool | None
             raise ValueError(f"part {name!r} needs an accelerator and torch sees none")
     if names:
         return [part for part in parts if part.name in names]
-    return [part for part in parts if (gpu or not part.gpu) and part.name != "quality"]
+    return [part for part in parts if (gpu or not part.gpu) and not part.extra]
 
 
-def run_part(part: Part, out: Path) -> dict[str, Any]:
-    """Runs one part from the repository root with its output shown; returns exit code and seconds."""
+def run_part(part: Part, out: Path, seconds: float = float("inf")) -> dict[str, Any]:
+    """Runs one part from the repository root with its output shown; returns exit code and seconds.
+
+    It is stopped after its limit, or after `seconds` if that is less; the exit code is 124 then, as of `timeout`.
+    """
     start = time.perf_counter()
-    code = subprocess.run(part.argv(out), cwd=common.REPO).returncode
+    try:
+        code = subprocess.run(part.argv(out), cwd=common.REPO, timeout=min(part.limit, seconds)).returncode
+    except subprocess.TimeoutExpired:
+        code = 124
     return {"part": part.name, "exit_code": code, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def finished(path: Path) -> list[dict[str, Any]]:
+    """Parts that an earlier run at this commit ended without an error."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    if before["commit"] != common.commit():
+        return []
+    return [row for row in before["parts"] if row["exit_code"] == 0]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu_suite", description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", help="parts to run (default: all but quality)")
+    parser.add_argument("parts", nargs="*", help="parts to run (default: all but the extra ones)")
     parser.add_argument("--list", action="store_true", help="show the parts and stop")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what an earlier run at this commit finished"
+    )
+    parser.add_argument("--budget", type=float, default=600.0, help="seconds for all parts (default 600)")
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="default %(default)s")
     args = parser.parse_args()
     if args.list:
         for part in PARTS:
-            print(f"{part.name:10s} {'GPU' if part.gpu else 'any':4s} {part.what}")
+            kind = "GPU" if part.gpu else "any"
+            print(f"{part.name:11s} {kind} {'by name' if part.extra else '':8s} {part.what}")
         return 0
     try:
         chosen = select(args.parts)
     except ValueError as error:
         parser.error(str(error))
     out = args.results / folder_name(common.device_name())
-    rows = []
+    budget = max(args.budget, *(part.limit for part in chosen if part.extra), 0.0)
+    rows = finished(out / "suite.json") if args.resume else []
+    done = {row["part"] for row in rows}
+    start = time.perf_counter()
     for part in chosen:
-        rows.append(run_part(part, out))
-        print(
-            f"{part.name:10s} {'ok' if rows[-1]['exit_code'] == 0 else 'FAILED'} {rows[-1]['seconds']} s",
-            flush=True,
-        )
+        if part.name in done and part.name != "build":
+            continue
+        left = budget - (time.perf_counter() - start)
+        row = run_part(part, out, left) if left > 1 else {"part": part.name, "exit_code": 124, "seconds": 0.0}
+        rows = [other for other in rows if other["part"] != part.name] + [row]
+        verdict = {0: "ok", 124: "OUT OF TIME"}.get(row["exit_code"], f"FAILED with {row['exit_code']}")
+        print(f"{part.name:11s} {verdict} {row['seconds']} s", flush=True)
         common.write_json(out / "suite.json", common.header(0) | {"parts": rows})
-        if rows[-1]["exit_code"] != 0 and part.name == "build":
+        if row["exit_code"] != 0 and part.name == "build":
             break
     return 1 if any(row["exit_code"] for row in rows) else 0
 

@@ -23,6 +23,7 @@ from bench import (  # noqa: E402
     quality,
     quality_cost,
     quality_run,
+    residency,
     step,
 )
 
@@ -249,3 +250,63 @@ def test_suite_selects_parts_and_refuses_unknown_and_impossible_ones(tmp_path):
         gpu_suite.select(["sm90"], parts, gpu=False)
     fails = gpu_suite.Part("fails", "", ("-c", "import sys; sys.exit(3)"))
     assert gpu_suite.run_part(fails, tmp_path)["exit_code"] == 3
+
+
+def test_suite_stops_a_part_at_its_limit_and_goes_on(tmp_path, monkeypatch, capsys):
+    parts = (
+        gpu_suite.Part("slow", "", ("-c", "import time; time.sleep(60)"), limit=0.2),
+        gpu_suite.Part("quick", "", ("-c", "pass")),
+    )
+    monkeypatch.setattr(gpu_suite, "PARTS", parts)
+    monkeypatch.setattr(gpu_suite, "select", lambda names: list(parts))
+    monkeypatch.setattr("sys.argv", ["gpu_suite", "--results", str(tmp_path)])
+    assert gpu_suite.main() == 1
+    shown = capsys.readouterr().out
+    assert "slow        OUT OF TIME" in shown
+    assert "quick       ok" in shown
+
+
+def test_suite_resumes_what_an_earlier_run_at_the_same_commit_did_not_finish(tmp_path, monkeypatch):
+    ran = []
+    parts = (gpu_suite.Part("one", "", ()), gpu_suite.Part("two", "", ()))
+    codes = {"one": 0, "two": 1}
+
+    def run(part, out, seconds):
+        ran.append(part.name)
+        return {"part": part.name, "exit_code": codes[part.name], "seconds": 0.0}
+
+    monkeypatch.setattr(gpu_suite, "run_part", run)
+    monkeypatch.setattr(gpu_suite, "select", lambda names: list(parts))
+    monkeypatch.setattr(gpu_suite.common, "commit", lambda: "a" * 40)
+    monkeypatch.setattr("sys.argv", ["gpu_suite", "--results", str(tmp_path), "--resume"])
+    assert gpu_suite.main() == 1
+    codes["two"] = 0
+    assert gpu_suite.main() == 0
+    assert ran == ["one", "two", "two"]
+    monkeypatch.setattr(gpu_suite.common, "commit", lambda: "b" * 40)
+    assert gpu_suite.main() == 0
+    assert ran == ["one", "two", "two", "one", "two"]
+
+
+def test_every_place_of_state_is_measured(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "residency.json"
+    sizes = {
+        "model": "tiny",
+        "tokens": 8,
+        "batch": 1,
+        "steps": 4,
+        "warmup": 4,
+        "chunks": 2,
+        "interval": 2,
+        "page-mib": 1,
+    }
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["residency", *options, "--out", str(out)])
+    residency.main()
+    result = json.loads(out.read_text())["variants"]
+    assert list(result) == list(residency.variants(2, 2, 1 << 20))
+    assert len(capsys.readouterr().out.splitlines()) == len(result)
+    losses = {round(figure["final_loss"], 4) for figure in result.values()}
+    assert len(losses) <= 2  # of full AdamW and K=1, and of two chunks
+    assert result["paged K=2"]["held_bytes"]["gradients"] < result["adamw"]["held_bytes"]["gradients"]
+    assert 0 <= result["stream K=2"]["exposed_share"] <= 1

@@ -95,7 +95,6 @@ class FakeCudaRig(Rig):
     def start(self) -> None:
         driver = self.driver
         driver.fakecuda_reset(ctypes.c_uint64(7))
-        driver.fakecuda_allow_pageable(1)
         context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
         for result in (
             driver.cuInit(0),

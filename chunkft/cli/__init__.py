@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from chunkft.cli.plan import show_plan
 
             return show_plan(command.plan)
+        if command.name == "doctor":
+            from chunkft.cli.doctor import show_doctor
+
+            return show_doctor(command.doctor)
         from chunkft.cli.run import finetune
 
         return finetune(command.finetune, given=command.given, resume=command.resume)

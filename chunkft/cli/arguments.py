@@ -1,4 +1,4 @@
-"""Options of `chunkft finetune` and `chunkft plan`: names, defaults, and what their values may be."""
+"""Options of the commands: names, defaults, and what their values may be."""
 
 import argparse
 import math
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import chunkft
 from chunkft.cli.errors import UserError
 
-__all__ = ["Command", "FinetuneSettings", "PlanSettings", "parse"]
+__all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "parse"]
 
 TASKS = ("causal-lm", "sequence-classification")
 PARTITIONS = ("bytes", "layers", "interleaved")
@@ -83,12 +83,22 @@ class PlanSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorSettings:
+    """Everything that `chunkft doctor` can be told."""
+
+    dir: str | None = None
+    mib: int = 256
+    json: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """A parsed command line; `given` holds the names of the options that were typed."""
 
     name: str
     finetune: FinetuneSettings = FinetuneSettings()
     plan: PlanSettings | None = None
+    doctor: DoctorSettings = DoctorSettings()
     given: frozenset[str] = frozenset()
     resume: bool = False
 
@@ -235,6 +245,19 @@ def _plan_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def _doctor_parser(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--dir", metavar="DIR", help="measure the disk that DIR is on, too (for --state-dir)")
+    add(
+        "--mib",
+        type=_integer(1),
+        metavar="N",
+        help="size of the copies that are measured, in MiB (default 256)",
+    )
+    add("--json", metavar="FILE", help="write the findings as JSON, bandwidths in bytes per second")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
 def _build() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="chunkft",
@@ -249,6 +272,7 @@ def _build() -> argparse.ArgumentParser:
     for name, text, fill in (
         ("finetune", "fine-tune a model", _finetune_parser),
         ("plan", "show how a model's parameters become chunks, without training", _plan_parser),
+        ("doctor", "show and measure what this machine gives to paging", _doctor_parser),
     ):
         sub = commands.add_parser(
             name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -316,6 +340,8 @@ def parse(argv: Sequence[str]) -> Command:
     values.pop("debug", None)
     if name == "plan":
         return Command(name=name, plan=PlanSettings(**values))
+    if name == "doctor":
+        return Command(name=name, doctor=DoctorSettings(**values))
     _check(values)
     resume = values.pop("resume", False)
     return Command(name=name, finetune=FinetuneSettings(**values), given=frozenset(values), resume=resume)

@@ -1,8 +1,8 @@
 """The Python face of the native core: host memory for optimizer state, and the pager that moves it."""
 
-from chunkft.streaming.arena import HostArena
+from chunkft.streaming.arena import HostArena, cuda_info, memory_budget
 from chunkft.streaming.files import CorruptPageError
 from chunkft.streaming.pager import Pager
 from chunkft.streaming.stats import PagerStats
 
-__all__ = ["CorruptPageError", "HostArena", "Pager", "PagerStats"]
+__all__ = ["CorruptPageError", "HostArena", "Pager", "PagerStats", "cuda_info", "memory_budget"]

@@ -17,6 +17,8 @@ except ImportError as error:
         "build it with `pip install -e .` in the source tree, or install chunkft anew"
     ) from error
 
+cuda_info = _core.cuda_info
+memory_budget = _core.memory_budget
 _QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
@@ -26,7 +28,7 @@ class HostArena:
     The memory is mapped apart from malloc and rounded up to whole pages only (one at least). From 2 MiB up
     it starts on a 2 MiB boundary and asks for transparent huge pages, unless `huge_pages=False`. Pages are
     committed on first use; `pretouch=True` commits them at once with `threads` threads (0: one a core, at
-    most 16).
+    most 16). `within_budget=True` refuses to take more than the machine, or the container it is in, has left.
 
     Every tensor, and every view of it, keeps the memory alive: it is unmapped when the arena is closed, or
     collected, and the last of them is gone. All methods may be called from any thread.
@@ -42,8 +44,11 @@ class HostArena:
         huge_pages: bool = True,
         pretouch: bool = False,
         threads: SupportsIndex = 0,
+        within_budget: bool = False,
     ) -> None:
-        self._arena = _core.HostArena(nbytes, huge_pages=huge_pages, pretouch=pretouch, threads=threads)
+        self._arena = _core.HostArena(
+            nbytes, huge_pages=huge_pages, pretouch=pretouch, threads=threads, within_budget=within_budget
+        )
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +69,19 @@ class HostArena:
     def closed(self) -> bool:
         """Whether `close()` was called."""
         return self._arena.closed
+
+    @property
+    def page_locked(self) -> bool:
+        """Whether the memory is page-locked, and the arena open."""
+        return self._arena.page_locked
+
+    def page_lock(self, device: SupportsIndex = 0) -> None:
+        """Page-lock the memory for copies to and from CUDA device `device`, until it is unmapped.
+
+        Raises RuntimeError if there is no CUDA driver, if it refuses (the memory is pageable then, as before),
+        or if the memory is locked already.
+        """
+        self._arena.page_lock(device)
 
     def tensor(
         self, offset: SupportsIndex, shape: Sequence[int] | SupportsIndex, dtype: torch.dtype
@@ -100,6 +118,13 @@ class HostArena:
         # A tensor made under inference_mode could not be updated outside it.
         with torch.inference_mode(False):
             return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, sizes, strides)
+
+    def buffer(self, offset: SupportsIndex, nbytes: SupportsIndex) -> memoryview:
+        """Return the `nbytes` bytes that start at `offset` as a writable buffer that keeps the memory alive.
+
+        Raises TypeError or ValueError if the range is not within the arena, RuntimeError if it is closed.
+        """
+        return memoryview(self._arena.view(offset, nbytes))
 
     def close(self) -> None:
         """Give up the arena's own hold on the memory; tensors keep theirs. Closing twice does nothing."""

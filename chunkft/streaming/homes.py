@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chunkft.streaming.arena import _core
 from chunkft.streaming.files import BLOCK, PageFile, padded
-from chunkft.streaming.pinning import lock_pages
+from chunkft.streaming.pinning import host_memory
 from chunkft.streaming.place import Place
 from chunkft.streaming.staging import Engine, StagedEngine
 from chunkft.streaming.stats import PagerStats, TraceRecord
@@ -55,7 +55,8 @@ class _Memory:
         for size in sizes:
             self.offsets.append(end)
             end += -(-size // alignment) * alignment
-        self.arena, self.pinned = lock_pages(end, pin, place)
+        self.arena = host_memory(end, pin, place)
+        self.pinned = self.arena.page_locked
         self.nbytes = end
         address = self.arena.tensor(0, 1, torch.uint8).data_ptr()
         self.core = _core.Pager(
@@ -68,10 +69,6 @@ class _Memory:
             keep=(self.arena, tuple(slots)),
             trace_events=trace_events,
         )
-
-    def buffer(self, offset: int, nbytes: int) -> memoryview:
-        """Bytes of the arena for file input and output."""
-        return memoryview(self.arena._arena.view(offset, nbytes))
 
     def stats(self, device_bytes: int) -> dict[str, Any]:
         """The counters of `PagerStats` but for those of a file."""
@@ -158,7 +155,9 @@ class FileHome:
             # The native pager's own pages are the buffers; each takes any page of the file.
             sizes = [max(pages)] * (len(slots) + SPARE_BUFFERS)
             self._memory = _Memory(sizes, BLOCK, slots, place, pin, trace_events)
-            buffers = [self._memory.buffer(offset, padded(max(pages))) for offset in self._memory.offsets]
+            buffers = [
+                self._memory.arena.buffer(offset, padded(max(pages))) for offset in self._memory.offsets
+            ]
             self._staged = StagedEngine(file, self._memory.core, buffers, place, trace_events)
         except BaseException:
             file.close()

@@ -219,6 +219,8 @@ class StagedEngine:
                 self._core.close()
             finally:
                 self._file.close()
+                # They would keep the memory that is given up now.
+                self._buffers = ()
 
     def _settled(self, page: int, load: bool) -> _Entry:
         """The entry of a page once neither reads nor writes of the file need it."""

@@ -279,7 +279,7 @@ def updates(device: Device, numel: int, pages: int, repeats: int) -> dict[str, f
 
 def exposed(device: Device, page: int, pages: int, busy_ms: float) -> dict[str, float]:
     """Share of time that the caller's stream waits for loads, with `busy_ms` of matrix products a page."""
-    side = torch.randn(2048, 2048, device=device.name)
+    side = torch.randn(*(2 * [4096 if device.gpu else 512]), device=device.name)
     once = seconds(lambda: side @ side, device, 5)
     products = max(1, round(busy_ms / 1e3 / once))
     with Pager([page] * pages, device=device.name, slots=3) as pager:

@@ -130,9 +130,7 @@ def copy_times(device: Device, page: int, repeats: int) -> dict[str, float]:
     """GB/s of single copies, memcpy (or one large pinned copy) and the pager's taken in turn."""
     source, target = device.pinned(page), device.empty(page)
     plain: list[float] = []
-    loads: list[float] = []
-    stores: list[float] = []
-    with Pager([page] * 2, device=device.name, slots=1, trace_events=64) as pager:
+    with Pager([page] * 2, device=device.name, slots=1, trace_events=8 * (repeats + 1)) as pager:
         for turn in range(repeats + 1):
             device.synchronize()
             start = time.perf_counter()
@@ -142,9 +140,10 @@ def copy_times(device: Device, page: int, repeats: int) -> dict[str, float]:
             pager.acquire(turn % 2)
             pager.release(turn % 2)
             pager.flush()
-            spans = [event for event in pager.trace()["traceEvents"] if event["ph"] == "X"]
-            for kind, times in (("load", loads), ("store", stores)):
-                times.append([event["dur"] for event in spans if event["cat"] == kind][-1] / 1e6)
+    spans = [event for event in pager.trace()["traceEvents"] if event["ph"] == "X"]
+    loads, stores = (
+        [event["dur"] / 1e6 for event in spans if event["cat"] == kind] for kind in ("load", "store")
+    )
     rates = {"plain": plain, "load": loads, "store": stores}
     return {name: page / common.quartiles(times[1:])[1] / 1e9 for name, times in rates.items()}
 

@@ -149,8 +149,8 @@ Status Engine::submit_load(std::size_t page, std::size_t index) {
   slot.unrecorded_load = true;
   pages_[page].host_read = true;
   Status status = backend_->copy(Stream::load(), slot.data, span.host, span.bytes);
-  if (status.ok()) status = backend_->record(slot.loaded, Stream::load());
   telemetry_->end(probe, Stream::load(), status.ok());
+  if (status.ok()) status = backend_->record(slot.loaded, Stream::load());
   if (!status.ok()) return status;
   slot.unrecorded_load = false;
   slot.last = slot.loaded;

@@ -13,8 +13,8 @@ Status Engine::submit_store(std::size_t page) {
   }
   auto* probe = telemetry_->begin(TraceRecord::Kind::kStore, page, index, span.bytes, Stream::store());
   Status status = backend_->copy(Stream::store(), span.host, slot.data, span.bytes);
-  if (status.ok()) status = backend_->record(pages_[page].stored, Stream::store());
   telemetry_->end(probe, Stream::store(), status.ok());
+  if (status.ok()) status = backend_->record(pages_[page].stored, Stream::store());
   if (!status.ok()) return status;
   slot.last = pages_[page].stored;
   pages_[page].host_read = false;

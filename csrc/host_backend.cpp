@@ -154,7 +154,7 @@ Status HostBackend::copy(Stream stream, void* dst, const void* src, std::size_t 
   if (!target.ok()) return target.error();
   Command command{.kind = Command::Kind::kCopy, .dst = dst, .src = src, .bytes = bytes};
   if (target.value() != nullptr) {
-    target.value()->submit(command, true);
+    target.value()->submit(command);
   } else {
     std::copy_n(static_cast<const std::byte*>(src), bytes, static_cast<std::byte*>(dst));
   }
@@ -179,9 +179,11 @@ Status HostBackend::record(Event event, Stream stream) {
   }
   if (on != nullptr && self->timing) {
     const Command stamp{.kind = Command::Kind::kRun, .run = &HostEvent::stamp, .argument = self, .number = record};
-    const std::uint64_t place = on->submit(stamp, true);
+    const std::uint64_t place = on->submit(stamp);
     std::lock_guard lock(self->mutex);
     self->mark = {on, place};
+  } else if (on != nullptr) {
+    on->nudge();
   }
   return {};
 }
@@ -192,8 +194,7 @@ Status HostBackend::wait(Stream stream, Event event, WaitSite) {
   const Mark mark = HostEvent::of(event)->read();
   if (reached(mark)) return {};
   if (target.value() == nullptr) return block_until(mark);
-  // Nothing to see by itself: the copy or stamp behind it wakes the thread.
-  target.value()->submit({.kind = Command::Kind::kWait, .other = mark.stream, .place = mark.place}, false);
+  target.value()->submit({.kind = Command::Kind::kWait, .other = mark.stream, .place = mark.place});
   return {};
 }
 
@@ -232,8 +233,8 @@ Status HostBackend::launch(Stream stream, void (*run)(void*), void* argument) {
   target.value()->submit({.kind = Command::Kind::kRun,
                           .run = [](void* arg, std::uint64_t code) { reinterpret_cast<void (*)(void*)>(code)(arg); },
                           .argument = argument,
-                          .number = reinterpret_cast<std::uintptr_t>(run)},
-                         true);
+                          .number = reinterpret_cast<std::uintptr_t>(run)});
+  target.value()->nudge();
   return {};
 }
 

@@ -31,6 +31,9 @@ class HostStream;
 // The contract of backend.h on the CPU. A stream is a thread with a FIFO, an event is a place in a FIFO. Stream 0 of the
 // caller is the calling thread itself: wait() blocks it, record() stands for nothing that is still to come.
 //
+// Waking a thread costs more than all else here: a stream starts on its work when an event without timing is recorded
+// behind it, or when somebody asks for any event or waits for it, and not before.
+//
 // With a scheduler there are no threads: work stays in the FIFOs until step() is called or the host waits, runs one
 // command at a time in the order that the scheduler chooses, and a copy takes two steps, so that whatever runs between
 // them can damage it. For tests of the order of streams, from one thread.

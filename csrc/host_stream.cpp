@@ -21,22 +21,17 @@ HostStream::~HostStream() {
   join();
 }
 
-std::uint64_t HostStream::submit(const Command& command, bool wake) {
-  std::uint64_t place = 0;
-  {
-    std::lock_guard lock(mutex_);
-    const std::uint64_t end = submitted_.load(std::memory_order_relaxed);
-    if (end - first_ == ring_.size()) {
-      std::vector<Command> larger(ring_.size() * 2);
-      for (std::uint64_t i = first_; i != end; ++i) larger[i % larger.size()] = ring_[i % ring_.size()];
-      ring_.swap(larger);
-    }
-    ring_[end % ring_.size()] = command;
-    place = end + 1;
-    submitted_.store(place, std::memory_order_release);
+std::uint64_t HostStream::submit(const Command& command) {
+  std::lock_guard lock(mutex_);
+  const std::uint64_t end = submitted_.load(std::memory_order_relaxed);
+  if (end - first_ == ring_.size()) {
+    std::vector<Command> larger(ring_.size() * 2);
+    for (std::uint64_t i = first_; i != end; ++i) larger[i % larger.size()] = ring_[i % ring_.size()];
+    ring_.swap(larger);
   }
-  if (wake) filled_.notify_one();
-  return place;
+  ring_[end % ring_.size()] = command;
+  submitted_.store(end + 1, std::memory_order_release);
+  return end + 1;
 }
 
 void HostStream::block_until(std::uint64_t place) {

@@ -30,12 +30,11 @@ class HostStream {
   explicit HostStream(bool threaded);
   ~HostStream();  // works off what there is, if it has a thread; what is left in a stepped stream is dropped
 
-  // Place of the command in the stream, counted from 1. `wake`: start on it now; without, it may lie until a later call
-  // wakes the thread, which saves a system call for commands that nobody can see by themselves.
-  std::uint64_t submit(const Command& command, bool wake);
+  // Place of the command in the stream, counted from 1. It may lie there until the next nudge.
+  std::uint64_t submit(const Command& command);
   std::uint64_t submitted() const { return submitted_.load(std::memory_order_acquire); }
   bool passed(std::uint64_t place) const { return executed_.load(std::memory_order_acquire) >= place; }
-  void nudge() { filled_.notify_one(); }  // start on what lies there
+  void nudge() { filled_.notify_one(); }
   void block_until(std::uint64_t place);  // from any other thread
 
   // By hand, in a stream without a thread.

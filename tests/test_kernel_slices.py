@@ -142,3 +142,56 @@ def test_new_state_is_made_in_the_slot_itself(as_on_a_gpu):
     for _, leaf in optimizer.active_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             assert optimizer.state[leaf][key].untyped_storage().data_ptr() in slots
+
+
+@pytest.mark.parametrize("kind", RESIDENCIES)
+def test_a_bf16_first_moment_is_kept_paged_and_saved_in_16_bits(kind, tmp_path):
+    model, exact_model = tiny_net(), tiny_net()
+    short = run(model, tiny_loss, range(12), first_moment="bf16", **RESIDENCIES[kind])
+    exact = run(exact_model, tiny_loss, range(12), short.plan)
+    state = short.state_dict()["state"]
+    assert {entry["tensors"]["exp_avg"].dtype for entry in state.values()} == {torch.bfloat16}
+    assert {entry["tensors"]["exp_avg_sq"].dtype for entry in state.values()} == {torch.float32}
+    for name, entry in exact.state_dict()["state"].items():
+        kept, true = state[name]["tensors"]["exp_avg"].float(), entry["tensors"]["exp_avg"]
+        # Roundings of 2^-8 and less add up to at most their number times that; the weights part a little as well.
+        assert (kept - true).abs().max() <= 12 * 2**-8 * true.abs().max() + 1e-6
+
+    chunkft.save_checkpoint(short, tmp_path / "saved.safetensors")
+    other_model = tiny_net(seed=7)
+    other_model.load_state_dict(model.state_dict())
+    other = run(other_model, tiny_loss, (), first_moment="bf16", **RESIDENCIES[kind])
+    chunkft.load_checkpoint(other, tmp_path / "saved.safetensors")
+    train(model, short, tiny_loss, range(12, 18))
+    train(other_model, other, tiny_loss, range(12, 18))
+    assert_same_weights(model, other_model)
+
+
+def test_a_bf16_first_moment_takes_6_bytes_of_8():
+    model = mlp()
+    full = run(model, mlp_loss, range(3)).memory()["state_active"]
+    short = run(mlp(), mlp_loss, range(3), first_moment="bf16").memory()["state_active"]
+    assert short == full * 6 // 8
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"first_moment": "fp8"}, r"first_moment='fp8' .*'fp32' and 'bf16'"),
+        ({"first_moment": "bf16", "fused": True}, r"first_moment='bf16' .*fused=True"),
+    ],
+)
+def test_first_moments_that_cannot_be(options, words):
+    model = mlp()
+    with pytest.raises(ValueError, match=words):
+        chunkft.ChunkAdamW(model, chunks=2, **options)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "_chunkft")
+
+
+def test_a_bf16_first_moment_leaves_no_option_of_a_group_unheard():
+    model = mlp()
+    chunkft.attach(model)
+    groups = [{"params": list(model.parameters()), "amsgrad": True}]
+    with pytest.raises(ValueError, match=r"first_moment='bf16' .*amsgrad=True in parameter group 0"):
+        chunkft.ChunkAdamW(groups, chunks=2, first_moment="bf16")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from chunkft.optim.arguments import ModelOrGroups, check_adamw
 from chunkft.optim.chunk_optimizer import ChunkOptimizer
+from chunkft.optim.kernel_slices import special_options
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES
+from chunkft.optim.rule import UpdateRule
 from chunkft.partitions import Partition
 from chunkft.schedule import Schedule
 
@@ -31,6 +34,9 @@ class ChunkAdamW(ChunkOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         fused, foreach: implementation of ``torch.optim.AdamW``; None takes its default.
+        first_moment: ``"bf16"`` keeps the first moment in bf16, 2 bytes less of 8 to 12 per element, at the cost of a
+            relative rounding error of at most 2^-8 at each update, which decays with beta1. The second moment is
+            never rounded so: its relative change per step, 1 - beta2, would get lost.
         chunks, interval, partition, schedule, slice_dim, always_active, keep_state, max_grad_norm, master,
             state_device, residency, update, page_bytes, state_dir, seed: see ``ChunkOptimizer``.
 
@@ -60,12 +66,16 @@ class ChunkAdamW(ChunkOptimizer):
         update: str = "step",
         fused: bool | None = None,
         foreach: bool | None = None,
+        first_moment: str = "fp32",
         page_bytes: int = DEFAULT_PAGE_BYTES,
         state_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
     ) -> None:
         check_adamw(lr, betas, eps, weight_decay)
         implementation = {"fused": fused, "foreach": foreach}
+        if first_moment not in ("fp32", "bf16"):
+            raise ValueError(f"first_moment={first_moment!r} is not known; allowed are 'fp32' and 'bf16'")
+        self._first_moment = torch.bfloat16 if first_moment == "bf16" else None
         super().__init__(
             model,
             torch.optim.AdamW,
@@ -90,3 +100,13 @@ class ChunkAdamW(ChunkOptimizer):
             weight_decay=weight_decay,
             **{name: value for name, value in implementation.items() if value is not None},
         )
+
+    def _rule(self) -> UpdateRule:
+        for number, group in enumerate(self.param_groups):
+            special = special_options(group) if self._first_moment is not None else []
+            if special:
+                raise ValueError(
+                    f"first_moment='bf16' cannot be combined with {special[0]}={group[special[0]]!r} in parameter group "
+                    f"{number}: that is torch.optim.AdamW's, which keeps both moments in the dtype of the update"
+                )
+        return replace(super()._rule(), first_moment=self._first_moment)

@@ -146,7 +146,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._interval_index = 0
             self.interval_position = 0
             super().__init__(groups, defaults)
-            rule = UpdateRule(base, self._make_base, self.param_groups, self._group_of, self._modes)
+            rule = self._rule()
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
@@ -407,6 +407,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._residency.seed = self._noise_seed()
         self._residency.bind(pairs)
         self._residency.show(self.state)
+
+    def _rule(self) -> UpdateRule:
+        return UpdateRule(self._base_class, self._make_base, self.param_groups, self._group_of, self._modes)
 
     def _make_base(self, groups: Groups) -> torch.optim.Optimizer:
         return self._base_class(groups, **self._base_kwargs)

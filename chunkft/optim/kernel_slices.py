@@ -16,8 +16,8 @@ from chunkft.optim.master import STATE_KEYS, noise_seed
 from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State
 
+SPECIAL = ("amsgrad", "maximize", "differentiable", "capturable", "foreach", "fused")
 Home = Callable[[Slice, str], Tensor | None]
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class KernelSlices:
@@ -102,9 +102,9 @@ class KernelSlices:
         if "step" not in state:
             place = self._home(piece, "step")
             state["step"] = torch.zeros((), dtype=torch.float32) if place is None else place.zero_()
-        for key in MOMENTS:
+        for key, kept in (("exp_avg", self._rule.first_moment or dtype), ("exp_avg_sq", dtype)):
             if key not in state:
-                state[key] = self._new(piece, key, leaf, dtype).zero_()
+                state[key] = self._new(piece, key, leaf, kept).zero_()
         if mode == "fp32" and "master" not in state:
             state["master"] = self._new(piece, "master", leaf, torch.float32).copy_(leaf.detach())
         if mode == "residual" and "residual" not in state:
@@ -162,14 +162,18 @@ def make_slices(
 def kernel_applies(pairs: Sequence[tuple[Slice, Tensor]], rule: UpdateRule) -> bool:
     """Whether ``chunkft.kernels.adamw`` does these updates: plain AdamW of weights on a GPU.
 
-    A group that names an implementation (``fused``, ``foreach``, ``capturable``) gets that one.
+    A group that names an implementation (``fused``, ``foreach``, ``capturable``) gets that one. Moments that torch does
+    not know are the kernel's everywhere.
     """
-    special = ("amsgrad", "maximize", "differentiable", "capturable", "foreach", "fused")
-    return (
-        rule.base is torch.optim.AdamW
-        and not any(group.get(name) for group in rule.groups for name in special)
-        and all(_on_gpu(leaf) for _, leaf in pairs)
-    )
+    if rule.first_moment is not None:
+        return True
+    plain = rule.base is torch.optim.AdamW and not any(special_options(group) for group in rule.groups)
+    return plain and all(_on_gpu(leaf) for _, leaf in pairs)
+
+
+def special_options(group: Mapping[str, Any]) -> list[str]:
+    """Options of AdamW in a group that the kernel leaves to torch."""
+    return [name for name in SPECIAL if group.get(name)]
 
 
 def _on_gpu(leaf: Tensor) -> bool:

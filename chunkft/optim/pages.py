@@ -87,6 +87,8 @@ class StateProbe:
         if known not in self._known:
             self._known[known] = self._probe(*known)
         layout = dict(self._known[known])
+        if self._rule.first_moment is not None and "exp_avg" in layout:
+            layout["exp_avg"] = (layout["exp_avg"][0], self._rule.first_moment)
         if mode in STATE_KEYS and piece.numel:
             layout[STATE_KEYS[mode]] = (piece.shape, MASTER_DTYPES[mode])
         return layout

@@ -21,6 +21,7 @@ class UpdateRule:
         groups: the groups of the outer optimizer, whose values the base optimizer shares.
         group_of: index of each parameter's group, by name.
         modes: master mode of each parameter, by name.
+        first_moment: dtype that AdamW keeps its first moment in, or None for that of the update.
     """
 
     base: type[torch.optim.Optimizer]
@@ -28,6 +29,7 @@ class UpdateRule:
     groups: Groups
     group_of: Mapping[str, int]
     modes: Mapping[str, str]
+    first_moment: torch.dtype | None = None
 
     def values(self) -> Groups:
         """The hyper-parameters of every group as they are now, without the parameters."""

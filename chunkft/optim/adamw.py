@@ -106,7 +106,7 @@ class ChunkAdamW(ChunkOptimizer):
             special = special_options(group) if self._first_moment is not None else []
             if special:
                 raise ValueError(
-                    f"first_moment='bf16' cannot be combined with {special[0]}={group[special[0]]!r} in "
-                    f"parameter group {number}: that is torch.optim.AdamW's, which keeps both moments in the dtype of the update"
+                    f"first_moment='bf16' cannot be combined with {special[0]}={group[special[0]]!r} in parameter "
+                    f"group {number}: torch.optim.AdamW, whose option that is, keeps both moments in one dtype"
                 )
         return replace(super()._rule(), first_moment=self._first_moment)

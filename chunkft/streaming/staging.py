@@ -106,7 +106,7 @@ class StagedEngine:
             entry.held = True
             self._touch(entry)
         try:
-            return int(self._call(entry, self._core.acquire, entry.index, stream, load=load and entry.valid))
+            return int(self._call(entry, self._core.acquire, entry.index, stream, load=load))
         except BaseException:
             with self._changed:
                 entry.held = False

@@ -13,6 +13,7 @@ import torch
 
 import chunkft.streaming.pager as pager_module
 from chunkft.streaming import Pager
+from chunkft.streaming.files import PageFile
 from chunkft.streaming.place import Place
 
 ROOT = Path(__file__).parent.parent
@@ -95,35 +96,47 @@ class FakeCudaRig(Rig):
     def start(self) -> None:
         driver = self.driver
         driver.fakecuda_reset(ctypes.c_uint64(7))
-        context, self.stream = ctypes.c_void_p(), ctypes.c_void_p()
+        context = self._context = ctypes.c_void_p()
+        self.stream = ctypes.c_void_p()
         for result in (
             driver.cuInit(0),
             driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0),
-            driver.cuCtxPushCurrent_v2(context),
-            driver.cuStreamCreate(ctypes.byref(self.stream), 1),
         ):
             assert result == 0
+        self.call("cuStreamCreate", ctypes.byref(self.stream), 1)
 
     def stop(self) -> None:
         found = [self.driver.fakecuda_violation(i) for i in range(self.driver.fakecuda_violations())]
         self.driver.fakecuda_reset(ctypes.c_uint64(0))
         assert not found, b"\n".join(found).decode()
 
+    def call(self, function: str, *arguments: Any) -> None:
+        """Calls the driver, from any thread."""
+        assert self.driver.cuCtxPushCurrent_v2(self._context) == 0
+        assert getattr(self.driver, function)(*arguments) == 0
+        assert self.driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
+
     def options(self) -> dict[str, Any]:
         return {"device": "cuda"}
 
     def settle(self) -> None:
-        assert self.driver.cuStreamSynchronize(self.stream) == 0
+        self.call("cuStreamSynchronize", self.stream)
 
     def place(self, device: Any) -> Place:
         rig = self
 
         class Fence:
+            """As torch's events: recorded on the caller's stream, waited for by any thread."""
+
+            def __init__(self) -> None:
+                self.event = ctypes.c_void_p()
+                rig.call("cuEventCreate", ctypes.byref(self.event), 2)
+
             def record(self) -> None:
-                rig.settle()
+                rig.call("cuEventRecord", self.event, rig.stream)
 
             def synchronize(self) -> None:
-                return
+                rig.call("cuEventSynchronize", self.event)
 
         return Place(
             torch.device("cuda", 0), "cuda", self._empty, lambda: self.stream.value, self.settle, Fence
@@ -137,7 +150,24 @@ class FakeCudaRig(Rig):
 
 
 class FakeCudaFileRig(FakeCudaRig):
+    """The checker also learns when threads read host memory into the file, and fill it from there."""
+
     name = "fakecuda-file"
+
+    def watch(self, monkeypatch: Any) -> None:
+        for name, touch in (
+            ("write", self.driver.fakecuda_host_read),
+            ("read", self.driver.fakecuda_host_write),
+        ):
+            monkeypatch.setattr(PageFile, name, self._watched(getattr(PageFile, name), touch))
+
+    def _watched(self, method: Callable[..., None], touch: Any) -> Callable[..., None]:
+        def watched(file: PageFile, page: int, buffer: memoryview) -> None:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+            touch(ctypes.c_void_p(address), ctypes.c_size_t(file.sizes[page]), b"file")
+            method(file, page, buffer)
+
+        return watched
 
     def options(self) -> dict[str, Any]:
         self._made += 1
@@ -169,6 +199,8 @@ def opened(name: str, tmp_path: Path, monkeypatch: Any) -> Iterator[Rig]:
         monkeypatch.setenv("CHUNKFT_LIBCUDA", str(rig._library))
         monkeypatch.setattr(pager_module, "place_of", rig.place)
         rig.start()
+        if isinstance(rig, FakeCudaFileRig):
+            rig.watch(monkeypatch)
         yield rig
         rig.stop()
     else:

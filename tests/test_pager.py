@@ -230,6 +230,25 @@ def test_exception_between_acquire_and_release_leaves_a_usable_pager(rig):
             pager.release(page)
 
 
+@pytest.mark.parametrize("leave", ["clean", "discard", "prefetch_and_discard", "claim_and_discard", "dirty"])
+def test_memory_is_taken_for_another_page_only_behind_what_reads_it(rig, leave):
+    # Nothing here waits for the device: what is missing shows as a race in the fake driver, or as wrong content.
+    with rig.pager([70_000] * 16, slots=2) as pager:
+        contents = fill(rig, pager)
+        for page in [*range(16), *range(16)]:
+            if leave == "prefetch_and_discard":
+                pager.prefetch(page)
+            else:
+                pager.acquire(page, load=leave != "claim_and_discard")
+            if leave in ("clean", "dirty"):
+                pager.release(page, dirty=leave == "dirty")
+            else:
+                pager.discard(page)
+        for page in range(16):
+            assert rig.read(pager.acquire(page)) == contents[page]
+            pager.release(page, dirty=False)
+
+
 def test_closing_discards_what_is_acquired_and_keeps_the_rest(rig):
     pager = rig.pager([4096] * 3, slots=3)
     contents = fill(rig, pager)

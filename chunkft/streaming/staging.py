@@ -239,7 +239,6 @@ class StagedEngine:
                     if load:
                         self._read_ahead(room, page)
                     else:
-                        self._quiet(room)
                         self._assign(room, page)
                     continue
                 if all(other.phase is _Phase.READY for other in self._entries):

@@ -75,12 +75,11 @@ Status Engine::discard(std::size_t page, std::optional<Stream> caller) {
   if (place == Place::kHost) return {};
   Slot& slot = ring_[pages_[page].slot];
   if (place == Place::kPoisoned) {
-    // The failed write-back may have got as far as a copy that is still writing to the host.
+    // The failed write-back may have got as far as a copy that still reads the slot and writes to the host.
     const Event stored = pages_[page].stored;
     Status status = backend_->record(stored, Stream::store());
     if (status.ok()) status = backend_->synchronize(stored, WaitSite::kDiscardStored);
     if (!status.ok()) return about(status.error(), page, "the page is still POISONED; Pager.discard may be tried again");
-    slot.last = stored;
   } else if (is_acquired(place)) {
     if (Status s = backend_->record(slot.done, caller.value_or(slot.caller)); !s.ok()) {
       return about(s.error(), page, "the page is still IN_USE; Pager.discard may be tried again");

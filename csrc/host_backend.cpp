@@ -116,7 +116,6 @@ void HostBackend::destroy_event(Event event) {
   {
     std::lock_guard lock(self->mutex);
     self->mark = {};
-    ++self->records;
   }
   std::lock_guard lock(mutex_);
   spare_.push_back(self);

@@ -314,7 +314,7 @@ TEST(threads_share_an_engine) {
 
 TEST(a_thread_may_close_while_others_work) {
   for (int round = 0; round < 20; ++round) {
-    Rig rig(6, 3);
+    Rig rig(6, 3, nullptr, 64);
     std::atomic<int> wrong{0};
     std::vector<std::thread> threads;
     for (std::size_t t = 0; t < 2; ++t) {
@@ -330,6 +330,9 @@ TEST(a_thread_may_close_while_others_work) {
         }
       });
     }
+    threads.emplace_back([&] {
+      while (!rig.engine->closed()) wrong += rig.engine->stats().ok() && rig.engine->trace().ok() ? 0 : 1;
+    });
     CHECK(rig.engine->flush().ok());
     CHECK(rig.engine->close().ok());
     for (std::thread& thread : threads) thread.join();

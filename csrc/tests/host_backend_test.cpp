@@ -43,16 +43,18 @@ TEST(work_on_one_stream_runs_in_order) {
   // More than the FIFO holds at first: it grows while it is behind.
   constexpr int kSteps = 5000;
   for (int i = 0; i < kSteps; ++i) steps.push_back({&order, i});
+  auto run = [](void* arg) {
+    auto* s = static_cast<Step*>(arg);
+    s->order->push_back(s->number);
+  };
+  const Event event = backend.create_event(false).value();
+  // It grows at a time when its content goes around its end.
+  constexpr int kBefore = 700;
+  for (int i = 0; i < kBefore; ++i) CHECK(backend.launch(stream, run, &steps[static_cast<std::size_t>(i)]).ok());
+  CHECK(backend.record(event, stream).ok() && backend.synchronize(event, kSite).ok());
   Gate gate;
   CHECK(backend.launch(stream, &Gate::pass, &gate).ok());
-  for (Step& step : steps) {
-    auto run = [](void* arg) {
-      auto* s = static_cast<Step*>(arg);
-      s->order->push_back(s->number);
-    };
-    CHECK(backend.launch(stream, run, &step).ok());
-  }
-  const Event event = backend.create_event(false).value();
+  for (int i = kBefore; i < kSteps; ++i) CHECK(backend.launch(stream, run, &steps[static_cast<std::size_t>(i)]).ok());
   CHECK(backend.record(event, stream).ok());
   CHECK(!backend.query(event).value());
   gate.release();
@@ -119,9 +121,13 @@ TEST(an_event_that_was_never_recorded_is_done) {
   backend.destroy_event(event);
 }
 
-// A wait alone wakes no thread; asking for what lies behind it must.
-TEST(an_event_behind_nothing_but_a_wait_is_reached) {
+// Neither a wait nor a time stamp wakes a thread; asking for what lies behind it must.
+TEST(an_event_behind_nothing_but_a_wait_or_a_stamp_is_reached) {
   HostBackend backend;
+  const Event stamp = backend.create_event(true).value();
+  CHECK(backend.record(stamp, Stream::load()).ok());
+  while (!backend.query(stamp).value()) std::this_thread::yield();
+  backend.destroy_event(stamp);
   const Stream a = Stream::caller(backend.create_stream());
   const Stream b = Stream::caller(backend.create_stream());
   const Event first = backend.create_event(false).value(), second = backend.create_event(false).value();

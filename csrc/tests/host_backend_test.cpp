@@ -125,6 +125,7 @@ TEST(an_event_that_was_never_recorded_is_done) {
 TEST(an_event_behind_nothing_but_a_wait_or_a_stamp_is_reached) {
   HostBackend backend;
   const Event stamp = backend.create_event(true).value();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));  // the thread sleeps by now
   CHECK(backend.record(stamp, Stream::load()).ok());
   while (!backend.query(stamp).value()) std::this_thread::yield();
   backend.destroy_event(stamp);

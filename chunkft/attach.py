@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from chunkft.autograd import ReentrantGuard, Slice, SlicedForward, operator_for
+from chunkft.autograd import (
+    ReentrantGuard,
+    Slice,
+    SlicedForward,
+    operator_for,
+    put_forward,
+    strip_forward,
+    take_forward,
+    uncompilable,
+)
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs
 
 # Weak on both sides: an attachment lives as long as its model.
@@ -97,9 +106,9 @@ class Attachment:
         """
         wanted = list(slices)
         current = {name: self._current(name) for name in {piece.name for piece in wanted}}
-        self.deactivate()
+        self._let_go()
+        self._guard.watch(self.model)
         self._order = wanted
-        self._guard = ReentrantGuard(self.model)
         owners = parameter_owners(self.model)
         for piece in wanted:
             parameter = current[piece.name]
@@ -125,6 +134,10 @@ class Attachment:
     def deactivate(self) -> None:
         """Freeze the active slices and give their modules their own forward back."""
         self._guard.remove()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._guard.release()
         for bound in self._bound.values():
             _uninstall(bound)
             bound.parameter.requires_grad_(False)
@@ -153,6 +166,7 @@ class Attachment:
     def detach(self) -> None:
         """Leave the model as it was found: every parameter trainable again, no trace of the attachment."""
         self.deactivate()
+        uncompilable(self.model)
         self.unfreeze()
         for parameter in list(self._names.keys()):  # type: ignore[no-untyped-call]
             _attachments.pop(parameter, None)  # type: ignore[no-untyped-call]
@@ -162,9 +176,7 @@ class Attachment:
         """A copy of the model is not attached: all of its parameters are trainable, without hooks of ours."""
         hooks = self._guard.hook_ids()
         for module in self.model.modules():
-            copied = getattr(memo.get(id(module)), "__dict__", {})
-            if isinstance(copied.get("forward"), SlicedForward):
-                del copied["forward"]
+            strip_forward(getattr(memo.get(id(module)), "__dict__", {}))
             for kind in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
                 for key in hooks:
                     memo.get(id(module.__dict__[kind]), {}).pop(key, None)
@@ -220,7 +232,7 @@ class Attachment:
                     self.verify()
                 self._guard.check(owner)
 
-            module.__dict__["forward"] = SlicedForward(module, operator, bound.pairs, verify)
+            put_forward(module, SlicedForward(module, operator, bound.pairs, verify))
             bound.modules.append(module)
 
     def _cutter(self, name: str, bound: _Bound) -> Callable[[Tensor], None]:
@@ -285,8 +297,7 @@ class Attachment:
 
 def _uninstall(bound: _Bound) -> None:
     for module in bound.modules:
-        if isinstance(module.__dict__.get("forward"), SlicedForward):
-            del module.__dict__["forward"]
+        take_forward(module)
     bound.modules.clear()
     if bound.watch is not None:
         bound.watch.remove()

@@ -2,7 +2,18 @@
 
 from chunkft.autograd.embedding import sliced_embedding
 from chunkft.autograd.linear import sliced_conv1d, sliced_linear
-from chunkft.autograd.operators import SlicedForward, SlicedOperator, operator_for, register_operator
+from chunkft.autograd.linear_cross_entropy import sliced_linear_cross_entropy
+from chunkft.autograd.operators import (
+    SlicedForward,
+    SlicedOperator,
+    compilable,
+    operator_for,
+    put_forward,
+    register_operator,
+    strip_forward,
+    take_forward,
+    uncompilable,
+)
 from chunkft.autograd.reentrant import ReentrantGuard
 from chunkft.autograd.slices import Slice
 
@@ -11,9 +22,15 @@ __all__ = [
     "Slice",
     "SlicedForward",
     "SlicedOperator",
+    "compilable",
     "operator_for",
+    "put_forward",
     "register_operator",
     "sliced_conv1d",
     "sliced_embedding",
     "sliced_linear",
+    "sliced_linear_cross_entropy",
+    "strip_forward",
+    "take_forward",
+    "uncompilable",
 ]

@@ -36,8 +36,8 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
     """
     if not active or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    x, weight, bias = _autocast(x, weight.detach(), bias)
-    windows, leaves = _split(active)
+    x, weight, bias = autocast_inputs(x, weight.detach(), bias)
+    windows, leaves = split_active(active)
     return _SlicedMatmul.apply(x, weight, bias, False, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -54,8 +54,8 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
         (..., N) tensor.
     """
     if active and torch.is_grad_enabled():
-        x, weight, bias = _autocast(x, weight.detach(), bias)
-        windows, leaves = _split(active)
+        x, weight, bias = autocast_inputs(x, weight.detach(), bias)
+        windows, leaves = split_active(active)
         return _SlicedMatmul.apply(x, weight, bias, True, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
     return _conv1d(x, weight, bias)
 
@@ -74,16 +74,8 @@ class _SlicedMatmul(Function):
         *leaves: Tensor,
     ) -> Tensor:
         needed = ctx.needs_input_grad[5:]
-        input_dim = 0 if input_major else 1
         wanted = [w for w, need in zip(windows, needed, strict=True) if need]
-        whole = any(dim != input_dim for dim, _, _ in wanted)
-        if whole:
-            kept = [x]
-        else:
-            # A copy: a view would keep all columns alive.
-            outputs = weight.shape[1 - input_dim]
-            spans = [saved_columns(start, stop, x.shape[-1], outputs, x) for _, start, stop in wanted]
-            kept = [x if span == (0, x.shape[-1]) else x[..., slice(*span)].clone() for span in spans]
+        whole, kept = kept_inputs(x, weight, wanted, input_major)
         ctx.whole = whole
         ctx.input_shape = x.shape
         ctx.column_major = _is_column_major(x)
@@ -91,7 +83,7 @@ class _SlicedMatmul(Function):
         ctx.windows = windows
         ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        return _conv1d(x, weight, bias) if input_major else _linear(x, weight, bias)
+        return linear_output(x, weight, bias, input_major)
 
     @staticmethod
     @once_differentiable
@@ -113,23 +105,54 @@ class _SlicedMatmul(Function):
                 grads.append(None)
                 continue
             x = kept[0] if ctx.whole else next(inputs)
-            grads.append(_slice_gradient(dy, x, window, ctx).to(dtype))
+            width = ctx.input_shape[-1]
+            grads.append(slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major).to(dtype))
         return (dx, None, dbias, None, None, *grads)
 
 
-def _slice_gradient(dy: Tensor, x: Tensor, window: Window, ctx: Any) -> Tensor:
+def kept_spans(
+    x: Tensor, width: int, weight: Tensor, windows: Sequence[Window], input_major: bool
+) -> list[tuple[int, int]] | None:
+    """Columns of an input of ``width`` that each window needs; None: all of them. Of ``x`` dtype and device count."""
+    input_dim = 0 if input_major else 1
+    if any(dim != input_dim for dim, _, _ in windows):
+        return None
+    outputs = weight.shape[1 - input_dim]
+    return [saved_columns(start, stop, width, outputs, x) for _, start, stop in windows]
+
+
+def kept_inputs(
+    x: Tensor, weight: Tensor, windows: Sequence[Window], input_major: bool
+) -> tuple[bool, list[Tensor]]:
+    """What the backward pass needs of the input: all of it (True), or its columns for each window, as copies."""
+    spans = kept_spans(x, x.shape[-1], weight, windows, input_major)
+    if spans is None:
+        return True, [x]
+    # A copy: a view would keep all columns alive.
+    return False, [x if span == (0, x.shape[-1]) else x[..., slice(*span)].clone() for span in spans]
+
+
+def slice_gradient(
+    dy: Tensor, x: Tensor, window: Window, width: int, whole: bool, input_major: bool
+) -> Tensor:
+    """Gradient of one slice from dY as a matrix and what ``kept_inputs`` kept of an input of ``width`` columns."""
     dim, start, stop = window
     x = x.reshape(-1, x.shape[-1])
-    if not ctx.whole:
+    if not whole:
         # Only a window of columns was kept: bounds move to its own coordinates.
-        low, _ = saved_columns(start, stop, ctx.input_shape[-1], dy.shape[-1], x)
-        if x.shape[-1] == ctx.input_shape[-1]:
+        low, _ = saved_columns(start, stop, width, dy.shape[-1], x)
+        if x.shape[-1] == width:
             low = 0
         start, stop = start - low, stop - low
     bounds = slice(start, stop)
-    if ctx.input_major:
+    if input_major:
         return wgrad(x, dy, rows=bounds) if dim == 0 else wgrad(x, dy, cols=bounds)
     return wgrad(dy, x, rows=bounds) if dim == 0 else wgrad(dy, x, cols=bounds)
+
+
+def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:
+    """``x W^T + b``, or ``x W + b``, with the bits that it has where the weight requires grad."""
+    return _conv1d(x, weight, bias) if input_major else _linear(x, weight, bias)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -155,7 +178,7 @@ def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def _split(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:
+def split_active(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:
     windows = []
     for piece, _ in active:
         if piece.dim not in (0, 1):
@@ -164,7 +187,7 @@ def _split(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:
     return tuple(windows), [leaf for _, leaf in active]
 
 
-def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts that autocast would do inside of ``linear``, done where autograd can see them."""
     device = x.device.type
     if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from chunkft.autograd.linear import _autocast, _split
+from chunkft.autograd.linear import autocast_inputs, split_active
 from chunkft.autograd.slices import Slice
 from chunkft.kernels.linear_cross_entropy import Loss, Window, linear_cross_entropy
 
@@ -61,8 +61,8 @@ def sliced_linear_cross_entropy(
             f"{tuple(targets.shape)}"
         )
     loss = Loss(ignore_index, label_smoothing, softcap)
-    hidden, weight, _ = _autocast(hidden, weight.detach(), None)
-    windows, leaves = _split(active)
+    hidden, weight, _ = autocast_inputs(hidden, weight.detach(), None)
+    windows, leaves = split_active(active)
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
     losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         flat, weight, targets.reshape(-1), loss, reduction, chunk, torch.is_grad_enabled(), windows, *leaves

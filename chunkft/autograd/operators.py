@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from chunkft.autograd.embedding import sliced_embedding
-from chunkft.autograd.linear import sliced_conv1d, sliced_linear
+from chunkft.autograd.library import Anchored, sliced_matmul
+from chunkft.autograd.library import sliced_embedding as library_embedding
+from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
+from chunkft.autograd.reentrant import move_checks
 from chunkft.autograd.slices import Slice
 
 Active = Sequence[tuple[Slice, Tensor]]
@@ -25,12 +31,15 @@ class SlicedOperator:
         weight: name of the parameter that can be sliced.
         dims: the dimensions along which it can be sliced.
         accepts: says of one module whether its settings are covered (None: always); it is atomic otherwise.
+        compiled: ``compiled(compiled_forward, *args, **kwargs)``: the same by an operator that a compiler does not look
+            into; None if there is none.
     """
 
     forward: Callable[..., Tensor]
     weight: str = "weight"
     dims: tuple[int, ...] = (0, 1)
     accepts: Callable[[Any], bool] | None = None
+    compiled: Callable[..., Tensor] | None = None
 
 
 def register_operator(module_type: type[nn.Module], operator: SlicedOperator) -> None:
@@ -47,7 +56,7 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     not known.
     """
     _register_loaded_libraries()
-    if "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], SlicedForward):
+    if "forward" in module.__dict__ and not _is_ours(module.__dict__["forward"]):
         return None
     for module_type, operator in _OPERATORS.items():
         if isinstance(module, module_type) and type(module).forward is module_type.forward:
@@ -82,12 +91,130 @@ class SlicedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlicedForward:
         # A copy of the model has weights of its own, which the leaves of this one do not share.
-        import copy
-
         return SlicedForward(copy.deepcopy(self.module, memo), self.operator, (), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SlicedForward, (self.module, self.operator, (), None)
+
+
+class CompiledForward(Anchored):
+    """How a module in a model that is compiled finds its active slices: the same object, whatever is active.
+
+    It is kept beside the module's forward, which is ``_stable_forward``: a compiler takes a function that is the same
+    for all modules, where it would compile anew for each object.
+    """
+
+    def __init__(
+        self, module: nn.Module, operator: SlicedOperator, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        super().__init__(module, operator.weight, shape, dtype)
+        self.operator = operator
+        self.current: SlicedForward | None = None
+        self.check: Callable[[nn.Module], None] | None = None  # before eager calls
+
+    def pairs(self) -> list[tuple[Window, Tensor]]:
+        """Active windows with their leaves; the weight itself where it is trained as a whole."""
+        weight = self.module._parameters[self.weight_name]
+        if self.current is None:
+            whole = weight is not None and weight.requires_grad
+            return [((0, 0, weight.shape[0]), weight)] if whole and weight is not None else []
+        if self.current.verify is not None:
+            self.current.verify(self.module)
+        active = self.current.active
+        return [
+            ((p.dim, p.start, p.stop), leaf) for p, leaf in active if p.dim is not None and leaf.requires_grad
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledForward:
+        # the copy of the module has no parameters yet
+        return CompiledForward(
+            copy.deepcopy(self.module, memo), self.operator, self.weight_shape, self.weight_dtype
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledForward, (self.module, self.operator, self.weight_shape, self.weight_dtype)
+
+
+def _stable_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    owner: CompiledForward = module._chunkft_forward  # type: ignore[assignment]
+    if torch.compiler.is_compiling() and owner.operator.compiled is not None:
+        return owner.operator.compiled(owner, *args, **kwargs)
+    if owner.check is not None:
+        owner.check(module)
+    if owner.current is not None:
+        return owner.current(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
+
+
+def put_forward(module: nn.Module, forward: SlicedForward) -> None:
+    """Let a module compute with active slices from now on."""
+    stable = module.__dict__.get("_chunkft_forward")
+    if isinstance(stable, CompiledForward):
+        stable.current = forward
+    else:
+        module.__dict__["forward"] = forward
+
+
+def take_forward(module: nn.Module) -> None:
+    """Give a module its own forward back."""
+    stable = module.__dict__.get("_chunkft_forward")
+    if isinstance(stable, CompiledForward):
+        stable.current = None
+    elif isinstance(module.__dict__.get("forward"), SlicedForward):
+        del module.__dict__["forward"]
+
+
+def strip_forward(attributes: dict[str, Any]) -> None:
+    """Remove every forward of ours from the ``__dict__`` of a module, or of a copy of one."""
+    if _is_ours(attributes.get("forward")):
+        del attributes["forward"]
+    attributes.pop("_chunkft_forward", None)
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, SlicedForward) or getattr(forward, "__func__", None) is _stable_forward
+
+
+def compilable(model: nn.Module) -> int:
+    """Let ``torch.compile`` make one graph of each block for all chunks; call it before the first compiled call.
+
+    Every module with a sliced operator gets a forward that stays the same object whatever is active. In compiled code
+    that is an operator which the compiler does not look into; eager calls compute as before. The price: the backward
+    pass of compiled code runs through all blocks, also through those below the active slices. Parameters without a
+    sliced operator (norms, biases) still require grad only while they are active, and a block that holds some is
+    compiled once for either case: make them ``always_active``. ``uncompilable`` undoes it.
+
+    Args:
+        model: a module; whether an optimizer was built for it does not matter.
+
+    Returns:
+        How many modules got such a forward.
+    """
+    count = 0
+    for module in model.modules():
+        operator = operator_for(module)
+        if operator is None or operator.compiled is None:
+            continue
+        if "_chunkft_forward" not in module.__dict__:
+            present = module.__dict__.get("forward")
+            weight = module.get_parameter(operator.weight)
+            stable = CompiledForward(module, operator, tuple(weight.shape), weight.dtype)
+            module.__dict__["_chunkft_forward"] = stable
+            module.__dict__["forward"] = types.MethodType(_stable_forward, module)
+            stable.current = present if isinstance(present, SlicedForward) else None
+            move_checks(module)
+        count += 1
+    return count
+
+
+def uncompilable(model: nn.Module) -> None:
+    """Take the forwards of ``compilable`` out again; active slices stay active."""
+    for module in model.modules():
+        stable = module.__dict__.get("_chunkft_forward")
+        if isinstance(stable, CompiledForward):
+            strip_forward(module.__dict__)
+            if stable.current is not None:
+                module.__dict__["forward"] = stable.current
 
 
 def _linear(module: nn.Linear, active: Active, input: Tensor) -> Tensor:
@@ -102,6 +229,28 @@ def _conv1d(module: Any, active: Active, x: Tensor) -> Tensor:
     return sliced_conv1d(x, module.weight, module.bias, active)
 
 
+def _compiled_linear(owner: CompiledForward, input: Tensor) -> Tensor:
+    return _compiled_matmul(owner, input, 0)
+
+
+def _compiled_conv1d(owner: CompiledForward, x: Tensor) -> Tensor:
+    return _compiled_matmul(owner, x, 1)
+
+
+def _compiled_matmul(owner: CompiledForward, x: Tensor, output_dim: int) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    outputs, recorded = owner.weight_shape[output_dim], torch.is_grad_enabled()
+    y: Tensor = sliced_matmul(x, owner.anchor, owner.number, outputs, output_dim == 1, recorded)[0]
+    return y
+
+
+def _compiled_embedding(owner: CompiledForward, input: Tensor) -> Tensor:
+    width, dtype = owner.weight_shape[1], owner.weight_dtype
+    y: Tensor = library_embedding(input, owner.anchor, owner.number, width, dtype)
+    return y
+
+
 def _has_fixed_rows(module: nn.Embedding) -> bool:
     """Embeddings with ``max_norm`` rewrite their weight in forward.
 
@@ -114,10 +263,10 @@ def _register_loaded_libraries() -> None:
     library = sys.modules.get("transformers.pytorch_utils")
     conv1d = getattr(library, "Conv1D", None)
     if conv1d is not None and conv1d not in _OPERATORS:
-        _OPERATORS[conv1d] = SlicedOperator(_conv1d)
+        _OPERATORS[conv1d] = SlicedOperator(_conv1d, compiled=_compiled_conv1d)
 
 
 _OPERATORS: dict[type[nn.Module], SlicedOperator] = {
-    nn.Linear: SlicedOperator(_linear),
-    nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows),
+    nn.Linear: SlicedOperator(_linear, compiled=_compiled_linear),
+    nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows, compiled=_compiled_embedding),
 }

@@ -17,20 +17,27 @@ class ReentrantGuard:
     ``CheckpointFunction`` runs the forward pass without grad mode and, if none of its inputs requires grad, never
     comes back for the backward pass; with the parameters below frozen that is the usual case. Inside of a
     forward pass of ``model`` that was called without grad mode nothing can be lost, so nothing is raised.
-
-    Args:
-        model: whose calls tell whether gradients are wanted; None if that is not known.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self) -> None:
         self._without_grad = False
+        self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
-        if model is not None:
-            self._handles.append(model.register_forward_pre_hook(_Enter(self)))
-            self._handles.append(model.register_forward_hook(_Leave(self), always_call=True))
+        self._checked: list[Any] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """Note from now on whether the model is called without grad mode; done once, until ``remove``."""
+        if not self._model_hooks:
+            self._model_hooks.append(model.register_forward_pre_hook(_Enter(self)))
+            self._model_hooks.append(model.register_forward_hook(_Leave(self), always_call=True))
 
     def guard(self, module: nn.Module) -> None:
         """Check at every call of a module that has active parameters."""
+        stable = module.__dict__.get("_chunkft_forward")
+        if stable is not None:  # of a model that is compiled: hooks that come and go would compile it again
+            stable.check = self.check
+            self._checked.append(stable)
+            return
         self._handles.append(module.register_forward_pre_hook(_Check(self)))
 
     def check(self, module: nn.Module) -> None:
@@ -46,15 +53,34 @@ class ReentrantGuard:
             "use_reentrant=False, or call model.enable_input_require_grads()"
         )
 
-    def remove(self) -> None:
-        """Take all hooks out again."""
+    def release(self) -> None:
+        """Check no module any more. The hooks of the model stay: with other ones a compiler would start anew."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for stable in self._checked:
+            stable.check = None
+        self._checked.clear()
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        self.release()
+        for handle in self._model_hooks:
+            handle.remove()
+        self._model_hooks.clear()
 
     def hook_ids(self) -> list[int]:
         """Keys of the hooks in their modules' hook dicts."""
-        return [handle.id for handle in self._handles]
+        return [handle.id for handle in [*self._model_hooks, *self._handles]]
+
+
+def move_checks(module: nn.Module) -> None:
+    """Let the stable forward of a module make the checks that hooks made before it got one."""
+    hooks = module._forward_pre_hooks
+    for number, hook in list(hooks.items()):
+        if isinstance(hook, _Check) and hook.guard is not None:
+            del hooks[number]
+            hook.guard.guard(module)
 
 
 class _Hook:

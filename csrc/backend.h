@@ -34,7 +34,7 @@ enum class WaitSite {
   kStoreDone,      // write-back <- the page's last user
   kStoreLoaded,    // write-back of a page that was claimed <- an earlier load of the same page, into another slot
   kFlushStored,    // host <- write-back
-  kDiscardStored,  // host <- whatever a failed write-back left under way
+  kDiscardStored,  // host, who may write <- copies that still read or write the page on the host
 };
 inline constexpr int kWaitSites = 10;
 

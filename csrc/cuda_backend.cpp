@@ -17,10 +17,10 @@ CuDevicePtr device_pointer(const void* address) { return reinterpret_cast<std::u
 
 }  // namespace
 
-Result<std::shared_ptr<CudaBackend>> CudaBackend::create(int device, std::int64_t anchor_period) {
+Result<std::unique_ptr<CudaBackend>> CudaBackend::create(int device, std::int64_t anchor_period) {
   auto context = CudaContext::create(device);
   if (!context.ok()) return context.error();
-  std::shared_ptr<CudaBackend> made(new CudaBackend(std::move(context.value()), anchor_period));
+  std::unique_ptr<CudaBackend> made(new CudaBackend(std::move(context.value()), anchor_period));
   if (Status status = made->open(); !status.ok()) return status.error();
   return made;
 }

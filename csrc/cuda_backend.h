@@ -20,7 +20,7 @@ class CudaBackend final : public Backend {
  public:
   static constexpr std::int64_t kAnchorPeriod = 4'000'000'000;  // ns; a float then resolves 0.5 us
 
-  static Result<std::shared_ptr<CudaBackend>> create(int device, std::int64_t anchor_period = kAnchorPeriod);
+  static Result<std::unique_ptr<CudaBackend>> create(int device, std::int64_t anchor_period = kAnchorPeriod);
   ~CudaBackend() override;
 
   const char* name() const override { return "cuda"; }

@@ -124,6 +124,7 @@ class Engine {
   Status submit_store(std::size_t page);
   Status store_or_poison(const char* op, std::size_t page);
   Status give_up(const char* op, std::size_t page);
+  Status settle_host(std::size_t page);
   Status flush_pages(const char* op, bool closing);
   Result<Residency> observe(std::size_t page);
   Stats current_stats();

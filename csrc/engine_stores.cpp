@@ -67,11 +67,27 @@ Status Engine::evict(std::size_t page) {
   return give_up(kOp, page);
 }
 
+// Whoever discards may write into the host copy next: no copy may read it, or write it, by then.
+Status Engine::settle_host(std::size_t page) {
+  Page& entry = pages_[page];
+  if (entry.residency.place == Place::kPoisoned) return {};  // its write-back is waited for below
+  if (entry.residency.host == HostCopy::kWriting) {
+    if (Status s = backend_->synchronize(entry.stored, WaitSite::kDiscardStored); !s.ok()) return s;
+  }
+  if (!entry.host_read) return {};
+  // What the event stood for is over by now: it may stand for the loads.
+  if (Status s = backend_->record(entry.stored, Stream::load()); !s.ok()) return s;
+  if (Status s = backend_->synchronize(entry.stored, WaitSite::kDiscardStored); !s.ok()) return s;
+  entry.host_read = false;
+  return {};
+}
+
 Status Engine::discard(std::size_t page, std::optional<Stream> caller) {
   static constexpr const char* kOp = "Pager.discard";
   const auto turn = enter(kOp, page);
   if (!turn.ok()) return turn.error();
   const Place place = pages_[page].residency.place;
+  if (Status s = settle_host(page); !s.ok()) return about(s.error(), page, "Pager.discard may be tried again");
   if (place == Place::kHost) return {};
   Slot& slot = ring_[pages_[page].slot];
   if (place == Place::kPoisoned) {

@@ -5,8 +5,21 @@ Nothing here knows about modules, plans or optimizers; every function may be cal
 
 from chunkft.kernels.adamw import adamw
 from chunkft.kernels.embedding_grad import embedding_grad
+from chunkft.kernels.grouped_wgrad import expert_wgrad, grouped_wgrad
+from chunkft.kernels.linear_cross_entropy import linear_cross_entropy
 from chunkft.kernels.rounding import apply_residual, split_residual, stochastic_round
 from chunkft.kernels.selection import Blocks
 from chunkft.kernels.wgrad import wgrad
 
-__all__ = ["Blocks", "adamw", "apply_residual", "embedding_grad", "split_residual", "stochastic_round", "wgrad"]
+__all__ = [
+    "Blocks",
+    "adamw",
+    "apply_residual",
+    "embedding_grad",
+    "expert_wgrad",
+    "grouped_wgrad",
+    "linear_cross_entropy",
+    "split_residual",
+    "stochastic_round",
+    "wgrad",
+]

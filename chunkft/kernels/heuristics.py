@@ -35,8 +35,9 @@ class Problem:
     """One weight gradient: ``rows`` x ``cols`` summed over ``tokens``, and what limits how it can be read.
 
     ``row_block`` and ``col_block``: 0 for a contiguous slice, else the size of the blocks that are named by index (1
-    for arbitrary indices). ``row_shift`` and ``col_shift``: how far the start is from a multiple of 8.
-    ``described``: both matrices suit a tensor descriptor (16-byte aligned base and row pitch, not empty).
+    for arbitrary indices). ``row_shift`` and ``col_shift``: how far the start is from a multiple of 8. ``parts``: rows
+    of each slice where several make up ``rows``; no tile has rows of two. ``described``: both matrices suit a tensor
+    descriptor (16-byte aligned base and row pitch, not empty).
     """
 
     tokens: int
@@ -51,6 +52,7 @@ class Problem:
     described: bool = True
     accumulate: bool = False
     tf32: bool = False
+    parts: tuple[int, ...] = ()
 
     @property
     def ieee(self) -> bool:
@@ -122,13 +124,13 @@ def fits_registers_of_fma(config: Config, problem: Problem, target: Target) -> b
 
 
 def pointers_leave_registers(config: Config, problem: Problem, target: Target) -> bool:
-    """Addresses take registers too: without TMA the largest tile spills on 9.0, and for gathers all but small ones."""
+    """Addresses take registers too: without TMA the largest tile spills on 9.0 and 10.0, in gathers most do."""
     if config.tma:
         return True
     area = config.block_m * config.block_n
     if problem.row_block or problem.col_block:
         return area <= 64 * 128
-    return area < 128 * 256 or target.capability != 90
+    return area < 128 * 256 or target.capability not in (90, 100)
 
 
 def gathers_fit(config: Config, problem: Problem, target: Target) -> bool:
@@ -238,9 +240,10 @@ def candidates(problem: Problem, target: Target) -> Iterator[Config]:
 
 
 @lru_cache(maxsize=4096)
-def pick(problem: Problem, target: Target) -> Config:
+def pick(problem: Problem, target: Target, split: bool = True) -> Config:
     """The configuration of the least predicted time; ties go to the first, which has the larger tile."""
-    return min(candidates(problem, target), key=lambda c: predict(c, problem, target).microseconds)
+    legal = (c for c in candidates(problem, target) if split or c.splits == 1)
+    return min(legal, key=lambda c: predict(c, problem, target).microseconds)
 
 
 def choose(problem: Problem, target: Target, table: Table | None = None) -> Config | None:
@@ -324,7 +327,8 @@ def roofline(problem: Problem, target: Target) -> Prediction:
 
 def _tiles(config: Config, problem: Problem) -> tuple[int, int]:
     rows, cols = problem.rows + problem.row_shift, problem.cols + problem.col_shift
-    return -(-rows // config.block_m), -(-cols // config.block_n)
+    parts = problem.parts or (rows,)
+    return sum(-(-part // config.block_m) for part in parts), -(-cols // config.block_n)
 
 
 def _passes(config: Config, problem: Problem, target: Target) -> tuple[int, int]:

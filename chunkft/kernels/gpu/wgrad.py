@@ -53,13 +53,14 @@ def product(
     """(BM, BN) fp32 sum over tokens ``[start, stop)`` of the outer products of dY's and X's parts.
 
     ``dy_at`` [BM] and ``x_at`` [BN] point to token 0; without ``MASKED`` the range is a multiple of BK. dY's tile is
-    read as its transpose: after a ``tl.trans`` it would not be copied asynchronously on sm_80.
+    read as its transpose: after a ``tl.trans`` it would not be copied asynchronously on sm_80. ``dy_stride`` is one
+    pitch, or [BM, 1] pitches.
     """
     token = tl.arange(0, BK)
     # element offsets can pass 2^31
     dy_stride, x_stride = tl.cast(dy_stride, tl.int64), tl.cast(x_stride, tl.int64)
     first = tl.zeros((BK,), tl.int64) + start + token
-    dy_at = dy_at[:, None] + (first * dy_stride)[None, :]  # [BM, BK]
+    dy_at = dy_at[:, None] + first[None, :] * dy_stride  # [BM, BK]
     x_at = x_at[None, :] + (first * x_stride)[:, None]  # [BK, BN]
     total = tl.zeros((BM, BN), tl.float32)
     for at in range(start, stop, BK):
@@ -122,7 +123,7 @@ def finish(
 ):
     """Adds what is there, rounds, stores, and writes the tile's squared norm; NaN where an index was outside."""
     ok = ((row >= 0) & (row < rows))[:, None] & ((col >= 0) & (col < cols))[None, :]
-    at = out + row.to(tl.int64)[:, None] * row_stride + col.to(tl.int64)[None, :] * col_stride
+    at = (out + row.to(tl.int64) * row_stride)[:, None] + col.to(tl.int64)[None, :] * col_stride
     if row_outside is not None:
         total = tl.where(row_outside[:, None], float("nan"), total)
     if col_outside is not None:
@@ -134,6 +135,27 @@ def finish(
     if NORM:
         stored = tl.where(ok, value.to(tl.float32), 0.0)
         tl.store(norm, tl.sum(tl.sum(stored * stored, axis=1), axis=0))
+
+
+@triton.jit
+def is_last(total, partials, counters, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
+    """Stores this program's part of a tile, and tells whether all parts of the tile are there."""
+    place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    tl.store(partials + (tile.to(tl.int64) * SPLITS + split) * (BM * BN) + place, total)
+    # every thread's part is stored before one thread says so
+    tl.debug_barrier()
+    return tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+
+
+@triton.jit
+def sum_of_parts(partials, tile, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
+    """Adds all parts of a tile in their order; past L1, which may hold what was there before."""
+    place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    total = tl.zeros((BM, BN), tl.float32)
+    for split in range(SPLITS):
+        at = partials + (tile.to(tl.int64) * SPLITS + split) * (BM * BN) + place
+        total += tl.load(at, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
@@ -227,16 +249,8 @@ def wgrad_kernel(
 
     row, col = virtual_row - row_shift, virtual_col - col_shift
     if SPLITS > 1:
-        place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        first = partials + tile.to(tl.int64) * (SPLITS * BM * BN)
-        tl.store(first + split * (BM * BN) + place, total)
-        # every thread's part is stored before one thread says so
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            total = tl.zeros((BM, BN), tl.float32)
-            for s in range(SPLITS):
-                total += tl.load(first + s * (BM * BN) + place, cache_modifier=".cg")
+        if is_last(total, partials, counters, tile, split, BM, BN, SPLITS):
+            total = sum_of_parts(partials, tile, BM, BN, SPLITS)
             finish(
                 total, out, row, rows, row_stride, row_outside, col, cols, col_stride, col_outside,
                 norms + tile, ACCUMULATE, NORM, INTERPRETED,

@@ -1,0 +1,211 @@
+"""The picker: only legal configurations, one for every problem; the table before the model; caution without either."""
+
+import json
+from dataclasses import asdict, replace
+from itertools import product
+
+import pytest
+
+from chunkft.kernels import heuristics, measured
+from chunkft.kernels.heuristics import (
+    LIMITS,
+    PREFERENCES,
+    Config,
+    Problem,
+    broken_limits,
+    candidates,
+    choose,
+    pick,
+    predict,
+    predict_torch,
+    roofline,
+)
+from chunkft.kernels.targets import TARGETS, family, shared_memory_limit, target_of
+
+H100, A100, RTX4090 = TARGETS["h100"], TARGETS["a100"], TARGETS["rtx4090"]
+KINDS = [(2, False), (4, True), (4, False)]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize(("itemsize", "tf32"), KINDS, ids=["16bit", "tf32", "fp32"])
+def test_every_problem_gets_a_legal_configuration(target, itemsize, tf32):
+    shapes = product((0, 1, 3000), (1, 200, 4096), (300,))
+    for (tokens, rows, cols), row_block, col_block, described in product(
+        shapes, (0, 1, 8), (0, 64), (True, False)
+    ):
+        problem = Problem(
+            tokens, rows, cols, itemsize, itemsize, row_block, col_block, 3, 5, described, tf32=tf32
+        )
+        config = pick(problem, target)
+        assert not broken_limits(config, problem, target)
+        assert all(test(config, problem, target) for test in PREFERENCES)
+        assert pick(problem, target, split=False).splits == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "problem", "target", "broken"),
+    [
+        ({"block_m": 48}, {}, H100, "is_power_of_two"),
+        ({"block_k": 8}, {}, H100, "is_power_of_two"),
+        ({"num_warps": 3}, {}, H100, "has_warps"),
+        ({"num_stages": 9, "block_k": 16, "block_n": 16}, {}, H100, "has_warps"),
+        ({"num_stages": 5}, {}, RTX4090, "fits_shared_memory"),
+        ({"tma": True}, {}, A100, "has_descriptors"),
+        ({"tma": True}, {"described": False}, H100, "has_descriptors"),
+        ({"tma": True}, {"row_block": 8}, H100, "has_descriptors"),
+        ({"tma": True}, {"col_block": 64}, H100, "has_descriptors"),
+    ],
+)
+def test_each_limit_is_named(change, problem, target, broken):
+    base = Config(64, 128, 64, 4, 3)
+    assert not broken_limits(base, Problem(4096, 512, 4096), target)
+    assert broken in broken_limits(replace(base, **change), Problem(4096, 512, 4096, **problem), target)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem", "test"),
+    [
+        (Config(128, 256, 64, 4, 3), Problem(4096, 4096, 4096), heuristics.fits_registers),
+        (Config(128, 128, 16, 8, 3), Problem(64, 64, 64, 4, 4), heuristics.fits_registers_of_fma),
+        (Config(128, 256, 64, 8, 3), Problem(4096, 4096, 4096), heuristics.pointers_leave_registers),
+        (Config(128, 128, 64, 8, 3), Problem(64, 512, 64, row_block=8), heuristics.pointers_leave_registers),
+        (Config(64, 128, 64, 4, 3), Problem(4096, 64, 4096, row_block=1), heuristics.gathers_fit),
+        (Config(64, 64, 32, 8, 3), Problem(4096, 64, 4096), heuristics.gathers_fit),
+        (Config(64, 128, 64, 4, 3), Problem(4096, 64, 4096), heuristics.uses_descriptors),
+        (Config(32, 128, 64, 4, 3, tma=True), Problem(4096, 32, 4096), heuristics.fills_tensor_core),
+        (Config(64, 128, 64, 4, 3, 8), Problem(1024, 64, 128), heuristics.splits_have_work),
+        (Config(64, 128, 64, 4, 3, 7), Problem(64 * 36, 64, 128), heuristics.splits_have_work),
+        (Config(64, 128, 64, 4, 3, 2), Problem(4096, 4096, 4096), heuristics.splits_are_needed),
+        (Config(128, 256, 64, 8, 3, 8), Problem(65536, 4096, 4096), heuristics.fits_workspace),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_each_preference_refuses_what_it_is_for(config, problem, test):
+    assert not test(config, problem, H100)
+    assert config not in set(candidates(problem, H100))
+
+
+def test_blocks_of_64_are_read_by_descriptor_and_smaller_ones_through_pointers():
+    assert pick(Problem(4096, 512, 4096, row_block=64), H100).tma
+    assert pick(Problem(4096, 512, 4096, row_block=64), H100).block_m == 64
+    assert not pick(Problem(4096, 512, 4096, row_block=8), H100).tma
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_idle_multiprocessors_are_put_to_work(target):
+    assert pick(Problem(65536, 64, 512), target).splits > 1
+    assert pick(Problem(65536, 8192, 8192), target).splits == 1
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_no_prediction_beats_the_roofline(target):
+    for tokens, rows, cols in product((16, 1024, 16384), (8, 64, 512, 4096), (256, 4096)):
+        for block in (0, 64):
+            problem = Problem(tokens, rows, cols, row_block=block)
+            least = roofline(problem, target).microseconds
+            assert predict(pick(problem, target), problem, target).microseconds > least
+            assert predict_torch(problem, target).microseconds > least
+
+
+def test_slices_of_their_own_have_tiles_of_their_own():
+    config = Config(64, 128, 64, 4, 3)
+    assert heuristics.tiles(config, Problem(64, 130, 128)) == 3
+    assert heuristics.tiles(config, Problem(64, 130, 128, parts=(10, 20, 100))) == 4
+    assert heuristics.tiles(config, Problem(64, 128, 128, row_shift=1, col_shift=1)) == 6
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_without_measurements_contiguous_slices_and_single_indices_stay_with_pytorch(target):
+    for tokens, rows, cols in product((64, 1024, 16384), (8, 64, 512, 4096), (256, 4096)):
+        assert choose(Problem(tokens, rows, cols), target) is None
+        assert choose(Problem(tokens, rows, cols, row_block=1), target) is None
+        assert choose(Problem(tokens, rows, cols, row_block=64, col_block=1), target) is None
+
+
+def test_gathers_of_blocks_go_to_triton_only_with_a_margin(monkeypatch):
+    problem = Problem(16384, 4096, 512, row_block=64)
+    ahead = (
+        predict_torch(problem, H100).microseconds / predict(pick(problem, H100), problem, H100).microseconds
+    )
+    for margin, expected in ((ahead * 0.99, pick(problem, H100)), (ahead * 1.01, None)):
+        monkeypatch.setattr(heuristics, "MODEL_MARGIN", margin)
+        assert choose(problem, H100) == expected
+
+
+def write(tmp_path, entries, capability=90, version=measured.FORMAT):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"format": version, "family": capability, "entries": entries}))
+    return path
+
+
+def test_what_was_measured_decides(tmp_path):
+    problem, config = Problem(4096, 500, 4096), Config(128, 128, 64, 8, 4, tma=True)
+    slow = Problem(1024, 128, 4096)
+    table = measured.load(
+        write(tmp_path, [measured.entry(problem, config, 1.2), measured.entry(slow, config, 1.02)])
+    )
+    assert choose(problem, H100, table) == config
+    assert choose(replace(problem, tokens=4000, rows=530), H100, table) == config
+    assert choose(slow, H100, table) is None
+    assert table.find(replace(problem, itemsize=4), H100) is None
+    assert table.find(replace(problem, tokens=16384), H100) is None
+    # another family, or a configuration that is not legal for this problem
+    assert table.find(problem, A100) is None
+    assert table.find(replace(problem, described=False), H100) is None
+
+
+def test_measured_slowness_keeps_gathers_with_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setattr(heuristics, "MODEL_MARGIN", 0.0)
+    problem = Problem(16384, 4096, 512, row_block=64)
+    assert choose(problem, H100) is not None
+    table = measured.load(write(tmp_path, [measured.entry(problem, pick(problem, H100), 0.9)]))
+    assert choose(problem, H100, table) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"format": 1, "entries": []}', '{"format": 2, "family": 90, "entries": []}'],
+)
+def test_files_that_are_no_table_are_refused(tmp_path, content):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"table\.json is not a table of kernel configurations of format 1"):
+        measured.load(path)
+
+
+def test_the_environment_names_a_table(tmp_path, monkeypatch):
+    measured.for_capability.cache_clear()
+    assert measured.for_capability(90) is None
+    path = write(tmp_path, [measured.entry(Problem(1, 1, 1), Config(64, 64, 32, 4, 2), 2.0)])
+    monkeypatch.setenv(measured.VARIABLE, str(path))
+    measured.for_capability.cache_clear()
+    table = measured.for_capability(90)
+    assert table is not None
+    assert [asdict(config)["block_m"] for config, _ in table.entries.values()] == [64]
+    measured.for_capability.cache_clear()
+
+
+def test_devices_are_known_by_name_or_by_family():
+    assert target_of(90, "NVIDIA H200").name == "h200"
+    assert target_of(90, "NVIDIA GH9000", 99).name == "h100"
+    assert target_of(90, "NVIDIA GH9000", 99).multiprocessors == 99
+    assert target_of(86, "NVIDIA GeForce RTX 3090").name == "rtx3090"
+    assert [family(c) for c in (80, 86, 87, 89, 90, 100, 103, 120, 121)] == [
+        80,
+        86,
+        86,
+        89,
+        90,
+        100,
+        100,
+        120,
+        120,
+    ]
+    assert shared_memory_limit(103) == 232_448
+    for old in (75, 70, 110):
+        with pytest.raises(ValueError, match=r"compute capability .* is not supported"):
+            family(old)
+
+
+def test_limits_and_preferences_are_distinct():
+    assert not set(LIMITS) & set(PREFERENCES)

@@ -151,11 +151,18 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every method, option set and run length the row with the best learning rate, most accurate first."""
+    """Of every method, option set and run length the row with the best learning rate, most accurate first.
+
+    A rate that was run with more seeds goes before one with fewer, whose mean may be luck.
+    """
+
+    def merit(row: dict[str, Any]) -> tuple[int, float]:
+        return len(row["seeds"]), row["accuracy"]
+
     top: dict[str, dict[str, Any]] = {}
     for row in rows:
         name = family(row, with_lr=False)
-        if name not in top or row["accuracy"] > top[name]["accuracy"]:
+        if name not in top or merit(row) > merit(top[name]):
             top[name] = row
     return sorted(top.values(), key=lambda row: (row["steps"], -row["accuracy"]))
 

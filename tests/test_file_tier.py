@@ -301,6 +301,41 @@ def test_what_is_written_into_the_host_copy_is_on_the_disk_after_flush(tmp_path)
         assert read_all(pager) == [{30 + page} for page in range(len(SIZES))]
 
 
+@pytest.mark.parametrize("leave", ["discard", "clean"])
+def test_page_that_was_never_read_into_memory_is_read_again(directory, leave):
+    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+        pager.acquire(3, load=False).fill_(99)
+        if leave == "discard":
+            pager.discard(3)
+        else:
+            pager.release(3, dirty=False)
+        assert set(pager.acquire(3).tolist()) == {13}
+        pager.release(3)
+
+
+def test_host_copy_of_a_page_that_is_still_in_memory_may_be_written(directory):
+    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
+        pager.acquire(3)
+        pager.release(3, dirty=False)
+        assert pager.state(3) == "HOST"
+        pager.host(3).fill_(99)
+        assert set(pager.acquire(3).tolist()) == {99}
+        pager.release(3)
+
+
+def test_change_that_was_written_back_for_another_page_survives_a_discard(tmp_path):
+    with Pager(SIZES, slots=1, state_dir=tmp_path) as pager:
+        pager.acquire(0, load=False).fill_(5)
+        pager.release(0, keep=True)
+        pager.prefetch(1)
+        while pager.state(0) == "DIRTY":  # until page 1 is read, and takes the slot
+            time.sleep(0.001)
+        pager.discard(0)
+        pager.evict(1)
+        assert set(pager.acquire(0).tolist()) == {5}
+        pager.release(0)
+
+
 def test_full_disk_raises_before_anything_is_changed(directory, monkeypatch):
     before = (directory / files.NAME).read_bytes()
     with pytest.raises(OSError, match=r"must have room for \d+ bytes, \d+ are free") as caught:

@@ -104,7 +104,7 @@ class PageFile:
             self._zero(buffer[:size])
             return
         parts = self._workers.map(lambda start: self._read_segment(page, start, buffer), self._segments(page))
-        found = self._sum_up(page, self._generations[page], parts)
+        found = _sum_up(parts)
         if found != self._checksums[page]:
             raise CorruptPageError(
                 self.path,
@@ -120,7 +120,7 @@ class PageFile:
         parts = self._workers.map(
             lambda start: self._write_segment(page, start, buffer), self._segments(page)
         )
-        self._seal(page, generation, self._sum_up(page, generation, parts))
+        self._seal(page, generation, _sum_up(parts))
 
     def map(self, page: int) -> mmap.mmap:
         """Return a shared map whose bytes from 4096 on are the page's; what is written there counts once
@@ -140,7 +140,7 @@ class PageFile:
         self._generation += 1
         generation = self._generation
         parts = self._workers.map(lambda start: self._sum_segment(page, start), self._segments(page))
-        self._seal(page, generation, self._sum_up(page, generation, parts))
+        self._seal(page, generation, _sum_up(parts))
 
     def open_for_change(self) -> None:
         """Mark the file as torn until the next `commit`."""
@@ -283,9 +283,6 @@ class PageFile:
                 ) from error
         return checksum
 
-    def _sum_up(self, page: int, generation: int, parts: Sequence[int]) -> int:
-        return zlib.crc32(struct.pack(f"<QQ{len(parts)}I", page, generation, *parts))
-
     def _seal(self, page: int, generation: int, checksum: int) -> None:
         record = _PAGE.pack(_PAGE_MAGIC, page, self.sizes[page], generation, checksum, 0)[:-4]
         block = (record + struct.pack("<I", zlib.crc32(record))).ljust(BLOCK, b"\0")
@@ -331,6 +328,11 @@ class PageFile:
         for start in range(0, len(buffer), len(zeros)):
             part = buffer[start : start + len(zeros)]
             part[:] = zeros[: len(part)]
+
+
+def _sum_up(parts: Sequence[int]) -> int:
+    """One checksum of those of the segments."""
+    return zlib.crc32(struct.pack(f"<{len(parts)}I", *parts))
 
 
 def _data_descriptor(path: Path) -> tuple[int, bool]:

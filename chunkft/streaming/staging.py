@@ -208,10 +208,6 @@ class StagedEngine:
     def close(self) -> None:
         """Write back what was changed, discard what is acquired, and give up file and threads whatever happens."""
         try:
-            with self._changed:
-                held = [entry.page for entry in self._entries if entry.held and entry.page is not None]
-            for page in held:
-                self.discard(page)
             self.flush()
         finally:
             self._jobs.close()

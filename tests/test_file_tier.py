@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import chunkft.streaming.files as files
+import chunkft.streaming.homes as homes
 from chunkft.streaming import CorruptPageError, Pager
 from chunkft.streaming.files import BLOCK, PageFile, padded
 from chunkft.streaming.workers import Workers
@@ -345,6 +346,17 @@ def test_full_disk_raises_before_anything_is_changed(directory, monkeypatch):
     with pytest.raises(OSError, match="must have room for"):
         Pager([1 << 28] * 2**14, state_dir=directory / "new")
     assert not list((directory / "new").iterdir())
+
+
+def test_pager_that_gets_no_memory_gives_its_directory_back(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(homes, "host_memory", refuse)
+        with pytest.raises(OSError, match="no memory"):
+            Pager(SIZES, state_dir=tmp_path)
+    Pager(SIZES, state_dir=tmp_path, reopen=True).close()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])

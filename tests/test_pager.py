@@ -422,7 +422,9 @@ def test_two_pagers_do_not_meet(rig):
 
 
 def test_pages_acquired_in_inference_mode_can_be_changed_outside(rig):
-    with rig.pager([4096]) as pager:
+    with torch.inference_mode():
+        pager = rig.pager([4096])
+    with pager:
         with torch.inference_mode():
             tensor = pager.acquire(0)
         rig.settle()

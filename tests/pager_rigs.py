@@ -143,7 +143,8 @@ class FakeCudaRig(Rig):
         )
 
     def _empty(self, nbytes: int) -> torch.Tensor:
-        slot = torch.empty(nbytes, dtype=torch.uint8)
+        with torch.inference_mode(False):
+            slot = torch.empty(nbytes, dtype=torch.uint8)
         self.driver.fakecuda_declare_device(slot.data_ptr(), nbytes)
         self._slots.append(slot)
         return slot

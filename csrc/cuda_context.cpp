@@ -40,17 +40,30 @@ Status CudaContext::check_process() const {
                    ", which opened the device; CUDA works only there (start workers with \"spawn\")"};
 }
 
+namespace {
+
+// A context that could not be taken off this thread's stack again. The call inside had succeeded, so that it is for the
+// next one on this thread to take it off or to fail.
+thread_local CuContext left_on_stack = nullptr;
+
+}  // namespace
+
 CudaContext::Guard::Guard(CudaContext& context) : context_(context) {
   status_ = context.check_process();
   if (!status_.ok()) return;
   const DriverApi& api = context.api_;
-  if (CuResult stuck = context.stuck_.load()) {
-    status_ = api.error(stuck, "cuCtxPopCurrent_v2");
-    return;
-  }
   CuContext current = nullptr;
   status_ = api.check(api.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
-  if (!status_.ok() || current == context.context_) return;
+  if (!status_.ok()) return;
+  if (left_on_stack != nullptr && current == left_on_stack) {
+    status_ = api.check(api.cuCtxPopCurrent_v2(&current), "cuCtxPopCurrent_v2");
+    if (!status_.ok()) return;
+    left_on_stack = nullptr;
+    status_ = api.check(api.cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+    if (!status_.ok()) return;
+  }
+  left_on_stack = nullptr;  // else somebody took it off, or put another one on top
+  if (current == context.context_) return;
   status_ = api.check(api.cuCtxPushCurrent_v2(context.context_), "cuCtxPushCurrent_v2");
   pushed_ = status_.ok();
 }
@@ -59,7 +72,7 @@ CudaContext::Guard::~Guard() {
   if (!pushed_) return;
   CuContext popped = nullptr;
   const CuResult result = give_back([&] { return context_.api_.cuCtxPopCurrent_v2(&popped); });
-  if (result != kCudaSuccess) context_.stuck_ = result;
+  if (result != kCudaSuccess) left_on_stack = context_.context_;
 }
 
 Status CudaContext::register_host(void* address, std::size_t bytes) {

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <sys/types.h>
 
@@ -50,9 +49,6 @@ class CudaContext final : public PageLocker {
   const pid_t process_;
   CuDevice device_ = 0;
   CuContext context_ = nullptr;  // null until retained
-  // Why a context could not be taken off a thread's stack again. The call inside had succeeded, so that it is for the
-  // calls that follow to fail.
-  std::atomic<CuResult> stuck_{kCudaSuccess};
 };
 
 // Calls that give something back may return the late error of an earlier asynchronous one instead of doing their work

@@ -401,19 +401,24 @@ TEST(a_driver_that_fails_for_ever_gives_errors_and_never_hangs) {
   fakecuda_reset(0);
 }
 
-TEST(a_context_that_cannot_be_popped_fails_the_calls_that_follow) {
+TEST(a_context_that_cannot_be_popped_fails_the_next_call_of_the_thread_and_is_popped_later) {
   start_fake();
-  auto backend = CudaBackend::create(0);
-  REQUIRE(backend.ok());
-  fakecuda_fail("cuCtxPopCurrent_v2", 1, kUnknownError, 1);
-  auto event = backend.value()->create_event(false);
-  CHECK(event.ok());  // the event was made: it must not be lost
-  std::thread([&] {
+  {
+    auto backend = CudaBackend::create(0);
+    REQUIRE(backend.ok());
+    fakecuda_fail("cuCtxPopCurrent_v2", 1, kUnknownError, 1);
+    auto event = backend.value()->create_event(false);
+    REQUIRE(event.ok());  // the event was made: it must not be lost
+    CHECK(fakecuda_alive(FAKECUDA_PUSHED_CONTEXTS) == 1);
     const Status status = backend.value()->record(event.value(), Stream::load());
     CHECK(!status.ok() && status.error().op == "cuCtxPopCurrent_v2");
-  }).join();
-  fakecuda_reset(0);
-  backend.value()->destroy_event(event.value());
+    fakecuda_fail(nullptr, 0, 0, 0);
+    std::thread([&] { CHECK(backend.value()->record(event.value(), Stream::load()).ok()); }).join();
+    CHECK(backend.value()->record(event.value(), Stream::load()).ok());
+    CHECK(fakecuda_alive(FAKECUDA_PUSHED_CONTEXTS) == 0);
+    backend.value()->destroy_event(event.value());
+  }
+  CHECK(clean());
 }
 
 TEST(threads_share_a_backend) {

@@ -49,7 +49,6 @@ class World {
     streams_ = {program_->stream(), program_->stream(), nullptr};
     program_->api().cuEventCreate(&handover_, kCuEventDisableTiming);
 
-    // The engine finds no context current, as on a thread that never used CUDA.
     auto backend = CudaBackend::create(0);
     if (!backend.ok()) {
       error_ = backend.error();

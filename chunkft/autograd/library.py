@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ _numbers = itertools.count()
 _anchored: weakref.WeakValueDictionary[int, Anchored] = weakref.WeakValueDictionary()
 
 
-class Anchored:
+class Anchored(ABC):
     """A module and what of its weight is active; base of what the operators find by number."""
 
     def __init__(self, module: nn.Module, weight: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -38,9 +39,9 @@ class Anchored:
         self.anchor = torch.zeros((), requires_grad=True)
         _anchored[number] = self
 
+    @abstractmethod
     def pairs(self) -> list[tuple[Window, Tensor]]:
         """Windows of the weight that get a gradient now, each with its leaf."""
-        raise NotImplementedError
 
 
 @torch.library.custom_op("chunkft::sliced_matmul", mutates_args=(), tags=_TAGS)

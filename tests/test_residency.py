@@ -1,6 +1,8 @@
 """Training with paged state is bit for bit the training without: every residency, tier and base optimizer."""
 
 import copy
+import dataclasses
+import errno
 import gc
 import weakref
 
@@ -20,6 +22,7 @@ from toy_models import (
 )
 
 import chunkft
+from chunkft.optim.paged import PagedStore
 
 PAGE = 1024
 MODES = {
@@ -413,3 +416,51 @@ def test_two_processes_cannot_update_in_backward(monkeypatch):
     with pytest.raises(RuntimeError, match=r"update='backward' works in one process, got world_size=2"):
         adamw(model, chunks=2, **MODES["backward"])
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_base_without_state_frees_each_gradient_in_the_backward_pass():
+    """Slices without a page do not wait for each other."""
+    model = tiny_llama()
+    optimizer = chunkft.ChunkOptimizer(
+        model, torch.optim.SGD, chunks=1, lr=0.1, residency="stream", page_bytes=1 << 20, update="backward"
+    )
+    tiny_llama_loss(model, 0).backward()
+    leaves = [leaf for _, leaf in optimizer.active_parameters()]
+    assert 0 < optimizer.memory()["gradients"] <= 2 * max(leaf.nbytes for leaf in leaves)
+    assert optimizer.memory()["gradients"] < sum(leaf.nbytes for leaf in leaves) / 2
+
+
+@pytest.mark.parametrize("kind", ["stream", "backward"])
+def test_a_model_that_left_the_device_of_its_pages_is_named(kind):
+    model = tiny_net()
+    optimizer = adamw(model, chunks=2, **MODES[kind])
+    train(model, optimizer, tiny_loss, range(2))
+    elsewhere = torch.device("cuda:7")
+    optimizer._store.pages = [dataclasses.replace(page, device=elsewhere) for page in optimizer._store.pages]
+    with pytest.raises(RuntimeError, match=r"was on cuda:7 when the optimizer was built and is on cpu now"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_a_load_that_the_system_fails_gives_the_model_back(kind, monkeypatch, tmp_path):
+    model = tiny_net()
+    optimizer = adamw(model, chunks=2, **MODES[kind])
+    train(model, optimizer, tiny_loss, range(3))
+    chunkft.save_checkpoint(optimizer, tmp_path / "saved.safetensors")
+    before = copy.deepcopy(model.state_dict())
+
+    def fail(self):
+        raise OSError(errno.ENOMEM, "no memory for it")
+
+    monkeypatch.setattr(PagedStore, "realise", fail)
+    with pytest.raises(OSError, match="no memory for it") as caught:
+        chunkft.load_checkpoint(optimizer, tmp_path / "saved.safetensors")
+    assert "is detached; build a new one" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="after detach"):
+        optimizer.step()
+    monkeypatch.undo()
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    again = adamw(model, chunks=2, **MODES[kind])
+    chunkft.load_checkpoint(again, tmp_path / "saved.safetensors")
+    assert again.updates == 3

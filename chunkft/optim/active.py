@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import MutableMapping
 
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.master import WorkingWeight
 from chunkft.optim.rule import UpdateRule
-from chunkft.optim.state import State
+from chunkft.optim.state import State, tensor_nbytes
 
 
 class ActiveSlices:
@@ -92,8 +91,8 @@ class ActiveSlices:
     def nbytes(self) -> tuple[int, int]:
         """Bytes of the base optimizer's state, and of the masters."""
         working = self._working.values()
-        return sum(_tensor_bytes(self._state(w)) for w in working), sum(
-            _tensor_bytes(w.extra) for w in working
+        return sum(tensor_nbytes(self._state(w)) for w in working), sum(
+            tensor_nbytes(w.extra) for w in working
         )
 
     def _state(self, working: WorkingWeight) -> State:
@@ -105,7 +104,3 @@ class ActiveSlices:
         for outer, base in zip(self._groups, self._base.param_groups, strict=True):
             source, target = (outer, base) if to_base else (base, outer)
             target.update({key: value for key, value in source.items() if key != "params"})
-
-
-def _tensor_bytes(state: Mapping[str, Any]) -> int:
-    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd import Slice
@@ -88,7 +88,8 @@ class BackwardResidency(StreamResidency):
                 if all(leaf.grad is None for _, leaf in unit):
                     continue
                 if number in self._done:
-                    raise RuntimeError(READ_ELSEWHERE.format(piece=_first_with_gradient(unit)))
+                    grown = next(piece for piece, leaf in unit if leaf.grad is not None)
+                    raise RuntimeError(READ_ELSEWHERE.format(piece=grown))
                 self._update_unit(number)
         finally:
             if self._done:
@@ -181,11 +182,3 @@ class BackwardResidency(StreamResidency):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _first_with_gradient(unit: Pairs) -> Slice:
-    return next(piece for piece, leaf in unit if _has_gradient(leaf))
-
-
-def _has_gradient(leaf: nn.Parameter) -> bool:
-    return leaf.grad is not None

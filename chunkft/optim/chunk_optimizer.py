@@ -415,12 +415,23 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return self._base_class(groups, **self._base_kwargs)
 
     def _restore(self, restored: Restored) -> None:
-        """Go on from what was read; it was checked before, so that nothing here is refused."""
+        """Go on from what was read; it was checked before, so that nothing here is refused.
+
+        Paged state is read only now, into memory that was given back for it. If the system fails at that, there is
+        no way back: the model is detached as it is.
+        """
         self._residency.forget()
         self.state.clear()
         self._store.clear()
         self._store = restored.store
-        self._store.realise()
+        try:
+            self._store.realise()
+        except BaseException as error:
+            error.add_note(
+                "the optimizer gave up its state for the one to load and is detached; build a new one"
+            )
+            self.detach()
+            raise
         self._meter = PagingMeter()
         self._residency.use(self._store)
         self.plan = restored.plan

@@ -14,7 +14,7 @@ from chunkft.kernels.adamw import adamw
 from chunkft.optim.active import ActiveSlices
 from chunkft.optim.master import STATE_KEYS, noise_seed
 from chunkft.optim.rule import UpdateRule
-from chunkft.optim.state import State
+from chunkft.optim.state import State, tensor_nbytes
 
 SPECIAL = ("amsgrad", "maximize", "differentiable", "capturable", "foreach", "fused")
 Home = Callable[[Slice, str], Tensor | None]
@@ -90,8 +90,8 @@ class KernelSlices:
     def nbytes(self) -> tuple[int, int]:
         """Bytes of the moments, and of the masters."""
         masters = self.masters()
-        both = sum(_nbytes(state) for state in self._states.values())
-        extra = sum(_nbytes(state) for state in masters.values())
+        both = sum(tensor_nbytes(state) for state in self._states.values())
+        extra = sum(tensor_nbytes(state) for state in masters.values())
         return both - extra, extra
 
     def _begin(self, piece: Slice, leaf: nn.Parameter) -> None:
@@ -178,7 +178,3 @@ def special_options(group: Mapping[str, Any]) -> list[str]:
 
 def _on_gpu(leaf: Tensor) -> bool:
     return leaf.is_cuda and gpu.runs_on(leaf) and leaf.dtype != torch.float64
-
-
-def _nbytes(state: State) -> int:
-    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)

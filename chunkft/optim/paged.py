@@ -239,6 +239,11 @@ class PagedStore(StateStore):
         """Bytes of slots that no open page lies in."""
         return self.slot_nbytes - sum(self.pages[number].nbytes for number in self._open)
 
+    def device_of(self, piece: Slice) -> torch.device | None:
+        """Where the page of a slice comes to, or None if it has no page."""
+        number = self.page_of.get(piece)
+        return None if number is None else self.pages[number].device
+
     @property
     def pagers(self) -> dict[torch.device, Pager]:
         """The pager of each device."""

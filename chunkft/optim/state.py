@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,6 +136,11 @@ class StateStore:
             home.copy_(tensor.detach())
             self._homes[piece, key] = home
             self._states[piece][key] = home
+
+
+def tensor_nbytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a state, scalars left out."""
+    return sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)
 
 
 def detached(value: Any) -> Any:

@@ -29,15 +29,15 @@ class StreamResidency:
     def __init__(self, rule: UpdateRule, store: PagedStore) -> None:
         self._rule = rule
         self._store = store
-        self._units: list[Pairs] = []  # the pairs of one page each; those without a page, all together
+        self._units: list[Pairs] = []  # the pairs of one page each; a slice without a page is one by itself
         self._before: Groups | None = None
         self._after: dict[int, dict[str, Any]] = {}
 
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now."""
-        units: dict[int, Pairs] = {}
+        units: dict[int | Slice, Pairs] = {}
         for piece, leaf in pairs:
-            units.setdefault(self._store.page_of.get(piece, -1), []).append((piece, leaf))
+            units.setdefault(self._store.page_of.get(piece, piece), []).append((piece, leaf))
         self._units = list(units.values())
         self._fetch(self._first())
 
@@ -118,7 +118,19 @@ class StreamResidency:
         target.clear()
 
     def follow_devices(self) -> None:
-        """State is fetched to where its leaf is, at every step."""
+        """Make sure that leaves are where their pages come to.
+
+        Raises:
+            RuntimeError: if a parameter was moved to another device.
+        """
+        for piece, leaf in [pair for unit in self._units for pair in unit]:
+            home = self._store.device_of(piece)
+            if home is not None and home != leaf.device:
+                raise RuntimeError(
+                    f"parameter {piece.name!r} was on {home} when the optimizer was built and is on {leaf.device} now; "
+                    "with residency='stream' its state is paged to where it was: move the model first, then build the "
+                    "optimizer"
+                )
 
     def gradient_nbytes(self, leaves: Sequence[Tensor]) -> int:
         """Most bytes of gradients that exist at a time."""

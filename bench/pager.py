@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import mmap
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import common
+from bench import common, disk
 from chunkft.streaming import HostArena, Pager
 
 MIB = 1 << 20
@@ -308,98 +306,6 @@ def exposed(device: Device, page: int, pages: int, busy_ms: float) -> dict[str, 
     return {"busy_ms": 1e3 * once * products, "page_ms": 1e3 * taken / pages, "exposed_share": waited / taken}
 
 
-def files(directory: Path, nbytes: int, part: int = 8 * MIB) -> dict[str, dict[str, float]]:
-    """GB/s of one thread, without checksums: direct, through the page cache and mapped; then the file tier."""
-    room = HostArena(nbytes, pretouch=True)
-    room.tensor(0, nbytes, torch.uint8).random_(0, 256)
-    buffer = room.buffer(0, nbytes)
-    path = directory / "bench-pager.bin"
-    found: dict[str, dict[str, float]] = {}
-    starts = range(0, nbytes, part)
-
-    def timed(work: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        work()
-        return nbytes / (time.perf_counter() - start) / 1e9
-
-    for name, flag in (("buffered", 0), ("direct", getattr(os, "O_DIRECT", 0))):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | flag)
-        try:
-            os.posix_fallocate(fd, 0, nbytes)
-            for _ in range(2):  # the first pass writes into new blocks
-
-                def write(fd: int = fd) -> None:
-                    for start in starts:
-                        os.pwrite(fd, buffer[start : start + part], start)
-                    os.fdatasync(fd)
-
-                def read(fd: int = fd) -> None:
-                    for start in starts:
-                        os.preadv(fd, [buffer[start : start + part]], start)
-
-                found[name] = {"write": timed(write)}
-                os.posix_fadvise(fd, 0, nbytes, os.POSIX_FADV_DONTNEED)
-                found[name]["read"] = timed(read)
-        finally:
-            os.close(fd)
-    fd = os.open(path, os.O_RDWR)
-    try:
-        mapped = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
-        memory = room.tensor(0, nbytes, torch.uint8)
-
-        def write_mapped() -> None:
-            mapped.copy_(memory)
-            os.fdatasync(fd)
-
-        os.posix_fadvise(fd, 0, nbytes, os.POSIX_FADV_DONTNEED)
-        found["mapped"] = {"read": timed(lambda: memory.copy_(mapped))}
-        found["mapped"]["write"] = timed(write_mapped)
-    finally:
-        os.close(fd)
-        path.unlink()
-    found["file_tier"] = file_tier(directory, nbytes)
-    return found
-
-
-def file_tier(directory: Path, nbytes: int) -> dict[str, float]:
-    """GB/s of a pager over a file, checksums included: written and synced, read ahead, and both at once."""
-    pages = 16
-    page = nbytes // pages
-    state = directory / "bench-pager-state"
-    with Pager([page] * pages, state_dir=state, slots=2) as pager:
-
-        def write() -> None:
-            for index in range(pages):
-                pager.acquire(index, load=False)
-                pager.release(index)
-            pager.flush()
-
-        def read() -> None:
-            for index in range(pages):
-                pager.prefetch((index + 1) % pages)
-                pager.acquire(index)
-                pager.release(index, dirty=False)
-
-        def both() -> None:
-            for index in range(pages):
-                pager.prefetch((index + 1) % pages)
-                pager.acquire(index)
-                pager.release(index)
-            pager.flush()
-
-        def timed(work: Callable[[], object], count: int) -> float:
-            start = time.perf_counter()
-            work()
-            return count * nbytes / (time.perf_counter() - start) / 1e9
-
-        write()
-        found = {"write": timed(write, 1), "read": timed(read, 1), "both": timed(both, 2)}
-    for path in state.iterdir():
-        path.unlink()
-    state.rmdir()
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.pager", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -449,7 +355,7 @@ def main() -> None:
     print("update        " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in update.items()))
     print(f"exposed       {100 * hidden['exposed_share']:.2f} % at {hidden['busy_ms']:.0f} ms of work a page")
     if args.dir is not None:
-        result["files_gbs"] = files(args.dir, page * args.pages)
+        result["files_gbs"] = disk.files(args.dir, page * args.pages)
         for name, found in result["files_gbs"].items():
             print(
                 f"{name:13s} " + ", ".join(f"{kind} {value:.2f}" for kind, value in found.items()) + " GB/s"

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from file_rigs import SIZES, write_all
+from pager_rigs import missing, names, opened
+
+from chunkft.streaming import Pager
 
 
 @pytest.fixture(autouse=True)
@@ -33,3 +37,21 @@ def threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=names())
+def rig(request, tmp_path, monkeypatch):
+    """A place where pagers work: host threads, a file, the fake driver, a GPU where there is one."""
+    why = missing(request.param)
+    if why:
+        pytest.skip(why)
+    with opened(request.param, tmp_path, monkeypatch) as rig:
+        yield rig
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A directory that a pager was closed in; page p holds bytes 10 + p."""
+    with Pager(SIZES, state_dir=tmp_path / "state") as pager:
+        write_all(pager, 10)
+    return tmp_path / "state"

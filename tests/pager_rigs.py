@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from chunkft.streaming import Pager
 from chunkft.streaming.files import PageFile
 from chunkft.streaming.place import Place
 
+ODD = [1, 300, 4096, 70_001, 257]
 ROOT = Path(__file__).parent.parent
 
 
@@ -206,3 +208,15 @@ def opened(name: str, tmp_path: Path, monkeypatch: Any) -> Iterator[Rig]:
         rig.stop()
     else:
         yield rig
+
+
+def noise(nbytes: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(nbytes)
+
+
+def fill(rig: Rig, pager: Pager, seed: int = 0) -> list[bytes]:
+    contents = [noise(size, seed + page) for page, size in enumerate(pager.pages)]
+    for page, content in enumerate(contents):
+        rig.write(pager.acquire(page, load=False), content)
+        pager.release(page)
+    return contents

@@ -1,52 +1,18 @@
-"""Pages in a file: what is torn, flipped, cut off, full, locked or foreign is told, by file and page."""
+"""Pages in a file: content, and what is flipped, cut off, old or foreign is told, by file and page."""
 
-import contextlib
 import errno
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from file_rigs import SIZES, offset_of, push_out, read_all, write_all
 
 import chunkft.streaming.files as files
-import chunkft.streaming.homes as homes
 from chunkft.streaming import CorruptPageError, Pager
-from chunkft.streaming.files import BLOCK, PageFile, padded
+from chunkft.streaming.files import BLOCK, PageFile
 from chunkft.streaming.workers import Workers
-
-SIZES = [5000, 70_000, 1, 4096, 300_000, 64, 4097, 12_000]
-
-
-def offset_of(page: int) -> int:
-    """Where the bytes of a page start in the file."""
-    return BLOCK + sum(BLOCK + padded(size) for size in SIZES[:page]) + BLOCK
-
-
-def write_all(pager: Pager, value: int) -> None:
-    for page in range(len(pager)):
-        pager.acquire(page, load=False).fill_(value + page)
-        pager.release(page)
-
-
-def read_all(pager: Pager) -> list[set[int]]:
-    found = []
-    for page in range(len(pager)):
-        found.append(set(pager.acquire(page).tolist()))
-        pager.release(page, dirty=False)
-    return found
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    """A directory that a pager was closed in; page p holds bytes 10 + p."""
-    with Pager(SIZES, state_dir=tmp_path / "state") as pager:
-        write_all(pager, 10)
-    return tmp_path / "state"
 
 
 def damage(directory: Path, offset: int, content: bytes) -> None:
@@ -107,7 +73,7 @@ def test_flipped_bit_is_told_by_file_and_page(directory, page, bit):
 def test_flip_during_the_run_is_told(tmp_path):
     with Pager(SIZES, state_dir=tmp_path) as pager:
         write_all(pager, 10)
-        pager.flush()
+        push_out(pager, 0)
         damage(tmp_path, offset_of(0) + 100, b"\xff")
         with pytest.raises(CorruptPageError, match="page 0 of"):
             pager.acquire(0)
@@ -120,11 +86,8 @@ def test_old_content_of_a_page_is_not_taken_for_the_new(tmp_path):
         start = offset_of(4)
         old = (tmp_path / files.NAME).read_bytes()[start : start + SIZES[4]]
         write_all(pager, 50)
-        pager.flush()
+        push_out(pager, 4)
         damage(tmp_path, start, old)
-        for page in range(4):
-            pager.acquire(page)
-            pager.release(page, dirty=False)
         with pytest.raises(CorruptPageError, match="page 4 of"):
             pager.acquire(4)
 
@@ -158,7 +121,7 @@ def test_truncated_file_is_told(directory):
 def test_truncation_during_the_run_is_told(tmp_path):
     with Pager(SIZES, state_dir=tmp_path) as pager:
         write_all(pager, 10)
-        pager.flush()
+        push_out(pager, 1)
         os.truncate(tmp_path / files.NAME, offset_of(1) + 8192)
         with pytest.raises(CorruptPageError, match=r"page 1 of .* ends after 8192 of 70000 bytes"):
             pager.acquire(1)
@@ -189,108 +152,6 @@ def test_foreign_file_is_left_as_it_is(tmp_path):
         with pytest.raises(ValueError, match="is no page file of chunkft"):
             Pager([64], state_dir=tmp_path, reopen=reopen)
     assert (tmp_path / files.NAME).read_bytes() == b"somebody's data"
-
-
-def test_directory_in_use_is_refused_until_it_is_free(directory):
-    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
-        for reopen in (False, True):
-            with pytest.raises(RuntimeError, match=rf"in use by process {os.getpid()}; give each run"):
-                Pager(SIZES, state_dir=directory, reopen=reopen)
-        assert read_all(pager) == [{10 + page} for page in range(len(SIZES))]
-    Pager(SIZES, state_dir=directory, reopen=True).close()
-
-
-def child(code: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)], stdout=subprocess.PIPE, text=True
-    )
-
-
-def test_killed_run_leaves_a_directory_that_is_known_to_be_torn(tmp_path):
-    run = child(
-        """
-        import sys, time
-        from chunkft.streaming import Pager
-        pager = Pager([300_000] * 8, state_dir=sys.argv[1])
-        for turn in range(10**9):
-            pager.acquire(turn % 8).fill_(turn % 256)
-            pager.release(turn % 8)
-            if turn == 20:
-                print("busy", flush=True)
-        """,
-        tmp_path,
-    )
-    assert run.stdout is not None
-    assert run.stdout.readline() == "busy\n"
-    with pytest.raises(RuntimeError, match=f"in use by process {run.pid}"):
-        Pager([300_000] * 8, state_dir=tmp_path)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    with pytest.raises(CorruptPageError, match=r"is torn: .* load a checkpoint"):
-        Pager([300_000] * 8, state_dir=tmp_path, reopen=True)
-    with Pager([300_000] * 8, state_dir=tmp_path) as pager:
-        assert read_all(pager) == [{0}] * 8
-
-
-def test_forked_child_does_not_keep_the_lock_of_a_parent_that_is_gone(tmp_path):
-    run = child(
-        """
-        import os, sys, time
-        from chunkft.streaming import Pager
-        pager = Pager([4096] * 8, state_dir=sys.argv[1])
-        pager.flush()
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
-        print(child, flush=True)
-        os.kill(os.getpid(), 9)
-        """,
-        tmp_path,
-    )
-    assert run.stdout is not None
-    orphan = int(run.stdout.readline())
-    run.wait()
-    try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                Pager([4096] * 8, state_dir=tmp_path, reopen=True).close()
-                break
-            except RuntimeError:
-                assert time.monotonic() < deadline, "the orphan holds the lock"
-                time.sleep(0.05)
-    finally:
-        os.kill(orphan, signal.SIGKILL)
-
-
-def test_directory_is_whole_between_flush_and_the_next_change(tmp_path):
-    def whole() -> bool:
-        copy = tmp_path / "copy"
-        copy.mkdir(exist_ok=True)
-        (copy / files.NAME).write_bytes((tmp_path / "state" / files.NAME).read_bytes())
-        try:
-            Pager(SIZES, state_dir=copy, reopen=True).close()
-        except CorruptPageError as error:
-            return "torn" not in str(error)
-        return True
-
-    with Pager(SIZES, state_dir=tmp_path / "state") as pager:
-        assert whole()
-        write_all(pager, 1)
-        assert not whole()
-        pager.flush()
-        assert whole()
-        pager.host(3)
-        assert not whole()
-        pager.flush()
-        assert whole()
-        pager.acquire(0)
-        pager.release(0)
-        while pager.state(0) != "HOST":
-            time.sleep(0.001)
-        assert not whole()
-    assert whole()
 
 
 def test_what_is_written_into_the_host_copy_is_on_the_disk_after_flush(tmp_path):
@@ -335,118 +196,6 @@ def test_change_that_was_written_back_for_another_page_survives_a_discard(tmp_pa
         pager.evict(1)
         assert set(pager.acquire(0).tolist()) == {5}
         pager.release(0)
-
-
-def test_full_disk_raises_before_anything_is_changed(directory, monkeypatch):
-    before = (directory / files.NAME).read_bytes()
-    with pytest.raises(OSError, match=r"must have room for \d+ bytes, \d+ are free") as caught:
-        Pager([1 << 28] * 2**14, state_dir=directory)
-    assert caught.value.errno == errno.ENOSPC
-    assert (directory / files.NAME).read_bytes() == before
-    with pytest.raises(OSError, match="must have room for"):
-        Pager([1 << 28] * 2**14, state_dir=directory / "new")
-    assert not list((directory / "new").iterdir())
-
-
-def test_pager_that_gets_no_memory_gives_its_directory_back(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOMEM, "no memory")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(homes, "host_memory", refuse)
-        with pytest.raises(OSError, match="no memory"):
-            Pager(SIZES, state_dir=tmp_path)
-    Pager(SIZES, state_dir=tmp_path, reopen=True).close()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
-def test_refused_preallocation_leaves_no_file(tmp_path, monkeypatch, code):
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(OSError, match=os.strerror(code)) as caught:
-        Pager([4096], state_dir=tmp_path)
-    assert caught.value.errno == code
-    assert not list(tmp_path.iterdir())
-
-
-class Failing:
-    """`os.pwrite` or `os.preadv` that fails from the n-th call on, `times` times."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, nth: int, times: int = 10**9) -> None:
-        self.real = getattr(os, name)
-        self.name, self.left, self.times = name, nth, times
-        monkeypatch.setattr(os, name, self)
-
-    def __call__(self, *arguments: object) -> int:
-        self.left -= 1
-        if self.left < 0 and self.times > 0:
-            self.times -= 1
-            raise OSError(errno.EIO, "Input/output error")
-        return int(self.real(*arguments))
-
-
-def test_failed_write_is_told_and_loses_nothing(tmp_path, monkeypatch):
-    with Pager(SIZES, state_dir=tmp_path) as pager:
-        write_all(pager, 10)
-        pager.flush()
-        with monkeypatch.context() as patch:
-            Failing(patch, "pwrite", 0)
-            pager.acquire(4).fill_(77)
-            pager.release(4)
-            with pytest.raises(OSError, match="Input/output error"):
-                pager.flush()
-            with pytest.raises(RuntimeError, match=r"page 4 .* call flush\(\)"):
-                pager.host(4)
-            with pytest.raises(OSError, match="Input/output error"):
-                pager.acquire(5)
-        pager.flush()
-        assert set(pager.host(4).tolist()) == {77}
-        assert set(pager.acquire(4).tolist()) == {77}
-        pager.release(4)
-
-
-@pytest.mark.parametrize("nth", range(5))
-def test_write_that_fails_at_any_point_once_is_tried_again(tmp_path, monkeypatch, nth):
-    monkeypatch.setattr(files, "SEGMENT", 64 * BLOCK)
-    with Pager(SIZES, state_dir=tmp_path) as pager:
-        write_all(pager, 10)
-        pager.flush()
-        Failing(monkeypatch, "pwrite", nth, times=1)
-        pager.acquire(4).fill_(77)
-        pager.release(4)
-        with contextlib.suppress(OSError):
-            pager.flush()
-        pager.flush()
-        assert set(pager.host(4).tolist()) == {77}
-    with Pager(SIZES, state_dir=tmp_path, reopen=True) as pager:
-        assert read_all(pager) == [{77} if page == 4 else {10 + page} for page in range(len(SIZES))]
-
-
-def test_failed_read_may_be_tried_again(directory, monkeypatch):
-    with Pager(SIZES, state_dir=directory, reopen=True) as pager:
-        with monkeypatch.context() as patch:
-            Failing(patch, "preadv", 0, times=1)
-            pager.prefetch(1)
-            with pytest.raises(OSError, match="Input/output error"):
-                pager.acquire(1)
-        assert set(pager.acquire(1).tolist()) == {11}
-        pager.release(1)
-
-
-def test_close_after_a_failed_write_raises_and_closes(tmp_path, monkeypatch):
-    pager = Pager(SIZES, state_dir=tmp_path)
-    with monkeypatch.context() as patch:
-        Failing(patch, "pwrite", 1)
-        pager.acquire(0).fill_(1)
-        pager.release(0)
-        with pytest.raises(OSError, match="Input/output error"):
-            pager.close()
-    assert pager.closed
-    with pytest.raises(CorruptPageError, match="torn"):
-        Pager(SIZES, state_dir=tmp_path, reopen=True)
-    Pager(SIZES, state_dir=tmp_path).close()
 
 
 @pytest.mark.parametrize("segment", [BLOCK, 3 * BLOCK, 8 << 20])

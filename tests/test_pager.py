@@ -1,18 +1,12 @@
 """The contract of the pager, over every backend: content, order of eviction, errors, counters, lifetimes."""
 
-import dataclasses
 import gc
-import json
-import random
 
-import numpy as np
 import pytest
 import torch
-from pager_rigs import Rig, missing, names, opened
+from pager_rigs import ODD, fill, noise
 
-from chunkft.streaming import HostArena, Pager
-
-ODD = [1, 300, 4096, 70_001, 257]
+from chunkft.streaming import HostArena
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -22,27 +16,6 @@ def small_collector_heap():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(params=names())
-def rig(request, tmp_path, monkeypatch):
-    why = missing(request.param)
-    if why:
-        pytest.skip(why)
-    with opened(request.param, tmp_path, monkeypatch) as rig:
-        yield rig
-
-
-def noise(nbytes: int, seed: int) -> bytes:
-    return random.Random(seed).randbytes(nbytes)
-
-
-def fill(rig: Rig, pager: Pager, seed: int = 0) -> list[bytes]:
-    contents = [noise(size, seed + page) for page, size in enumerate(pager.pages)]
-    for page, content in enumerate(contents):
-        rig.write(pager.acquire(page, load=False), content)
-        pager.release(page)
-    return contents
 
 
 def test_properties_tell_what_was_asked_for(rig):
@@ -262,120 +235,6 @@ def test_closing_discards_what_is_acquired_and_keeps_the_rest(rig):
     assert [bytes(host.numpy()) for host in hosts] == [contents[0], b"z" * 4096, contents[2]]
 
 
-def test_every_slot_in_use_is_an_error_that_names_the_page(rig):
-    with rig.pager([4096] * 6, slots=2) as pager:
-        pager.acquire(0)
-        pager.acquire(1)
-        if "file" not in rig.name:
-            assert not pager.prefetch(2)
-            assert pager.state(2) == "HOST"
-        with pytest.raises(RuntimeError, match=r"page 2\b.*slots"):
-            pager.acquire(2)
-        pager.release(0)
-        assert rig.read(pager.acquire(2)) == bytes(4096)
-
-
-def test_wrong_use_is_refused_and_changes_nothing(rig):
-    with rig.pager([4096] * 3, slots=2) as pager:
-        contents = fill(rig, pager)
-        held = pager.acquire(0)
-        with pytest.raises(ValueError, match=r"acquire.*page 0\b.*release it first"):
-            pager.acquire(0)
-        with pytest.raises(ValueError, match=r"page 1\b.*acquire it first"):
-            pager.release(1)
-        for bad in (-1, 3):
-            for call in (
-                pager.prefetch,
-                pager.acquire,
-                pager.release,
-                pager.discard,
-                pager.evict,
-                pager.host,
-            ):
-                with pytest.raises(ValueError, match=f"page must be from 0 to 2, got {bad}"):
-                    call(bad)
-        with pytest.raises(TypeError, match="page must be an int, got 'a'"):
-            pager.prefetch("a")
-        assert rig.read(held) == contents[0]
-        pager.release(0)
-
-
-def test_closed_pager_refuses_everything_but_its_counters(rig):
-    pager = rig.pager([4096] * 2)
-    fill(rig, pager)
-    pager.close()
-    pager.close()
-    for name in ("prefetch", "acquire", "release", "discard", "evict", "host", "state"):
-        with pytest.raises(RuntimeError, match=f"Pager.{name}: the pager is closed"):
-            getattr(pager, name)(0)
-    with pytest.raises(RuntimeError, match="closed"):
-        pager.flush()
-    assert pager.stats().stores == 2
-    assert pager.trace()["traceEvents"]
-
-
-def test_counters_count(rig):
-    with rig.pager([4096] * 4, slots=2) as pager:
-        fill(rig, pager)
-        pager.flush()
-        before = pager.stats()
-        assert (before.loads, before.stores, before.stored_bytes) == (0, 4, 4 * 4096)
-        for page in range(4):
-            pager.prefetch(page)
-            rig.read(pager.acquire(page))
-            pager.release(page)
-        pager.flush()
-        after = pager.stats()
-        assert (after.loads, after.stores) == (4, 8)
-        assert (after.loaded_bytes, after.stored_bytes) == (4 * 4096, 8 * 4096)
-        assert after.acquires == before.acquires + 4
-        assert (after.events_created, after.streams_created) == (
-            before.events_created,
-            before.streams_created,
-        )
-        assert after.device_bytes == 2 * 4096
-        for field in dataclasses.fields(after):
-            assert getattr(after, field.name) >= 0
-
-
-def test_host_memory_is_what_was_asked_for():
-    sizes = [1_000_003, 2_000_000, 1_500_001] * 4
-    with Pager(sizes, device="cpu") as pager:
-        stats = pager.stats()
-        assert sum(sizes) <= stats.host_bytes <= stats.host_capacity <= 1.01 * sum(sizes)
-
-
-def test_trace_opens_in_trace_viewers(rig, tmp_path):
-    with rig.pager([70_000] * 8, trace_events=64) as pager:
-        fill(rig, pager)
-        for page in range(8):
-            pager.prefetch(page)
-            rig.read(pager.acquire(page))
-            pager.release(page)
-        pager.flush()
-        pager.save_trace(tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    spans = [event for event in events if event["ph"] == "X"]
-    kinds = {event["cat"] for event in spans}
-    assert {"load", "store"} <= kinds
-    if "file" in rig.name:
-        assert {"read", "write"} <= kinds
-    for event in spans:
-        assert event["dur"] >= 0
-        # The fake driver's clock has nothing to do with that of the host.
-        assert event["args"]["queued_us"] >= 0 or rig.name.startswith("fake")
-        assert event["args"]["bytes"] == 70_000
-    names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert {"host to device", "device to host"} <= names
-
-
-def test_no_trace_is_kept_where_none_is_asked_for(rig):
-    with rig.pager([4096] * 2, trace_events=0) as pager:
-        fill(rig, pager)
-        pager.flush()
-        assert all(event["ph"] == "M" for event in pager.trace()["traceEvents"])
-
-
 @pytest.mark.parametrize("order", ["pager", "host", "slot"])
 def test_views_outlive_the_pager_in_any_order(rig, order):
     gc.collect()
@@ -435,53 +294,3 @@ def test_pages_acquired_in_inference_mode_can_be_changed_outside(rig):
             host = pager.host(0)
         host.add_(1)
         assert (host == 2).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"pages": []}, ValueError, "pages must hold at least one size"),
-        ({"pages": 5}, TypeError, "pages must be a sequence"),
-        ({"pages": "44"}, TypeError, "pages must be a sequence"),
-        ({"pages": [4, 0]}, ValueError, r"pages\[1\] must be from 1 .* got 0"),
-        ({"pages": [4, 1.5]}, TypeError, r"pages\[1\] must be an integer, got 1.5"),
-        ({"slots": 0}, ValueError, "slots must be from 1 to 1024, got 0"),
-        ({"slots": "2"}, TypeError, "slots must be an integer, got '2'"),
-        ({"trace_events": -1}, ValueError, "trace_events must be from 0"),
-        ({"device": "tpu"}, ValueError, "device must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'"),
-        ({"device": "mps"}, ValueError, "device must be 'cpu', 'cuda' or 'cuda:N', got 'mps'"),
-        ({"device": None}, TypeError, "device must be"),
-        ({"pin": "yes"}, ValueError, "pin must be True, False or 'auto', got 'yes'"),
-        ({"pin": True}, ValueError, "pin=True needs a GPU, got device='cpu'"),
-        ({"state_dir": 3}, TypeError, "state_dir must be a path or None, got 3"),
-        ({"reopen": True}, ValueError, "reopen=True needs state_dir"),
-        ({"reopen": 1, "state_dir": "x"}, TypeError, "reopen must be True or False, got 1"),
-    ],
-)
-def test_bad_arguments_name_themselves_and_leave_nothing(options, error, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    gc.collect()
-    before = HostArena.live_bytes()
-    with pytest.raises(error, match=words):
-        Pager(**{"pages": [4, 4]} | options)
-    gc.collect()
-    assert HostArena.live_bytes() == before
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
-def test_a_gpu_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"device='cuda:1' needs a GPU.*is_available\(\) is False.*'cpu'"):
-        Pager([4], device="cuda:1")
-
-
-def test_more_memory_than_there_is_raises_at_once():
-    with pytest.raises(OSError, match="bytes failed") as caught:
-        Pager([2**30] * 2**14)
-    assert caught.value.errno
-
-
-def test_numpy_integers_are_sizes():
-    with Pager(list(np.array([8, 16]))) as pager:
-        assert pager.pages == (8, 16)
-        assert all(type(size) is int for size in pager.pages)

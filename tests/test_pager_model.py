@@ -89,13 +89,12 @@ class Model:
         self.pager.prefetch(page)
 
     def discard(self, page: int, value: int) -> None:
-        if page not in self.held:
-            self._note_stored(page)
-        changed = page not in self.held and self.pager.state(page) == "DIRTY"
+        self._note_stored(page)
         self.pager.discard(page)
         self.held.pop(page, None)
-        if changed and self.asynchronous:
-            # A page that is read ahead may have taken the slot meanwhile: then the change was written back.
+        if self.asynchronous:
+            # A page that is read ahead may have taken the slot of a kept one at any moment, also before it was acquired
+            # again: then its change was written back, and is what the host has.
             self.pager.flush()
             found = bytes(self.pager.host(page).numpy())
             assert found in (self.stored[page], self.content[page])

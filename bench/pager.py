@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import common, disk
+from chunkft.cli import machine
 from chunkft.streaming import HostArena, Pager
 
 MIB = 1 << 20
@@ -56,29 +57,13 @@ def seconds(work: Callable[[], object], device: Device, repeats: int) -> float:
     return common.quartiles(times[1:])[1]
 
 
-def large_copies(device: Device, nbytes: int, repeats: int) -> dict[str, float]:
-    """GB/s of one copy of `nbytes` each way, and of two at once where there are streams; on a CPU: memcpy."""
-    up, down = device.pinned(nbytes), device.pinned(nbytes)
-    to, back = device.empty(nbytes), device.empty(nbytes)
-    one = torch.cuda.Stream() if device.gpu else None
-    two = torch.cuda.Stream() if device.gpu else None
-
-    def load() -> None:
-        with torch.cuda.stream(one):
-            to.copy_(up, non_blocking=True)
-
-    def store() -> None:
-        with torch.cuda.stream(two):
-            down.copy_(back, non_blocking=True)
-
-    found = {
-        "load": nbytes / seconds(load, device, repeats) / 1e9,
-        "store": nbytes / seconds(store, device, repeats) / 1e9,
-    }
+def large_copies(device: Device, nbytes: int) -> dict[str, float]:
+    """GB/s of one copy of `nbytes` each way, and of two at once on a GPU; on a CPU: memcpy."""
     if device.gpu:
-        both = seconds(lambda: (load(), store()), device, repeats)
-        found["both"] = 2 * nbytes / both / 1e9
-    return found
+        found = machine.link_bandwidth(torch.cuda.current_device(), nbytes)
+    else:
+        found = dict.fromkeys(("load", "store"), machine.memcpy_bandwidth(nbytes))
+    return {kind: value / 1e9 for kind, value in found.items()}
 
 
 def pager_copies(device: Device, page: int, pages: int, repeats: int) -> dict[str, float]:
@@ -327,9 +312,7 @@ def main() -> None:
         "pages": args.pages,
         "repeats": args.repeats,
     }
-    result["large_copy_gbs"] = large = large_copies(
-        device, page * (args.pages if device.gpu else 1), args.repeats
-    )
+    result["large_copy_gbs"] = large = large_copies(device, page * (args.pages if device.gpu else 1))
     result["pager_gbs"] = paged = pager_copies(device, page, args.pages, args.repeats)
     result["copy_gbs"] = copies = copy_times(device, page, 2 * args.repeats)
     result["host_us"] = host = host_time(device, 2000)

@@ -81,6 +81,12 @@ def fake_library() -> Path | None:
     return plain[-1] if plain else None
 
 
+class _Range(ctypes.Structure):
+    """`struct fakecuda_range`."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("bytes", ctypes.c_size_t), ("write", ctypes.c_int))
+
+
 class FakeCudaRig(Rig):
     """Slots are CPU tensors that the fake driver takes for device memory; its checker sees every copy and wait."""
 
@@ -94,6 +100,7 @@ class FakeCudaRig(Rig):
         self.driver.fakecuda_violations.restype = ctypes.c_size_t
         self.driver.fakecuda_declare_device.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._slots: list[torch.Tensor] = []
+        self.busy_slots = False
 
     def start(self) -> None:
         driver = self.driver
@@ -149,7 +156,23 @@ class FakeCudaRig(Rig):
             slot = torch.empty(nbytes, dtype=torch.uint8)
         self.driver.fakecuda_declare_device(slot.data_ptr(), nbytes)
         self._slots.append(slot)
+        if self.busy_slots:
+            self.launch_write(slot)
         return slot
+
+    def launch_write(self, slot: torch.Tensor) -> None:
+        """Gives the caller's stream work that writes to a slot, as a former owner of its memory may have."""
+        written = _Range(slot.data_ptr(), slot.nbytes, 1)
+        launched = self.driver.fakecuda_launch(
+            self.stream,
+            b"former owner",
+            ctypes.byref(written),
+            ctypes.c_size_t(1),
+            None,
+            None,
+            ctypes.c_double(1),
+        )
+        assert launched == 0
 
 
 class FakeCudaFileRig(FakeCudaRig):

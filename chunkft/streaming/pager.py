@@ -91,6 +91,8 @@ class Pager:
         self._place = place
         self._process = os.getpid()
         self._slots = tuple(place.empty(max(self._pages)) for _ in range(count))
+        # torch may have queued work on what was this memory, and our copies run on streams that it knows nothing of.
+        place.synchronize()
         self._home: Home
         if state_dir is None:
             self._home = MemoryHome(self._pages, self._slots, place, pin, events)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkft import tracing
 from chunkft.autograd import Slice
 from chunkft.optim.pages import Page, StateProbe, make_pages
 from chunkft.optim.state import State, StateStore
@@ -157,8 +158,10 @@ class PagedStore(StateStore):
             return
         pager, local = self._pager(number)
         written = any(self._valid.get(piece) for piece in self.pages[number].pieces)
-        if written and len(self._in_slots(pager)) < pager.slots and pager.prefetch(local):
-            self._ahead.append(number)
+        if written and len(self._in_slots(pager)) < pager.slots:
+            with tracing.span("prefetch page %d", number):
+                if pager.prefetch(local):
+                    self._ahead.append(number)
 
     def put(self, states: dict[Slice, State]) -> None:
         """Keep the states of these slices: on their page if it is open, otherwise in its host copy."""

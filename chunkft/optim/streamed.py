@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from chunkft import tracing
 from chunkft.autograd import Slice
 from chunkft.optim.kernel_slices import KernelSlices, make_slices
 from chunkft.optim.master import STATE_KEYS
@@ -63,6 +64,10 @@ class StreamResidency:
 
         ``found_inf`` is for slices that ``kernel_applies`` to: not zero, and nothing is updated.
         """
+        with tracing.span("update %s and %d more", unit[0][0], len(unit) - 1):
+            self._update(unit, seed, following, found_inf)
+
+    def _update(self, unit: Pairs, seed: str, following: Sequence[Pairs], found_inf: Tensor | None) -> None:
         pieces = [piece for piece, _ in unit]
         states = self._store.open(unit)
         self._fetch(following)

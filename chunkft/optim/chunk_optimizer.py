@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from chunkft import tracing
+from chunkft.activations import saved_activations
 from chunkft.autograd import Slice
+from chunkft.optim.accounting import MemoryMeter
 from chunkft.optim.arguments import (
     ModelOrGroups,
     attachment_and_groups,
@@ -28,6 +30,7 @@ from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.paging import PagingMeter, PagingReport
+from chunkft.optim.report import MemoryReport
 from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
@@ -152,6 +155,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
+            self._memory = MemoryMeter()
             self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
             self.plan: ChunkPlan = plan
             self._ready = True
@@ -203,6 +207,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._close_backward(self._residency)
             return
         leaves = [leaf for _, leaf in self._attachment.active()]
+        self._memory.observe_gradients(leaves)
         unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
         average_gradients(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
@@ -291,6 +296,19 @@ class ChunkOptimizer(torch.optim.Optimizer):
             "state_host": self._store.nbytes,
         }
 
+    def saved_activations(self) -> saved_activations:
+        """Context manager that counts what autograd saves in it (``chunkft.saved_activations``) for the next report."""
+        saved = saved_activations(self._attachment.model)
+        self._memory.watch(saved)
+        return saved
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes of weights, gradients, state, masters and activations: predicted, now, at their peak since the last
+        report, and what full fine-tuning would hold.
+        """
+        self._check_attached("memory_report")
+        return self._memory.report(self)
+
     def paging(self) -> PagingReport | None:
         """What paging moved since the last call, how much of it was exposed, and how many chunks would hide it.
 
@@ -370,6 +388,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _count_update(self) -> None:
         self.updates += 1
         self.interval_position += 1
+        if self.interval_position == 1:  # from now on it does not change until the switch
+            self._memory.observe_state(self)
 
     def _follow_weights(self) -> None:
         self._attachment.verify()

@@ -25,14 +25,14 @@ class StateStore:
     """
 
     def __init__(self, in_arena: bool = True) -> None:
-        self._in_arena = in_arena
+        self.in_arena = in_arena
         self._states: dict[Slice, State] = {}
         self._arenas: list[HostArena] = []
         self._homes: dict[tuple[Slice, str], Tensor] = {}
 
     def successor(self, plan: ChunkPlan) -> StateStore:
         """A store of the same kind for a plan, without state."""
-        return StateStore(self._in_arena)
+        return StateStore(self.in_arena)
 
     def load(self, states: Callable[[], dict[Slice, State]]) -> None:
         """Keep states that were read from a checkpoint, for slices that are active together."""
@@ -62,7 +62,7 @@ class StateStore:
 
     def put(self, states: dict[Slice, State]) -> None:
         """Keep the states of these slices, which are active together; makes one arena for what is new."""
-        if not self._in_arena:
+        if not self.in_arena:
             self._states.update(states)
             return
         homeless: list[tuple[Slice, str, Tensor]] = []

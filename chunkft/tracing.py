@@ -59,14 +59,14 @@ class _Span:
         self._record = torch.profiler.record_function(name)
 
     def __enter__(self) -> None:
-        self._record.__enter__()
+        self._record.__enter__()  # type: ignore[no-untyped-call]
         self._nvtx = torch.cuda.is_available()
         if self._nvtx:
-            torch.cuda.nvtx.range_push(self._name)
+            torch.cuda.nvtx.range_push(self._name)  # type: ignore[no-untyped-call]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._nvtx:
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         self._record.__exit__(kind, error, trace)

@@ -14,7 +14,7 @@ __all__ = ["MemoryReport", "human_bytes", "plot_loss", "read_metrics", "table", 
 
 ADAM_MOMENTS = 2
 FP32_BYTES = 4
-HELD = ("gradients", "optimizer state", "master weights", "state before it has a page", "saved activations")
+HELD = ("gradients", "optimizer state", "master weights", "saved activations")
 
 
 class MemoryReport:
@@ -33,13 +33,13 @@ class MemoryReport:
             "gradients": trained_bytes,
             "optimizer state": ADAM_MOMENTS * FP32_BYTES * trained,
             "master weights": FP32_BYTES * trained if half else 0,
-            "state before it has a page": 0,
             "saved activations": None,
         }
         self.run: dict[str, int | None] = dict.fromkeys(HELD, 0)
         self.run["saved activations"] = None
         self.host = 0
         self.files = 0
+        self.new = 0  # state, until it is on its page
 
     def observe(self, report: optim.MemoryReport) -> None:
         """Takes the peaks that the optimizer counted in the run."""
@@ -47,8 +47,8 @@ class MemoryReport:
             "gradients": report.gradients.peak,
             "optimizer state": report.state_device.peak,
             "master weights": report.masters.peak,
-            "state before it has a page": report.state_new.peak,
         }
+        self.new = report.state_new.peak or 0
         self.host, self.files = report.state_host.peak or 0, report.state_files.peak or 0
 
     def observe_full(self) -> None:
@@ -69,6 +69,8 @@ class MemoryReport:
         )
         rows.append(("weights", human_bytes(self.weights), human_bytes(self.weights), "1"))
         rows.append(("state of all chunks, on the host", "0 B", human_bytes(self.host), "-"))
+        if self.new:
+            rows.append(("state before it has a page", "0 B", human_bytes(self.new), "-"))
         if self.files:
             rows.append(("state of all chunks, in files", "0 B", human_bytes(self.files), "-"))
         return rows
@@ -84,6 +86,7 @@ class MemoryReport:
             "full_adamw": self.full,
             "this_run": self.run,
             "host": self.host,
+            "new": self.new,
             "files": self.files,
         }
 

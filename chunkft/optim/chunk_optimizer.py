@@ -149,6 +149,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.skipped = 0
             self.grad_norm: Tensor | None = None
             self._interval_index = 0
+            self._generation = 0
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()

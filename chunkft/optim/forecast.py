@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from chunkft.autograd import Slice
 from chunkft.optim.backward import BackwardResidency
@@ -37,7 +36,7 @@ def predict(optimizer: ChunkOptimizer, plan: ChunkPlan) -> dict[str, int | None]
     weights = sum(piece.numel * weight_of(piece.name).element_size() for piece in plan.slices())
     found: dict[str, int | None] = {
         "weights": weights + sum(p.numel() * p.element_size() for p in frozen),
-        "gradients": _gradients(optimizer, plan, weight_of),
+        "gradients": gradient_peak(optimizer, plan),
     }
     store = optimizer._store
     probe = store.probe if isinstance(store, PagedStore) else StateProbe(optimizer._residency.rule, weight_of)
@@ -138,23 +137,36 @@ def _paged(
     }
 
 
-def _gradients(optimizer: ChunkOptimizer, plan: ChunkPlan, weight_of: Callable[[str], Tensor]) -> int:
+def gradient_peak(
+    optimizer: ChunkOptimizer, plan: ChunkPlan, page_of: Mapping[Slice, int] | None = None
+) -> int:
+    """The most bytes of gradients at a time: those of a chunk, or where updates are part of the backward pass those
+    that wait for the rest of their page.
+
+    Args:
+        optimizer: that of the model.
+        plan: the chunks.
+        page_of: page of each slice, for updates in the backward pass; None asks the optimizer whether it does that.
+    """
+    weight_of = optimizer._attachment.model.get_parameter
+
     def nbytes(pieces: Iterable[Slice]) -> int:
         return sum(piece.numel * weight_of(piece.name).element_size() for piece in pieces)
 
     active = [[*plan.always, *chunk.slices] for chunk in plan.chunks]
-    if not isinstance(optimizer._residency, BackwardResidency):
-        return max(nbytes(pieces) for pieces in active)
-    assert isinstance(optimizer._store, PagedStore)
+    if page_of is None:
+        if not isinstance(optimizer._residency, BackwardResidency):
+            return max(nbytes(pieces) for pieces in active)
+        assert isinstance(optimizer._store, PagedStore)
+        page_of = optimizer._store.page_of
     most = 0
-    for number, pieces in enumerate(active):
-        page_of = optimizer._store.page_of if plan is optimizer.plan else _page_numbers(optimizer, plan)
+    for pieces in active:
         missing: dict[object, set[Slice]] = {}
         by_name: dict[str, list[Slice]] = {}
         for piece in pieces:
             missing.setdefault(page_of.get(piece, piece), set()).add(piece)
             by_name.setdefault(piece.name, []).append(piece)
-        units = {unit: list(members) for unit, members in missing.items()}
+        units = {unit: nbytes(members) for unit, members in missing.items()}
         held = 0
         for name in reversed(by_name):
             held += nbytes(by_name[name])
@@ -163,18 +175,8 @@ def _gradients(optimizer: ChunkOptimizer, plan: ChunkPlan, weight_of: Callable[[
                 unit = page_of.get(piece, piece)
                 missing[unit].discard(piece)
                 if not missing[unit]:
-                    held -= nbytes(units[unit])
-        assert held == 0, f"chunk {number} leaves {held} bytes of gradients"
+                    held -= units[unit]
     return most
-
-
-def _page_numbers(optimizer: ChunkOptimizer, plan: ChunkPlan) -> dict[Slice, int]:
-    store = optimizer._store
-    assert isinstance(store, PagedStore)
-    weight_of = optimizer._attachment.model.get_parameter
-    groups = [plan.always, *(chunk.slices for chunk in plan.chunks)]
-    pages = make_pages(groups, store.probe, lambda name: weight_of(name).device, store.page_bytes)
-    return {piece: number for number, page in enumerate(pages) for piece in page.pieces}
 
 
 def _tensors(layout: Layout, *, masters: bool) -> int:

@@ -143,6 +143,12 @@ class PagedStore(StateStore):
         region = self.pages[number].regions[piece].get(key)
         return None if region is None else region.of(self._open[number])
 
+    def holds(self, piece: Slice, key: str, tensor: Tensor) -> bool:
+        """Whether a tensor of a slice's state lies in the slot of its page, or in memory of the store."""
+        home = self.home(piece, key)
+        own = home is not None and home.data_ptr() == tensor.data_ptr()
+        return own or super().holds(piece, key, tensor)
+
     def abandon(self, pieces: Sequence[Slice]) -> None:
         """Forget what happened on open pages of ``pieces``: the host's copy counts again."""
         for number in self._pages_of(pieces):

@@ -97,6 +97,11 @@ class StateStore:
         """Memory in which new state of an open slice may be made, so that keeping it copies nothing."""
         return None
 
+    def holds(self, piece: Slice, key: str, tensor: Tensor) -> bool:
+        """Whether a tensor of a slice's state lies in memory of the store."""
+        home = self._homes.get((piece, key))
+        return home is not None and home.data_ptr() == tensor.data_ptr()
+
     def clear(self) -> None:
         """Forget all state and release its memory."""
         self._states.clear()

@@ -1,4 +1,4 @@
-"""Profiles of training steps: times, copies, chunks and memory on one axis; what made the peak and what would lower it."""
+"""Profiles of training steps: times, copies, chunks and memory; what made the peak, and what would lower it."""
 
 from chunkft.profiling.ledger import Block, Ledger
 from chunkft.profiling.result import Holder, Peak, Profile

@@ -56,7 +56,7 @@ class Block:
     saved_by: str = ""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operators make, until they are freed, and says what each of them is.
 
     Memory that was there before counts only as what ``fixed`` and ``polled`` say of it. Storages of operators in
@@ -67,20 +67,28 @@ class Ledger(TorchDispatchMode):
         device: storages on other devices are left out.
         polled: bytes of optimizer state in memory that no operator makes (arenas, slots, files' buffers); asked while
             the optimizer works.
+        at_modules: called at the end of each module's forward pass.
 
     Attributes:
         blocks: everything that was counted.
         polls: times and values of ``polled`` where it changed.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, polled: Callable[[], int]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        polled: Callable[[], int],
+        at_modules: Callable[[], None],
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.blocks: list[Block] = []
         self.polls: list[tuple[int, int]] = []
         self.phase = ""
         self.inputs: dict[str, int] = {}  # most bytes of the first tensor that a module was called with
         self._device = device
         self._polled = polled
+        self._at_modules = at_modules
         self._live: dict[int, Block] = {}  # by address
         self._lock = threading.RLock()
         self._names = {module: name for name, module in model.named_modules()}
@@ -98,20 +106,20 @@ class Ledger(TorchDispatchMode):
             module_hooks.register_module_forward_hook(self._leave_module, always_call=True),
         ]
         self._saved.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self._saved.__exit__(kind, error, trace)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
     def fixed(self, tensor: Tensor) -> None:
-        """This memory was there before, and is counted elsewhere."""
+        """Leave out memory that was there before, and is counted elsewhere."""
         self._fixed.add(tensor.untyped_storage().data_ptr())
 
     def present(self, tensor: Tensor, category: str, op: str) -> None:
@@ -192,7 +200,7 @@ class Ledger(TorchDispatchMode):
     def _module(self) -> str:
         if self._stack:
             return self._stack[-1]
-        node = torch._C._current_autograd_node()  # type: ignore[attr-defined]
+        node: Any = torch._C._current_autograd_node()
         if node is None:
             return ""
         place = bisect.bisect_right(self._marks, node._sequence_nr()) - 1
@@ -217,6 +225,7 @@ class Ledger(TorchDispatchMode):
 
     def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
         if module in self._names and self._stack:
+            self._at_modules()
             self._stack.pop()
             self._mark()
 

@@ -44,7 +44,7 @@ class Recorder:
         self.phases: list[Phase] = []
         self.memory_phases: list[Phase] = []
         self.process: list[tuple[int, int]] = []
-        self.ledger = Ledger(model, self.device, self._outside)
+        self.ledger = Ledger(model, self.device, self._outside, self._sample)
         self._loss = loss
         self._batches = batches
         self._rss = _resident_set() if self.device.type == "cpu" else None
@@ -55,11 +55,11 @@ class Recorder:
 
     @contextmanager
     def profiling(self, clock: Clock, with_torch: bool) -> Iterator[profile | None]:
-        """Profile the steps inside; ``with_torch=False`` leaves that to a program outside, and marks the range for it."""
+        """Profile the steps inside; without torch that is left to a program outside, for which the range is marked."""
         with ExitStack() as stack:
             stack.enter_context(tracing.enabled())
             if self.device.type == "cuda" and not with_torch:
-                torch.cuda.profiler.start()
+                torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
                 stack.callback(torch.cuda.profiler.stop)
             profiler = None
             if with_torch:
@@ -108,7 +108,7 @@ class Recorder:
                 loss = self._loss(self.model, batch)
             self.ledger.forward_done(begun)
             with self._phase("backward", step, chunk, phases, sample):
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             del loss, batch
         with self._phase("step", step, chunk, phases, sample):
             self.optimizer.step()

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
+from chunkft.autograd import Slice
 from chunkft.kernels.linear_cross_entropy import chunk_size
 from chunkft.optim import ChunkOptimizer
-from chunkft.optim.forecast import MASTER_KEYS, gradient_peak, predict
+from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.forecast import gradient_peak, predict
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.pages import StateProbe, fitted, make_pages
 from chunkft.optim.resident import ChunkResidency
 from chunkft.partitions import block_prefixes, make_plan
 from chunkft.plan import ChunkPlan
-from chunkft.profiling.ledger import ACTIVATIONS, GRADIENTS, STATE, WEIGHTS, Block
+from chunkft.profiling.ledger import ACTIVATIONS, GRADIENTS, STATE, Block
 from chunkft.profiling.timeline import Bytes, Timeline
 from chunkft.streaming import file_tier_nbytes
 
 __all__ = ["Saving", "Setting", "savings"]
-
-HALF = 2
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def _checkpointing(timeline: Timeline, setting: Setting) -> Iterator[Candidate]:
     prefixes = [prefix.removesuffix(".") for prefix in block_prefixes(setting.model)]
     held = {prefix: timeline.series(_activation_of(prefix)) for prefix in prefixes}
     held = {prefix: series for prefix, series in held.items() if series.any()}
-    if len(held) < HALF:
+    if len(held) < 2:
         return
     together = np.sum(list(held.values()), axis=0)
     # One block is computed again at a time; of the others their inputs stay.
@@ -114,7 +116,7 @@ def _checkpointing(timeline: Timeline, setting: Setting) -> Iterator[Candidate]:
         yield "activation checkpointing", how, together - together * kept // most
 
 
-def _activation_of(prefix: str):  # type: ignore[no-untyped-def]
+def _activation_of(prefix: str) -> Callable[[Block], bool]:
     inside = f"{prefix}."
 
     def wanted(block: Block) -> bool:
@@ -125,50 +127,54 @@ def _activation_of(prefix: str):  # type: ignore[no-untyped-def]
 
 
 def _logits(timeline: Timeline, setting: Setting) -> Iterator[Candidate]:
-    head = getattr(setting.model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Linear):
+    head = _head(setting.model)
+    blocks = [block for block in timeline.blocks if _is_logits(block, head)]
+    if head is None or not blocks:
         return
-    vocabulary, hidden = head.weight.shape
-    tokens = 0
-
-    def wanted(block: Block) -> bool:
-        shape = block.shape
-        return (
-            len(shape) > 1
-            and shape[-1] == vocabulary
-            and "float" in block.dtype
-            and block.category not in (GRADIENTS, STATE)
-        )
-
-    blocks = [block for block in timeline.blocks if wanted(block)]
-    if not blocks:
-        return
+    hidden = head.weight.shape[1]
     largest = max(blocks, key=lambda block: block.nbytes)
-    tokens = int(np.prod(largest.shape[:-1]))
-    size = largest.nbytes // (tokens * vocabulary)
+    tokens = math.prod(largest.shape[:-1])
     at_once = chunk_size(tokens, head.weight.dtype, False)
-    kept = HALF * at_once * vocabulary * size + tokens * hidden * head.weight.element_size()
-    series = timeline.series(wanted)
+    # Logits and their gradient for some tokens at a time, and the gradient of the hidden states.
+    kept = 2 * at_once * largest.nbytes // tokens + tokens * hidden * head.weight.element_size()
+    series = timeline.series(lambda block: _is_logits(block, head))
     how = (
-        "chunkft.autograd.sliced_linear_cross_entropy in place of head and loss: the logits "
-        f"{tuple(largest.shape)} never exist as a whole"
+        "chunkft.autograd.sliced_linear_cross_entropy in place of head and loss: logits of shape "
+        f"{largest.shape} never exist as a whole"
     )
     yield "loss without logits", how, np.maximum(series - kept, 0)
 
 
+def _head(model: nn.Module) -> nn.Linear | None:
+    """The layer that gives logits over the vocabulary, if the model says which it is."""
+    find = getattr(model, "get_output_embeddings", None)
+    found = None if find is None else find()
+    return found if isinstance(found, nn.Linear) else None
+
+
+def _is_logits(block: Block, head: nn.Linear | None) -> bool:
+    if head is None or len(block.shape) < 2 or block.shape[-1] != head.weight.shape[0]:
+        return False
+    return "float" in block.dtype and block.category not in (GRADIENTS, STATE)
+
+
 def _half_weights(timeline: Timeline, setting: Setting) -> Iterator[Candidate]:
-    weights = list(setting.model.parameters())
-    wide = sum(p.numel() * p.element_size() for p in weights if p.element_size() == 4)
-    if not wide or not any("float32" in str(p.dtype) for p in weights):
+    weights = [p for p in setting.model.parameters() if p.dtype == torch.float32]
+    if not weights or not _is_adamw(setting.optimizer):
         return
-    trained = sum(p.numel() for p in weights)
-    less = np.full_like(timeline.bytes[WEIGHTS], wide // HALF) + timeline.bytes[GRADIENTS] // HALF
-    state = timeline.bytes[STATE]
-    # Two fp32 moments of 4 bytes each; the residual adds 2 bytes an element.
-    less = less - state // 4
-    how = "--dtype bf16 with master='residual' (2 bytes more of state an element): exact fp32 masters, 16-bit products"
-    if trained:
-        yield "bf16 weights", how, less
+    head = _head(setting.model)
+    wide = timeline.series(
+        lambda b: b.category == ACTIVATIONS and b.dtype == "float32" and not _is_logits(b, head)
+    )
+    less = wide // 2 + timeline.bytes[GRADIENTS] // 2 + sum(p.numel() * 2 for p in weights)
+    # Beside two moments of 4 bytes an element the residual is 2 more.
+    less = less - timeline.bytes[STATE] // 4
+    how = "--dtype bf16, master='residual': fp32 masters in 2 bytes more of state an element, 16-bit products"
+    yield "bf16 weights", how, less
+
+
+def _is_adamw(optimizer: ChunkOptimizer | None) -> bool:
+    return optimizer is not None and optimizer._base_class is torch.optim.AdamW
 
 
 def _any_chunks(timeline: Timeline) -> Iterator[Candidate]:
@@ -178,7 +184,7 @@ def _any_chunks(timeline: Timeline) -> Iterator[Candidate]:
 
 
 def _more_chunks(timeline: Timeline, setting: Setting, optimizer: ChunkOptimizer) -> Iterator[Candidate]:
-    plan = _plan_of(optimizer, HALF * len(optimizer.plan))
+    plan = _plan_of(optimizer, 2 * len(optimizer.plan))
     if plan is None:
         return
     before, after = predict(optimizer, optimizer.plan), predict(optimizer, plan)
@@ -198,46 +204,38 @@ def _more_chunks(timeline: Timeline, setting: Setting, optimizer: ChunkOptimizer
 def _update_in_backward(
     timeline: Timeline, setting: Setting, optimizer: ChunkOptimizer
 ) -> Iterator[Candidate]:
-    store = optimizer._store
-    streams = isinstance(store, PagedStore) and not isinstance(optimizer._residency, ChunkResidency)
-    if setting.accumulation > 1 or (streams and gradient_peak(optimizer, optimizer.plan) == 0):
-        return
     found = _streamed(optimizer)
-    if found is None or type(optimizer._residency).__name__ == "BackwardResidency":
+    if setting.accumulation > 1 or found is None or isinstance(optimizer._residency, BackwardResidency):
         return
-    plan, page_of, pages = found
     gradients = timeline.bytes[GRADIENTS]
-    less = gradients - np.minimum(gradients, gradient_peak(optimizer, plan, page_of))
+    less = gradients - np.minimum(gradients, gradient_peak(optimizer, found.plan, found.page_of))
     how = "--residency stream --update backward: no clipping, no accumulation"
-    yield "updates in the backward pass", how, less + _state_of(timeline, setting, streams, pages)
+    yield "updates in the backward pass", how, less + _state_of(timeline, setting, optimizer, found)
 
 
 def _elsewhere(timeline: Timeline, setting: Setting, optimizer: ChunkOptimizer) -> Iterator[Candidate]:
     found = _streamed(optimizer)
     if found is None:
         return
-    _, _, pages = found
-    streams = not isinstance(optimizer._residency, ChunkResidency)
-    slots = min(3, len(pages)) * max(pages)
-    if not streams and not setting.on_host:
-        how = "--residency stream: state passes through three pages in every step"
-        yield "streamed state", how, _state_of(timeline, setting, streams, pages)
     store = optimizer._store
+    if not setting.on_host and isinstance(optimizer._residency, ChunkResidency):
+        how = "--residency stream: state passes through three pages in every step"
+        yield "streamed state", how, _state_of(timeline, setting, optimizer, found)
     if setting.on_host and not (isinstance(store, PagedStore) and store.state_dir is not None):
-        state = timeline.bytes[STATE]
-        buffers, _ = file_tier_nbytes(pages, min(3, len(pages)))
-        how = "--state-dir DIR with --residency stream: state in files, as fast as the disk"
-        yield "state in files", how, np.maximum(state - slots - buffers, 0)
+        buffers, _ = file_tier_nbytes(found.pages, found.slots)
+        how = "--residency stream --state-dir DIR: state in files, as fast as the disk"
+        less = timeline.bytes[STATE] - found.slots * max(found.pages) - buffers
+        yield "state in files", how, np.maximum(less, 0)
 
 
-def _state_of(timeline: Timeline, setting: Setting, streams: bool, pages: list[int]) -> Bytes:
+def _state_of(timeline: Timeline, setting: Setting, optimizer: ChunkOptimizer, found: _Streamed) -> Bytes:
     """Bytes of state that go when it passes through three pages; negative where it takes more."""
     state = timeline.bytes[STATE]
-    if streams:
+    if not isinstance(optimizer._residency, ChunkResidency):
         return np.zeros_like(state)
-    slots = min(3, len(pages)) * max(pages)
+    slots = found.slots * max(found.pages)
     if setting.on_host:
-        return state - (sum(pages) + slots)
+        return state - (sum(found.pages) + slots)
     return state - np.minimum(state, slots)
 
 
@@ -247,18 +245,18 @@ def _smaller_state(timeline: Timeline, optimizer: ChunkOptimizer) -> Iterator[Ca
     bytes_of: dict[str, int] = {}
     for piece in optimizer.plan.slices():
         for key, (shape, dtype) in probe.layout(piece).items():
-            bytes_of[key] = bytes_of.get(key, 0) + int(np.prod(shape)) * dtype.itemsize
+            bytes_of[key] = bytes_of.get(key, 0) + math.prod(shape) * dtype.itemsize
     everything = sum(bytes_of.values())
     if not everything:
         return
     state = timeline.bytes[STATE]
-    wide_masters = sum(bytes_of.get(key, 0) for key in MASTER_KEYS & {"master"})
-    if wide_masters and "residual" not in bytes_of:
-        share = wide_masters / everything / HALF
+    wide_masters = bytes_of.get("master", 0)
+    if wide_masters:
+        share = wide_masters / everything / 2
         how = "master='residual': the missing 16 bits of each master instead of all 32; exact (bf16 weights)"
         yield "residual masters", how, (state * share).astype(np.int64)
-    if rule.base.__name__ == "AdamW" and rule.first_moment is None and "exp_avg" in bytes_of:
-        share = bytes_of["exp_avg"] / everything / HALF
+    if _is_adamw(optimizer) and rule.first_moment is None and "exp_avg" in bytes_of:
+        share = bytes_of["exp_avg"] / everything / 2
         how = "first_moment='bf16': a rounding error of at most 2^-8 in the first moment"
         yield "first moment in bf16", how, (state * share).astype(np.int64)
 
@@ -282,8 +280,21 @@ def _plan_of(optimizer: ChunkOptimizer, chunks: int) -> ChunkPlan | None:
     return made
 
 
-def _streamed(optimizer: ChunkOptimizer) -> tuple[ChunkPlan, dict, list[int]] | None:  # type: ignore[type-arg]
+@dataclass(frozen=True)
+class _Streamed:
     """Plan, page of each slice and page sizes as ``residency="stream"`` would have them."""
+
+    plan: ChunkPlan
+    page_of: dict[Slice, int]
+    pages: list[int]
+
+    @property
+    def slots(self) -> int:
+        """How many pages are on the device."""
+        return min(3, len(self.pages))
+
+
+def _streamed(optimizer: ChunkOptimizer) -> _Streamed | None:
     weight_of = optimizer._attachment.model.get_parameter
     probe = StateProbe(optimizer._residency.rule, weight_of)
     plan = fitted(optimizer.plan, probe, DEFAULT_PAGE_BYTES)
@@ -292,4 +303,4 @@ def _streamed(optimizer: ChunkOptimizer) -> tuple[ChunkPlan, dict, list[int]] | 
     if probe.failure is not None or not pages:
         return None
     page_of = {piece: number for number, page in enumerate(pages) for piece in page.pieces}
-    return replace(plan), page_of, [page.nbytes for page in pages]
+    return _Streamed(plan, page_of, [page.nbytes for page in pages])

@@ -42,7 +42,7 @@ def profile(
     progress: Callable[[str, int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Profile:
-    """Train ``warmup + 2 * steps`` steps: first to warm up, then under torch's profiler, then with an account of memory.
+    """Train ``warmup + 2 * steps`` steps: to warm up, then under torch's profiler, then with an account of memory.
 
     Counting memory slows the operators down, so that times come from the steps without it. Writes into ``out``:
     ``trace.json``, ``memory.json``, ``memory.png``, and of the memory ``memory_snapshot.pickle`` (torch's, on a GPU) or
@@ -57,8 +57,8 @@ def profile(
         out: a directory, made if need be; what is in it is overwritten.
         loss: ``loss(model, batch)``, a scalar; by default ``model(**batch).loss``.
         accumulation: batches for each optimizer step.
-        with_torch: False leaves the times to a program outside (``nsys``, ``ncu``): the timed steps have NVTX ranges and
-            lie between ``cudaProfilerStart`` and ``cudaProfilerStop``, and nothing else is done.
+        with_torch: False leaves the times to a program outside (``nsys``, ``ncu``): the timed steps have NVTX ranges
+            and lie between ``cudaProfilerStart`` and ``cudaProfilerStop``, and nothing else is done.
         title: of the picture.
         progress: called with a part's name, steps done in it and their number.
         stop: asked after every step; True ends the run there, and what was seen so far is written.
@@ -121,10 +121,8 @@ def _write(
     peak, found = None, []
     if timeline is not None:
         on_host = recorder.device.type == "cpu"
-        checkpointed = bool(getattr(recorder.model, "is_gradient_checkpointing", False))
-        setting = Setting(
-            recorder.model, chunked, recorder.ledger.inputs, accumulation, checkpointed, on_host
-        )
+        again = _recomputes(recorder.model)
+        setting = Setting(recorder.model, chunked, recorder.ledger.inputs, accumulation, again, on_host)
         peak, found = find_peak(timeline), savings(timeline, setting)
         note = f"peak {human_bytes(peak.nbytes)}, {peak.phase}"
         if peak.allocation is not None:
@@ -161,6 +159,13 @@ def _beside(recorder: Recorder, timeline: Timeline) -> list[tuple[int, int]]:
     first = recorder.process[0][1]
     base = int(timeline.total[0])
     return [(when, value - first + base) for when, value in recorder.process]
+
+
+def _recomputes(model: nn.Module) -> bool:
+    """Whether a transformers model has activation checkpointing on; the older name is of releases before 5.20."""
+    new = getattr(type(model), "is_activation_checkpointing", None)
+    name = "is_gradient_checkpointing" if new is None else "is_activation_checkpointing"
+    return bool(getattr(model, name, False))
 
 
 def _count(phases: Sequence[Any]) -> int:
@@ -205,5 +210,5 @@ class _snapshots:
 
     def __exit__(self, *error: object) -> None:
         if self._path is not None:
-            torch.cuda.memory._dump_snapshot(str(self._path))
+            torch.cuda.memory._dump_snapshot(str(self._path))  # type: ignore[no-untyped-call]
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -58,16 +59,17 @@ class Timeline:
         ends = [block.freed for block in blocks if block.freed is not None]
         moments = [block.born for block in blocks] + ends + [when for when, _ in polls]
         self.times: Bytes = np.unique(np.array(moments or [0], dtype=np.int64))
-        self.bytes: dict[str, Bytes] = {
-            name: self.series(lambda b, n=name: b.category == n) for name in CATEGORIES
-        }
+        self.bytes: dict[str, Bytes] = {}
+        for name in CATEGORIES:
+            self.bytes[name] = self.series(partial(_is, name))
         self.bytes[WEIGHTS] = self.bytes[WEIGHTS] + weights
         self.bytes[STATE] = self.bytes[STATE] + self._polled(polls)
 
     @property
     def total(self) -> Bytes:
         """Bytes of all categories."""
-        return np.sum(list(self.bytes.values()), axis=0)
+        summed: Bytes = np.sum(list(self.bytes.values()), axis=0)
+        return summed
 
     def series(self, wanted: Callable[[Block], bool]) -> Bytes:
         """Bytes over time of the blocks that are wanted."""
@@ -101,3 +103,7 @@ class Timeline:
             change[0 if number == 0 else np.searchsorted(self.times, when)] += value - before
             before = value
         return np.cumsum(change[:-1])
+
+
+def _is(category: str, block: Block) -> bool:
+    return block.category == category

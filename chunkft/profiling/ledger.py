@@ -29,6 +29,9 @@ WEIGHTS, GRADIENTS, STATE, ACTIVATIONS, OTHER = CATEGORIES = (
 )
 
 
+BEFORE = "made before"
+
+
 @dataclass(slots=True)
 class Block:
     """Memory of one tensor (a storage).
@@ -87,6 +90,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = ""
         self.inputs: dict[str, int] = {}  # most bytes of the first tensor that a module was called with
         self._device = device
+        self._opened = 0
         self._polled = polled
         self._at_modules = at_modules
         self._live: dict[int, Block] = {}  # by address
@@ -122,9 +126,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Leave out memory that was there before, and is counted elsewhere."""
         self._fixed.add(tensor.untyped_storage().data_ptr())
 
-    def present(self, tensor: Tensor, category: str, op: str) -> None:
+    def present(self, tensor: Tensor, category: str) -> None:
         """Count memory that was there before."""
-        self._born(tensor, op, category)
+        if not self._opened:
+            self._opened = time.perf_counter_ns()
+        self._born(tensor, BEFORE, category, self._opened)
 
     def label(self, tensor: Tensor, category: str) -> None:
         """Say what a tensor is, if it was counted; that holds from its beginning."""
@@ -136,12 +142,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What was made in the forward pass that began at this time and still exists is kept for the backward pass."""
         with self._lock:
             for block in self._live.values():
-                if (
-                    block.born >= since
-                    and block.phase == "forward"
-                    and block.category == OTHER
-                    and block.module
-                ):
+                made = block.born >= since and block.phase == "forward" and block.op != BEFORE
+                if made and block.module and block.category == OTHER:
                     block.category = ACTIVATIONS
 
     def saved(self, tensor: Tensor) -> None:
@@ -150,9 +152,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if address in self._fixed:
             return
         if address not in self._live:
-            self._born(tensor, "saved", OTHER)
+            self._born(tensor, BEFORE, OTHER)
         block = self._live.get(address)
-        if block is not None and block.category == OTHER:
+        # What no pass of the model made is part of a batch.
+        if block is not None and block.category == OTHER and block.phase and block.op != BEFORE:
             block.category = ACTIVATIONS
             block.saved_by = block.saved_by or self._module()
 
@@ -174,13 +177,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._born(tensor, str(func).removesuffix(".default"), OTHER)
         return result
 
-    def _born(self, tensor: Tensor, op: str, category: str) -> None:
+    def _born(self, tensor: Tensor, op: str, category: str, when: int = 0) -> None:
         storage = tensor.untyped_storage()
         address, nbytes = storage.data_ptr(), storage.nbytes()
         if not address or not nbytes or tensor.device != self._device:
             return
         shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-        block = Block(nbytes, category, op, self._module(), self.phase, shape, dtype, time.perf_counter_ns())
+        block = Block(
+            nbytes, category, op, self._module(), self.phase, shape, dtype, when or time.perf_counter_ns()
+        )
         with self._lock:
             self._live[address] = block
             self.blocks.append(block)

@@ -79,7 +79,7 @@ class Recorder:
     def accounting(self) -> Iterator[None]:
         """Count memory in the steps inside."""
         ledger = self.ledger
-        self._label(ledger.fixed, lambda tensor: ledger.present(tensor, STATE, "before"))
+        self._label(ledger.fixed, lambda tensor: ledger.present(tensor, STATE))
         with ledger:
             yield
 

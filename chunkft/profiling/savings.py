@@ -297,9 +297,11 @@ class _Streamed:
 def _streamed(optimizer: ChunkOptimizer) -> _Streamed | None:
     weight_of = optimizer._attachment.model.get_parameter
     probe = StateProbe(optimizer._residency.rule, weight_of)
-    plan = fitted(optimizer.plan, probe, DEFAULT_PAGE_BYTES)
+    store = optimizer._store
+    page_bytes = (store.page_bytes if isinstance(store, PagedStore) else None) or DEFAULT_PAGE_BYTES
+    plan = fitted(optimizer.plan, probe, page_bytes)
     groups = [plan.always, *(chunk.slices for chunk in plan.chunks)]
-    pages = make_pages(groups, probe, lambda name: weight_of(name).device, DEFAULT_PAGE_BYTES)
+    pages = make_pages(groups, probe, lambda name: weight_of(name).device, page_bytes)
     if probe.failure is not None or not pages:
         return None
     page_of = {piece: number for number, page in enumerate(pages) for piece in page.pieces}

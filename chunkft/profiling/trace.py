@@ -18,6 +18,7 @@ from chunkft.profiling.timeline import Phase, Timeline
 __all__ = ["Clock", "combined_trace"]
 
 MARK = "chunkft/clock"
+MARKS = 8
 RESIDENCY, MEMORY, COPIES = 990_001, 990_002, 990_010  # process numbers of our tracks, above those of Linux
 POINTS = 4000
 
@@ -25,18 +26,19 @@ POINTS = 4000
 class Clock:
     """Ties the clock of torch's profiler to ``time.perf_counter_ns``, which is the clock of the pager.
 
-    Call it a few times while the profiler runs: each call leaves a range in its trace, whose time by the other clock
-    is known to lie between two readings.
+    Call it while the profiler runs: each call leaves ranges in its trace, whose time by the other clock is known to
+    lie between two readings.
     """
 
     def __init__(self) -> None:
         self._readings: list[tuple[int, int]] = []
 
     def __call__(self) -> None:
-        before = time.perf_counter_ns()
-        with record_function(MARK):
-            pass
-        self._readings.append((before, time.perf_counter_ns()))
+        for _ in range(MARKS):  # the process may be interrupted in some
+            before = time.perf_counter_ns()
+            with record_function(MARK):
+                pass
+            self._readings.append((before, time.perf_counter_ns()))
 
     def offset(self, events: Iterable[dict[str, Any]]) -> float:
         """Microseconds to add to ``perf_counter_ns() / 1e3`` for the time axis of these events.

@@ -81,6 +81,22 @@ def test_activations_are_those_that_autograd_saves_and_have_the_name_of_their_mo
     del loss
 
 
+def test_new_state_is_state_from_its_beginning_also_if_its_chunk_rests_after_the_same_step():
+    model = chain()
+    optimizer = chunkft.ChunkAdamW(model, chunks=3, interval=1)
+    recorder = Recorder(model, optimizer, chain_loss, ([batch] for batch in data(9)))
+    with recorder.accounting():
+        recorder.accounted_step()
+    timeline = recorder.timeline()
+    fresh = [
+        block for block in timeline.blocks if block.op.startswith("aten.zeros_like") and block.nbytes > 4
+    ]
+    assert fresh
+    assert {block.category for block in fresh} == {"state"}
+    assert all(block.freed is not None for block in fresh)  # it went into the arena
+    assert optimizer._memory.on_state is None
+
+
 @pytest.mark.parametrize("place", [None, "device", *MODES])
 def test_gradients_and_state_are_those_of_the_memory_report(place):
     model = chain()

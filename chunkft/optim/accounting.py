@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 
 
 class MemoryMeter:
-    """Keeps the peaks between two reports."""
+    """Keeps the peaks between two reports.
+
+    Attributes:
+        on_state: called when the state of the active slices is complete, before it can be put away; or None.
+    """
 
     def __init__(self) -> None:
         self._peaks: dict[str, int] = {}
         self._watching: list[saved_activations] = []
+        self.on_state: Callable[[], None] | None = None
 
     def watch(self, saved: saved_activations) -> None:
         """Count these activations in the next reports."""
@@ -37,6 +42,8 @@ class MemoryMeter:
     def observe_state(self, optimizer: ChunkOptimizer) -> None:
         """The state of the active slices is complete: after the first update of an interval."""
         self._raise(_state(optimizer))
+        if self.on_state is not None:
+            self.on_state()
 
     def report(self, optimizer: ChunkOptimizer) -> MemoryReport:
         """What is there now, and the peaks since the last report."""

@@ -16,7 +16,6 @@ from chunkft.optim.accounting import MemoryMeter
 from chunkft.optim.arguments import (
     ModelOrGroups,
     attachment_and_groups,
-    check_backward_step,
     check_base,
     check_choices,
     check_memory,
@@ -35,7 +34,7 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
-from chunkft.optim.switch import activate, advance_if_due, bind
+from chunkft.optim.switch import activate, advance_if_due, bind, close_backward
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -205,7 +204,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self._check_attached("step")
         self._follow_weights()
         if isinstance(self._residency, BackwardResidency):
-            self._close_backward(self._residency)
+            close_backward(self, self._residency)
             return
         leaves = [leaf for _, leaf in self._attachment.active()]
         self._memory.observe_gradients(leaves)
@@ -372,19 +371,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
-
-    def _close_backward(self, residency: BackwardResidency) -> None:
-        """``step()`` for slices that were updated in the backward pass."""
-        check_backward_step(getattr(self, "grad_scale", None))
-        if not residency.begun and all(leaf.grad is None for _, leaf in self._attachment.active()):
-            return
-        residency.step(self._noise_seed())
-        if residency.dropped:
-            self.skipped += 1
-        else:
-            self._count_update()
-        residency.seed = self._noise_seed()
-        advance_if_due(self)
 
     def _count_update(self) -> None:
         self.updates += 1

@@ -1,4 +1,4 @@
-"""The end of an interval: the state of one chunk rests, another chunk becomes active."""
+"""The end of a step and of an interval: the state of one chunk rests, another chunk becomes active."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ from torch import nn
 
 from chunkft import tracing
 from chunkft.autograd import Slice
+from chunkft.optim.arguments import check_backward_step
 from chunkft.optim.backward import BackwardResidency
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+
+def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> None:
+    """``step()`` for slices that were updated in the backward pass."""
+    check_backward_step(getattr(optimizer, "grad_scale", None))
+    if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
+        return
+    residency.step(optimizer._noise_seed())
+    if residency.dropped:
+        optimizer.skipped += 1
+    else:
+        optimizer._count_update()
+    residency.seed = optimizer._noise_seed()
+    advance_if_due(optimizer)
 
 
 def advance_if_due(optimizer: ChunkOptimizer) -> None:

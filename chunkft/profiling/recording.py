@@ -80,8 +80,14 @@ class Recorder:
         """Count memory in the steps inside."""
         ledger = self.ledger
         self._label(ledger.fixed, lambda tensor: ledger.present(tensor, STATE))
-        with ledger:
-            yield
+        if self.chunked is not None:
+            self.chunked._memory.on_state = self._label_state
+        try:
+            with ledger:
+                yield
+        finally:
+            if self.chunked is not None:
+                self.chunked._memory.on_state = None
 
     def accounted_step(self) -> None:
         """One step, whose memory is counted."""
@@ -91,6 +97,9 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+        self._label_state()
+
+    def _label_state(self) -> None:
         self._label(lambda tensor: None, lambda tensor: self.ledger.label(tensor, STATE))
 
     def timeline(self) -> Timeline:

@@ -322,6 +322,26 @@ def block(category, nbytes, born, freed, **more):
     return Block(nbytes=nbytes, category=category, born=born, freed=freed, **values)
 
 
+def test_on_a_gpu_state_on_the_device_shrinks_with_chunks_and_pages():
+    model = chain()
+    optimizer = chunkft.ChunkAdamW(model, chunks=2, interval=1)
+    before = optimizer.memory_report()
+    blocks = [block("state", before.state_device.predicted, 10, None), block("other", 50, 20, None)]
+    timeline = Timeline(blocks, [], before.weights.now, [])
+    setting = Setting(model, optimizer, {}, 1, False, False)
+    found = {saving.name: saving for saving in savings(timeline, setting, most=99)}
+    halves = chunkft.ChunkAdamW(chain(), chunks=4).memory_report()
+    saved = before.state_device.predicted - halves.state_device.predicted
+    assert found["more chunks"].saved_bytes == pytest.approx(saved, abs=2)
+    assert "state in files" not in found
+    # All of this model's state fits one page: three slots would be larger than the state of a chunk.
+    assert "streamed state" not in found
+    big = [block("state", 100 << 20, 10, None)]
+    found = {s.name: s for s in savings(Timeline(big, [], 0, []), setting, most=99)}
+    paged = chunkft.ChunkAdamW(chain(), chunks=2, residency="stream").memory_report()
+    assert found["streamed state"].peak_bytes == paged.state_device.predicted
+
+
 def test_what_does_not_lower_the_peak_saves_nothing():
     blocks = [block("gradients", 100, 10, 20), block("other", 100, 30, 40)]
     timeline = Timeline(blocks, [], 7, [])

@@ -1,6 +1,4 @@
-"""The page on profiling: its figures are those of the committed run, its command lines for Nsight have options that exist
-and select ranges that we emit.
-"""
+"""The page on profiling: its figures are those of the committed run, its lines for Nsight have options that exist."""
 
 import json
 import re

@@ -20,6 +20,7 @@ COLOURS = {
     "other": "#fdae6b",
 }
 SHADES = {"forward": "#e5f5e0", "backward": "#fff7bc", "step": "#efedf5"}
+MOST_LABELS = 12  # steps; of more they would lie upon each other
 UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 
 
@@ -50,6 +51,7 @@ def draw_memory(
     # The level of a moment lasts until the next one.
     layers = [np.append(timeline.bytes[c], timeline.bytes[c][-1]) / unit for c in CATEGORIES]
     figure, axes = pyplot.subplots(figsize=(9, 5), dpi=110)
+    steps = len({phase.step for phase in timeline.phases})
     for phase in timeline.phases:
         axes.axvspan(
             (phase.start - begin) / 1e6,
@@ -58,7 +60,7 @@ def draw_memory(
             linewidth=0,
             zorder=0,
         )
-        if phase.name == "forward":
+        if phase.name == "forward" and steps <= MOST_LABELS:
             text = f"step {phase.step}" + ("" if phase.chunk is None else f"\nchunk {phase.chunk}")
             axes.text(
                 (phase.start - begin) / 1e6, 1.01, text, transform=axes.get_xaxis_transform(), fontsize=7

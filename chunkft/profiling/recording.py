@@ -45,6 +45,7 @@ class Recorder:
         self.memory_phases: list[Phase] = []
         self.process: list[tuple[int, int]] = []
         self.ledger = Ledger(model, self.device, self._outside, self._sample)
+        self._waits = self.device.type == "cuda"  # for the device at the end of a phase
         self._loss = loss
         self._batches = batches
         self._rss = _resident_set() if self.device.type == "cpu" else None
@@ -59,6 +60,7 @@ class Recorder:
         with ExitStack() as stack:
             stack.enter_context(tracing.enabled())
             if self.device.type == "cuda" and not with_torch:
+                self._waits = False  # a timeline of somebody else's shows what runs when
                 torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
                 stack.callback(torch.cuda.profiler.stop)
             profiler = None
@@ -132,7 +134,7 @@ class Recorder:
         start = time.perf_counter_ns()
         with tracing.span(name) if name != "step" else tracing.span("optimizer"):
             yield
-        if self.device.type == "cuda":
+        if self._waits:
             torch.cuda.synchronize(self.device)
         phases.append(Phase(name, step, chunk, start, time.perf_counter_ns()))
         sample()

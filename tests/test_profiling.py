@@ -144,6 +144,7 @@ def test_the_peak_names_phase_operator_module_and_shape(tmp_path):
     assert peak.allocation.module == "1"
     assert peak.allocation.shape == (7, 400)
     assert peak.nbytes == sum(peak.by_category.values())
+    assert peak.largest_tensor.shape == (7, 400)
     assert peak.largest[0].module == "1"
     assert peak.largest[0].nbytes >= 7 * 400 * 4
     assert "aten." in result.summary()

@@ -85,6 +85,7 @@ def _carry_out(
             torch.nn.utils.clip_grad_norm_(weights, training.clip_norm)
 
         optimizer.register_step_pre_hook(clip)
+    job.model.config.use_cache = False  # as Trainer does: keys and values are of no use in training
     stop = GracefulStop()
     bar = None if training.quiet else _Bar(sys.stdout)
     with stop.listening():
@@ -97,7 +98,7 @@ def _carry_out(
             out=directory,
             accumulation=training.grad_accum,
             with_torch=not settings.nsight,
-            title=f"{job.name}, {training.chunks if training.optimizer != 'adamw' else 1} chunks",
+            title=f"{Path(job.name).name}, {training.chunks if training.optimizer != 'adamw' else 1} chunks",
             progress=bar,
             stop=lambda: stop.received is not None,
         )

@@ -36,7 +36,8 @@ class Peak:
         phase, step, chunk: what the training did; ``phase`` is "between steps" outside of the phases.
         by_category: bytes of each category.
         allocation: the tensor whose making led to it, or None if it was memory for state outside of torch.
-        largest: what held most.
+        largest_tensor: the largest that existed then, weights and memory for state left out.
+        largest: the modules that held most.
     """
 
     nbytes: int
@@ -45,6 +46,7 @@ class Peak:
     chunk: int | None
     by_category: dict[str, int]
     allocation: Block | None
+    largest_tensor: Block | None
     largest: list[Holder]
 
     def __str__(self) -> str:
@@ -108,8 +110,9 @@ def find_peak(timeline: Timeline) -> Peak:
     when = int(timeline.times[index])
     phase = timeline.phase_at(when)
     made = [block for block in timeline.blocks if block.born == when]
+    alive = timeline.alive(when)
     held: dict[tuple[str, str], list[int]] = {}
-    for block in timeline.alive(when):
+    for block in alive:
         name = block.saved_by or block.module or block.op
         held.setdefault((name, block.category), []).append(block.nbytes)
     holders = [Holder(name, category, sum(sizes), len(sizes)) for (name, category), sizes in held.items()]
@@ -120,6 +123,7 @@ def find_peak(timeline: Timeline) -> Peak:
         chunk=None if phase is None else phase.chunk,
         by_category={name: int(timeline.bytes[name][index]) for name in CATEGORIES},
         allocation=max(made, key=lambda block: block.nbytes, default=None),
+        largest_tensor=max(alive, key=lambda block: block.nbytes, default=None),
         largest=sorted(holders, key=lambda holder: holder.nbytes, reverse=True)[:LARGEST],
     )
 
@@ -140,11 +144,9 @@ def _peak_lines(peak: Peak) -> list[str]:
     if peak.allocation is None:
         lines.append("made by: memory for optimizer state")
     else:
-        made = peak.allocation
-        lines.append(
-            f"made by: {made.op} of {human_bytes(made.nbytes)}, {made.dtype} {list(made.shape)}, "
-            f"in {made.module or 'no module'}"
-        )
+        lines.append(f"made by: {_described(peak.allocation)}")
+    if peak.largest_tensor is not None:
+        lines.append(f"largest tensor then: {_described(peak.largest_tensor)}")
     rows: list[tuple[str, ...]] = [("held at the peak", "bytes", "share")]
     rows += [
         (name, human_bytes(value), f"{value / peak.nbytes:.1%}")
@@ -154,6 +156,11 @@ def _peak_lines(peak: Peak) -> list[str]:
     largest: list[tuple[str, ...]] = [("largest holders", "category", "tensors", "bytes")]
     largest += [(h.module, h.category, str(h.tensors), human_bytes(h.nbytes)) for h in peak.largest]
     return [*lines, "", table(rows), "", table(largest)]
+
+
+def _described(block: Block) -> str:
+    where = f"in {block.module}" if block.module else "in no module"
+    return f"{block.op} of {human_bytes(block.nbytes)}, {block.dtype} {list(block.shape)}, {where}"
 
 
 def _saving_lines(savings: Sequence[Saving]) -> list[str]:

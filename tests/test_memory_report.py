@@ -91,6 +91,22 @@ def test_it_does_so_for_other_options_too(place, options, tmp_path):
     assert {n: parts[n].peak for n in PARTS} == {n: parts[n].predicted for n in PARTS}
 
 
+@pytest.mark.parametrize("place", ["host", "device", "paged", "stream", "backward"])
+def test_it_does_so_after_going_on_from_another_number_of_chunks(place, tmp_path):
+    source = model()
+    first = build("host", tmp_path, source, chunks=4)
+    sweep(source, first)
+    net = model()
+    optimizer = build(place, tmp_path, net, chunks=2)
+    optimizer.load_state_dict(first.state_dict())
+    sweep(net, optimizer)
+    parts = optimizer.memory_report().parts()
+    peaks = {n: parts[n].peak for n in PARTS}
+    predicted = {n: parts[n].predicted for n in PARTS}
+    assert peaks.pop("state_new") <= predicted.pop("state_new")  # what was loaded is on its pages
+    assert peaks == predicted
+
+
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
 def test_it_does_so_for_other_optimizers(base):
     net = model()

@@ -1,5 +1,6 @@
 """Ranges in the timelines of profilers: where they are, how they are nested, and that they cost nothing when off."""
 
+import importlib.util
 import re
 import threading
 import timeit
@@ -103,6 +104,18 @@ def test_what_is_saved_for_the_backward_pass_does_not_depend_on_tracing():
         sizes.append((saved.peak_bytes, saved.live_bytes))
     assert sizes[0] == sizes[1]
     assert sizes[0][1] == 0
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_the_environment_turns_ranges_on(monkeypatch, value, on):
+    if value is None:
+        monkeypatch.delenv("CHUNKFT_TRACE", raising=False)
+    else:
+        monkeypatch.setenv("CHUNKFT_TRACE", value)
+    spec = importlib.util.spec_from_file_location("tracing_again", tracing.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    assert again.is_enabled() == on
 
 
 def test_a_range_that_is_off_costs_less_than_a_small_operator():

@@ -3,7 +3,7 @@
 from chunkft.activations import saved_activations
 from chunkft.attach import Attachment, attach
 from chunkft.autograd import Slice
-from chunkft.optim import ChunkAdamW, ChunkOptimizer, load_checkpoint, save_checkpoint
+from chunkft.optim import ChunkAdamW, ChunkOptimizer, MemoryReport, load_checkpoint, save_checkpoint
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
 
@@ -15,6 +15,7 @@ __all__ = [
     "ChunkAdamW",
     "ChunkOptimizer",
     "ChunkPlan",
+    "MemoryReport",
     "ParameterSpec",
     "Slice",
     "attach",

@@ -228,7 +228,7 @@ def _interleaved(specs: list[ParameterSpec], chunks: int, slice_dim: int, multip
 
 
 def _by_layers(model: nn.Module, specs: list[ParameterSpec], chunks: int | None) -> list[list[Slice]]:
-    blocks = _block_prefixes(model)
+    blocks = block_prefixes(model)
     units: list[list[Slice]] = []
     last: object = None
     for spec in specs:
@@ -253,7 +253,7 @@ def _by_layers(model: nn.Module, specs: list[ParameterSpec], chunks: int | None)
     return [[piece for unit in units[a : b + 1] for piece in unit] for a, b in zip(starts, cuts, strict=True)]
 
 
-def _block_prefixes(
+def block_prefixes(
     model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.ModuleList, nn.Sequential)
 ) -> list[str]:
     """Name prefixes of the members of the outermost lists of at least two blocks."""
@@ -322,7 +322,7 @@ def _matching(specs: list[ParameterSpec], patterns: str | Sequence[str], argumen
 def _head_names(model: nn.Module, specs: list[ParameterSpec]) -> set[str]:
     """Parameters after the last block: final norm and task head; tied tables sit below and stay in the chunks."""
     # A head may be an nn.Sequential of its own; where there are lists of blocks, those are the trunk.
-    blocks = tuple(_block_prefixes(model, (nn.ModuleList,)) or _block_prefixes(model))
+    blocks = tuple(block_prefixes(model, (nn.ModuleList,)) or block_prefixes(model))
     last = (
         max((i for i, spec in enumerate(specs) if spec.name.startswith(blocks)), default=-1) if blocks else -1
     )

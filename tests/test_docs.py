@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nsight import check_nsight
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkft.cli.arguments import parse
@@ -67,6 +68,11 @@ def test_command_exists(line: str) -> None:
         )
         assert shown.returncode == 0, shown.stderr
         assert targets
+    elif words[0] in ("nsys", "ncu"):
+        started = check_nsight(words)
+        assert not started or started[0] == "chunkft"
+        if started:
+            parse(started[1:])
     elif words[0] == "chunkft":
         parse(words[1:])
     elif words[0] == "python":

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from chunkft import tracing
+from chunkft.autograd.linear import backward_name
 from chunkft.autograd.slices import Slice
 from chunkft.kernels import embedding_grad
 
@@ -45,7 +47,7 @@ def sliced_embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _SlicedEmbedding.apply(  # type: ignore[no-any-return, no-untyped-call]
-        ids, weight.detach(), padding_idx, scale_grad_by_freq, tuple(windows), *leaves
+        ids, weight.detach(), padding_idx, scale_grad_by_freq, tuple(windows), backward_name(active), *leaves
     )
 
 
@@ -58,24 +60,31 @@ class _SlicedEmbedding(Function):
         padding_idx: int | None,
         scale_grad_by_freq: bool,
         windows: tuple[tuple[int, int, int], ...],
+        name: str,
         *leaves: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.num_embeddings = weight.shape[0]
         ctx.options = padding_idx, scale_grad_by_freq
         ctx.windows = windows
+        ctx.name = name
         return F.embedding(ids, weight, padding_idx)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        with tracing.span("backward %s", ctx.name):
+            return _SlicedEmbedding._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
         grads: list[Tensor | None] = []
-        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[5:], strict=True):
+        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[6:], strict=True):
             if not need:
                 grads.append(None)
             elif dim == 0:
                 grads.append(embedding_grad(dy, ids, ctx.num_embeddings, (start, stop), None, *ctx.options))
             else:
                 grads.append(embedding_grad(dy, ids, ctx.num_embeddings, None, (start, stop), *ctx.options))
-        return (None, None, None, None, None, *grads)
+        return (None, None, None, None, None, None, *grads)

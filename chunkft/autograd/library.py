@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chunkft import tracing
 from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradient
 from chunkft.kernels import embedding_grad
 
@@ -42,6 +43,10 @@ class Anchored(ABC):
     @abstractmethod
     def pairs(self) -> list[tuple[Window, Tensor]]:
         """Windows of the weight that get a gradient now, each with its leaf."""
+
+    @abstractmethod
+    def name(self) -> str:
+        """What the backward pass of these windows is called in a timeline."""
 
 
 @torch.library.custom_op("chunkft::sliced_matmul", mutates_args=(), tags=_TAGS)
@@ -85,6 +90,13 @@ def sliced_matmul_backward(
 ) -> tuple[Tensor, Tensor]:
     """dX, or an empty tensor, and the gradient of the anchor; those of the active slices are added to the leaves."""
     owner = _anchored[int(number)]
+    with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
+        return _matmul_gradients(owner, dy, kept, width, input_major, need_dx)
+
+
+def _matmul_gradients(
+    owner: Anchored, dy: Tensor, kept: Tensor, width: int, input_major: bool, need_dx: bool
+) -> tuple[Tensor, Tensor]:
     pairs = owner.pairs()
     flat = dy.reshape(-1, dy.shape[-1])
     weight, _ = _weight_and_bias(owner, dy.dtype)
@@ -146,10 +158,11 @@ def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor
     """The gradient of the anchor; those of the active slices are added to the leaves."""
     owner = _anchored[int(number)]
     table: Any = owner.module
-    for (dim, start, stop), leaf in owner.pairs():
-        rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
-        settings = table.padding_idx, table.scale_grad_by_freq
-        _accumulate(leaf, embedding_grad(dy, ids, table.num_embeddings, rows, cols, *settings))
+    with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
+        for (dim, start, stop), leaf in owner.pairs():
+            rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
+            settings = table.padding_idx, table.scale_grad_by_freq
+            _accumulate(leaf, embedding_grad(dy, ids, table.num_embeddings, rows, cols, *settings))
     return torch.zeros(())
 
 

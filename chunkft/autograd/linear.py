@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from chunkft.autograd.slices import Slice
+from chunkft import tracing
+from chunkft.autograd.slices import Slice, traced_name
 from chunkft.kernels import wgrad
 from chunkft.kernels.wgrad import saved_columns
 
@@ -38,7 +39,8 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
         return F.linear(x, weight, bias)
     x, weight, bias = autocast_inputs(x, weight.detach(), bias)
     windows, leaves = split_active(active)
-    return _SlicedMatmul.apply(x, weight, bias, False, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+    name = backward_name(active)
+    return _SlicedMatmul.apply(x, weight, bias, False, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
@@ -56,7 +58,8 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
     if active and torch.is_grad_enabled():
         x, weight, bias = autocast_inputs(x, weight.detach(), bias)
         windows, leaves = split_active(active)
-        return _SlicedMatmul.apply(x, weight, bias, True, windows, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+        name = backward_name(active)
+        return _SlicedMatmul.apply(x, weight, bias, True, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
     return _conv1d(x, weight, bias)
 
 
@@ -71,9 +74,10 @@ class _SlicedMatmul(Function):
         bias: Tensor | None,
         input_major: bool,
         windows: tuple[Window, ...],
+        name: str,
         *leaves: Tensor,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[6:]
         wanted = [w for w, need in zip(windows, needed, strict=True) if need]
         whole, kept = kept_inputs(x, weight, wanted, input_major)
         ctx.whole = whole
@@ -81,6 +85,7 @@ class _SlicedMatmul(Function):
         ctx.column_major = _is_column_major(x)
         ctx.input_major = input_major
         ctx.windows = windows
+        ctx.name = name
         ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         return linear_output(x, weight, bias, input_major)
@@ -88,6 +93,11 @@ class _SlicedMatmul(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        with tracing.span("backward %s", ctx.name):
+            return _SlicedMatmul._gradients(ctx, dy)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *kept = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = None
@@ -100,14 +110,14 @@ class _SlicedMatmul(Function):
             dbias = dy.sum(0)
         grads: list[Tensor | None] = []
         inputs = iter(kept)
-        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[5:], strict=True):
+        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[6:], strict=True):
             if not need:
                 grads.append(None)
                 continue
             x = kept[0] if ctx.whole else next(inputs)
             width = ctx.input_shape[-1]
             grads.append(slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major).to(dtype))
-        return (dx, None, dbias, None, None, *grads)
+        return (dx, None, dbias, None, None, None, *grads)
 
 
 def kept_spans(
@@ -176,6 +186,13 @@ def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = flat.mm(weight) if bias is None else torch.addmm(bias, flat, weight)
     return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def backward_name(active: Active) -> str:
+    """What the backward pass of these slices is called in a timeline; empty while nobody looks."""
+    if not tracing.is_enabled() or torch.compiler.is_compiling():
+        return ""
+    return traced_name(piece for piece, _ in active)
 
 
 def split_active(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from chunkft.autograd.linear import autocast_inputs, split_active
+from chunkft import tracing
+from chunkft.autograd.linear import autocast_inputs, backward_name, split_active
 from chunkft.autograd.slices import Slice
 from chunkft.kernels.linear_cross_entropy import Loss, Window, linear_cross_entropy
 
@@ -64,8 +65,9 @@ def sliced_linear_cross_entropy(
     hidden, weight, _ = autocast_inputs(hidden, weight.detach(), None)
     windows, leaves = split_active(active)
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
+    recorded, name = torch.is_grad_enabled(), backward_name(active)
     losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets.reshape(-1), loss, reduction, chunk, torch.is_grad_enabled(), windows, *leaves
+        flat, weight, targets.reshape(-1), loss, reduction, chunk, recorded, windows, name, *leaves
     )
     return losses.view(targets.shape) if reduction == "none" else losses
 
@@ -82,9 +84,11 @@ class _LinearCrossEntropy(Function):
         chunk: int | None,
         recorded: bool,
         windows: tuple[Window, ...],
+        name: str,
         *leaves: Tensor,
     ) -> Tensor:
-        needs = ctx.needs_input_grad[8:]
+        ctx.name = name
+        needs = ctx.needs_input_grad[9:]
         wanted = tuple(w for w, need in zip(windows, needs, strict=True) if need and recorded)
         need_hidden = ctx.needs_input_grad[0] and recorded
         ctx.setting = loss, reduction, chunk, wanted
@@ -111,6 +115,11 @@ class _LinearCrossEntropy(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        with tracing.span("backward %s", ctx.name):
+            return _LinearCrossEntropy._gradients(ctx, upstream)
+
+    @staticmethod
+    def _gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         loss, reduction, chunk, wanted = ctx.setting
         if reduction == "none":
             hidden, weight, targets = ctx.saved_tensors
@@ -134,6 +143,6 @@ class _LinearCrossEntropy(Function):
         found = iter(dw)
         leaves = [
             next(found).to(dtype) if need else None
-            for need, dtype in zip(ctx.needs_input_grad[8:], ctx.dtypes, strict=True)
+            for need, dtype in zip(ctx.needs_input_grad[9:], ctx.dtypes, strict=True)
         ]
-        return (dx, None, None, None, None, None, None, None, *leaves)
+        return (dx, None, None, None, None, None, None, None, None, *leaves)

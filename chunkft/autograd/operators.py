@@ -17,7 +17,7 @@ from chunkft.autograd.library import Anchored, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
 from chunkft.autograd.reentrant import move_checks
-from chunkft.autograd.slices import Slice
+from chunkft.autograd.slices import Slice, traced_name
 
 Active = Sequence[tuple[Slice, Tensor]]
 
@@ -124,6 +124,11 @@ class CompiledForward(Anchored):
         return [
             ((p.dim, p.start, p.stop), leaf) for p, leaf in active if p.dim is not None and leaf.requires_grad
         ]
+
+    def name(self) -> str:
+        """What the backward pass of the active slices is called in a timeline."""
+        active = () if self.current is None else self.current.active
+        return traced_name(piece for piece, _ in active) or type(self.module).__name__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledForward:
         # the copy of the module has no parameters yet

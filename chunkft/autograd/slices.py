@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,3 +59,15 @@ class Slice:
             return self.name
         window = f"{self.start}:{self.stop}"
         return f"{self.name}[{window}]" if self.dim == 0 else f"{self.name}[:, {window}]"
+
+
+def traced_name(pieces: Iterable[Slice]) -> str:
+    """How slices of one parameter are called in timelines: ``model.layers.0.mlp.up_proj[0:64,128:192]``."""
+    windows, name, dim = [], "", None
+    for piece in pieces:
+        name, dim = piece.name.removesuffix(".weight"), piece.dim
+        windows.append(f"{piece.start}:{piece.stop}")
+    joined = ",".join(windows)
+    if dim is None:
+        return name
+    return f"{name}[{joined}]" if dim == 0 else f"{name}[:, {joined}]"

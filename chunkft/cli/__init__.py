@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from chunkft.cli.doctor import show_doctor
 
             return show_doctor(command.doctor)
+        if command.name == "profile":
+            from chunkft.cli.profile import show_profile
+
+            return show_profile(command.profile, given=command.given)
         from chunkft.cli.run import finetune
 
         return finetune(command.finetune, given=command.given, resume=command.resume)

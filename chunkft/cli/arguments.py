@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import chunkft
 from chunkft.cli.errors import UserError
 
-__all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "parse"]
+__all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "ProfileSettings", "parse"]
 
 TASKS = ("causal-lm", "sequence-classification")
 PARTITIONS = ("bytes", "layers", "interleaved")
@@ -92,12 +92,24 @@ class DoctorSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileSettings:
+    """Everything that `chunkft profile` can be told; `training` holds what it shares with `chunkft finetune`."""
+
+    training: FinetuneSettings = FinetuneSettings()
+    steps: int = 3
+    warmup: int = 1
+    out: str | None = None
+    nsight: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Command:
     """A parsed command line; `given` holds the names of the options that were typed."""
 
     name: str
     finetune: FinetuneSettings = FinetuneSettings()
     plan: PlanSettings | None = None
+    profile: ProfileSettings = ProfileSettings()
     doctor: DoctorSettings = DoctorSettings()
     given: frozenset[str] = frozenset()
     resume: bool = False
@@ -161,7 +173,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _finetune_parser(parser: argparse.ArgumentParser) -> None:
+def _training_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--model",
@@ -195,16 +207,12 @@ def _finetune_parser(parser: argparse.ArgumentParser) -> None:
         "--optimizer", choices=OPTIMIZERS, help="chunkadamw (default), or adamw: all parameters at every step"
     )
     add("--lr", type=_number(above=True), help="peak learning rate (default 1e-4)")
-    add("--lr-schedule", choices=LR_SCHEDULES, help="over the whole run (default cosine)")
-    add("--warmup", type=_integer(0), metavar="STEPS", help="steps of linear warm-up (default 0)")
     add("--weight-decay", type=_number(), help="on weights of two or more dimensions (default 0)")
     add(
         "--max-grad-norm",
         type=_number(),
         help="clip the norm of the active gradients; 0: never (default 1; 0 with --update backward)",
     )
-    add("--epochs", type=_number(above=True), help="passes over the data (default 1)")
-    add("--steps", type=_integer(1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=_integer(1), help="sequences per forward pass (default 8)")
     add("--grad-accum", type=_integer(1), help="forward passes per optimizer step (default 1)")
     add("--seq-len", type=_integer(8), help="longest sequence in tokens; longer data is cut (default 512)")
@@ -216,6 +224,19 @@ def _finetune_parser(parser: argparse.ArgumentParser) -> None:
     )
     add("--device", type=_device, help="auto (default), cpu, cuda or cuda:N")
     add("--seed", type=_integer(0), help="of data order, chunk order and dropout (default 0)")
+    add("--text-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
+    add("--label-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _finetune_parser(parser: argparse.ArgumentParser) -> None:
+    _training_options(parser)
+    add = parser.add_argument
+    add("--lr-schedule", choices=LR_SCHEDULES, help="over the whole run (default cosine)")
+    add("--warmup", type=_integer(0), metavar="STEPS", help="steps of linear warm-up (default 0)")
+    add("--epochs", type=_number(above=True), help="passes over the data (default 1)")
+    add("--steps", type=_integer(1), help="optimizer steps, instead of --epochs")
     add("--eval-data", metavar="FILE", help="held-out data in the form of --data")
     add(
         "--eval-every",
@@ -224,16 +245,29 @@ def _finetune_parser(parser: argparse.ArgumentParser) -> None:
         help="evaluate so often (default: before and after)",
     )
     add("--save-every", type=_integer(1), metavar="STEPS", help="write a checkpoint so often (default 500)")
-    add("--text-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
-    add("--label-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
     add("--out", metavar="DIR", help="where the model and the reports go (default runs/NAME-N)")
     add(
         "--resume",
         action="store_true",
         help="go on from the newest checkpoint of --out, with the options it was run with",
     )
-    add("--quiet", action="store_true", help="no progress bar")
-    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _profile_parser(parser: argparse.ArgumentParser) -> None:
+    _training_options(parser)
+    add = parser.add_argument
+    add(
+        "--steps",
+        type=_integer(1),
+        help="optimizer steps that are timed, and as many whose memory is counted (default 3)",
+    )
+    add("--warmup", type=_integer(0), metavar="STEPS", help="optimizer steps before them (default 1)")
+    add("--out", metavar="DIR", help="where trace, picture and figures go (default profiles/NAME-N)")
+    add(
+        "--nsight",
+        action="store_true",
+        help="leave timing to nsys or ncu, under which this runs: NVTX ranges, and cudaProfilerStart around the steps",
+    )
 
 
 def _plan_parser(parser: argparse.ArgumentParser) -> None:
@@ -271,6 +305,7 @@ def _build() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text, fill in (
         ("finetune", "fine-tune a model", _finetune_parser),
+        ("profile", "show where the time and the memory of a few training steps go", _profile_parser),
         ("plan", "show how a model's parameters become chunks, without training", _plan_parser),
         ("doctor", "show and measure what this machine gives to paging", _doctor_parser),
     ):
@@ -343,5 +378,9 @@ def parse(argv: Sequence[str]) -> Command:
     if name == "doctor":
         return Command(name=name, doctor=DoctorSettings(**values))
     _check(values)
+    if name == "profile":
+        own = {key: values.pop(key) for key in ("steps", "warmup", "out", "nsight") if key in values}
+        settings = ProfileSettings(training=FinetuneSettings(**values), **own)
+        return Command(name=name, profile=settings, given=frozenset(values))
     resume = values.pop("resume", False)
     return Command(name=name, finetune=FinetuneSettings(**values), given=frozenset(values), resume=resume)

@@ -15,7 +15,7 @@ from chunkft.cli.problems import Problem, answer_of, embedded_model_dir, exact_m
 from chunkft.cli.report import write_json
 from chunkft.cli.run import Finetuning
 
-__all__ = ["demo_settings", "run_demo"]
+__all__ = ["demo_job", "demo_settings", "run_demo"]
 
 RECIPE = FinetuneSettings(
     chunks=8,
@@ -54,13 +54,16 @@ def _pairs(problems: list[Problem]) -> list[tuple[str, str]]:
     return [(problem["prompt"], problem["completion"]) for problem in problems]
 
 
-def _job(settings: FinetuneSettings, device: torch.device, held_out: list[Problem]) -> Job:
+def demo_job(
+    settings: FinetuneSettings, device: torch.device, held_out: list[Problem], count: int = TRAIN_PROBLEMS
+) -> Job:
+    """The embedded model with `count` problems to train on."""
     source = str(embedded_model_dir())
     tokenizer = load_tokenizer(source)
     model: Any = load_causal(source, resolve_dtype(settings.dtype, None, device), device)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
-    problems = generate(TRAIN_PROBLEMS, settings.seed, "train")
+    problems = generate(count, settings.seed, "train")
     train, report = pairs_dataset(_pairs(problems), tokenizer, settings.seq_len, "generated word problems")
     evaluation, _ = pairs_dataset(_pairs(held_out), tokenizer, settings.seq_len, "held-out word problems")
     return Job(
@@ -80,7 +83,7 @@ def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.
     status.
     """
     held_out = generate(HELD_OUT_PROBLEMS, settings.seed, "heldout")
-    job = _job(settings, device, held_out)
+    job = demo_job(settings, device, held_out)
     before = exact_match(job.model, job.tokenizer, held_out)
     run = Finetuning(directory, settings, device, job, resume)
     run.introduce()

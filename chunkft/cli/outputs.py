@@ -13,7 +13,7 @@ from chunkft.cli.errors import UserError
 from chunkft.cli.report import write_json
 from chunkft.integrations.checkpoints import flush_tree, staging, writing
 
-__all__ = ["RunDirectory", "open_run"]
+__all__ = ["RunDirectory", "open_run", "unused", "usable"]
 
 RUN_FILE = "run.json"
 MAY_CHANGE = frozenset(
@@ -71,7 +71,7 @@ class RunDirectory:
         """Makes the directory, and writes down what the run is run with."""
         import chunkft
 
-        with _usable(self.path):
+        with usable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN_FILE, {"chunkft": chunkft.__version__, "settings": asdict(settings)})
 
@@ -86,7 +86,8 @@ class RunDirectory:
 
 
 @contextmanager
-def _usable(path: Path) -> Iterator[None]:
+def usable(path: Path) -> Iterator[None]:
+    """Turns what the system says of a path that cannot be written into a UserError."""
     try:
         yield
     except OSError as error:
@@ -125,9 +126,10 @@ def _merged(saved: FinetuneSettings, settings: FinetuneSettings, given: frozense
     return replace(saved, **changed)
 
 
-def _unused(name: str) -> Path:
+def unused(root: str, name: str) -> Path:
+    """The first of ROOT/NAME-1, ROOT/NAME-2, ... that does not exist."""
     number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
+    while (path := Path(root) / f"{name}-{number}").exists():
         number += 1
     return path
 
@@ -145,8 +147,8 @@ def open_run(
         path = Path(settings.out)
         return RunDirectory(path), _merged(_saved_settings(path), settings, given)
     name = Path(settings.model).name if settings.model else EMBEDDED_NAME
-    path = Path(settings.out) if settings.out else _unused(name)
-    with _usable(path):
+    path = Path(settings.out) if settings.out else unused("runs", name)
+    with usable(path):
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: a file, expected a directory")
         if (path / RUN_FILE).exists():

@@ -15,7 +15,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from chunkft.cli.report import MemoryReport, human_bytes
+from chunkft.cli.report import human_bytes
 from chunkft.integrations.transformers import unwrap_optimizer
 from chunkft.optim import ChunkOptimizer
 
@@ -49,10 +49,9 @@ class Metrics(TrainerCallback):
     it.
     """
 
-    def __init__(self, path: Path, device: torch.device, memory: MemoryReport | None = None) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
         self.device = device
-        self.memory = memory
         self.tokens = 0
         self.last: dict[str, Any] = {}
         self._started = 0.0
@@ -87,11 +86,8 @@ class Metrics(TrainerCallback):
     ) -> None:
         """Notes which chunk the step trains, while its gradients are there."""
         optimizer = unwrap_optimizer(kwargs["optimizer"])
-        if not isinstance(optimizer, ChunkOptimizer):
-            return
-        self._trained = optimizer.active, optimizer.sweep
-        if self.memory is not None:
-            self.memory.observe(optimizer.memory())
+        if isinstance(optimizer, ChunkOptimizer):
+            self._trained = optimizer.active, optimizer.sweep
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,43 +6,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from chunkft import optim
 from chunkft.cli.errors import UserError
+from chunkft.optim.report import human_bytes, table
 
 __all__ = ["MemoryReport", "human_bytes", "plot_loss", "read_metrics", "table", "trim_metrics", "write_json"]
 
 ADAM_MOMENTS = 2
 FP32_BYTES = 4
 HELD = ("gradients", "optimizer state", "master weights", "saved activations")
-
-
-def human_bytes(count: float) -> str:
-    """Writes a number of bytes in binary units with three digits: 12.3 MiB."""
-    size = float(count)
-    unit = "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    digits = 0 if unit == "B" or size >= 100 else 1 if size >= 10 else 2
-    number = f"{size:,.{digits}f}"
-    return f"{number.rstrip('0').rstrip('.') if digits else number} {unit}"
-
-
-def table(rows: Iterable[tuple[str, ...]]) -> str:
-    """Aligns rows of text: the first column to the left, the others to the right; the first row is
-    underlined.
-    """
-    cells = [tuple(row) for row in rows]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
 
 
 class MemoryReport:
@@ -66,17 +38,18 @@ class MemoryReport:
         self.run: dict[str, int | None] = dict.fromkeys(HELD, 0)
         self.run["saved activations"] = None
         self.host = 0
+        self.files = 0
+        self.new = 0  # state, until it is on its page
 
-    def observe(self, memory: dict[str, int]) -> None:
-        """Keeps the largest of what `optimizer.memory()` said so far."""
-        seen = {
-            "gradients": memory["gradients"],
-            "optimizer state": memory["state_active"],
-            "master weights": memory["master_active"],
+    def observe(self, report: optim.MemoryReport) -> None:
+        """Takes the peaks that the optimizer counted in the run."""
+        self.run |= {
+            "gradients": report.gradients.peak,
+            "optimizer state": report.state_device.peak,
+            "master weights": report.masters.peak,
         }
-        for name, value in seen.items():
-            self.run[name] = max(self.run[name] or 0, value)
-        self.host = max(self.host, memory["state_host"])
+        self.new = report.state_new.peak or 0
+        self.host, self.files = report.state_host.peak or 0, report.state_files.peak or 0
 
     def observe_full(self) -> None:
         """Says that the run itself was full fine-tuning."""
@@ -96,6 +69,10 @@ class MemoryReport:
         )
         rows.append(("weights", human_bytes(self.weights), human_bytes(self.weights), "1"))
         rows.append(("state of all chunks, on the host", "0 B", human_bytes(self.host), "-"))
+        if self.new:
+            rows.append(("state before it has a page", "0 B", human_bytes(self.new), "-"))
+        if self.files:
+            rows.append(("state of all chunks, in files", "0 B", human_bytes(self.files), "-"))
         return rows
 
     def _comparable(self) -> tuple[dict[str, int | None], dict[str, int | None]]:
@@ -104,7 +81,14 @@ class MemoryReport:
 
     def to_json(self) -> dict[str, Any]:
         """Bytes of every row, for memory.json; a part that was not measured is null."""
-        return {"weights": self.weights, "full_adamw": self.full, "this_run": self.run, "host": self.host}
+        return {
+            "weights": self.weights,
+            "full_adamw": self.full,
+            "this_run": self.run,
+            "host": self.host,
+            "new": self.new,
+            "files": self.files,
+        }
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -82,7 +82,7 @@ class Finetuning:
         )
         self.optimizer = build_optimizer(job.model, settings, self.interval)
         self.chunk_optimizer = self.optimizer if isinstance(self.optimizer, chunkft.ChunkOptimizer) else None
-        self.metrics = Metrics(directory.metrics, device, self.memory if self.chunk_optimizer else None)
+        self.metrics = Metrics(directory.metrics, device)
         self.stop = GracefulStop()
         self.trainer = self._trainer()
 
@@ -227,6 +227,7 @@ class Finetuning:
             self.memory.full["saved activations"] = trainer.saved_peak
             self.memory.observe_full()
         else:
+            self.memory.observe(self.chunk_optimizer.memory_report())
             self.chunk_optimizer.detach()
             if trainer.peak_batch is not None:
                 full = activations_of_full_training(self.job.model, trainer.peak_batch)

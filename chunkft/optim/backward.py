@@ -37,6 +37,8 @@ class BackwardResidency(StreamResidency):
         super().__init__(*args)
         self.seed = ""  # names the noise of stochastic rounding
         self._unit_of: dict[Slice, int] = {}
+        self._together: dict[str, int] = {}  # bytes of the active slices of a parameter
+        self._arrived: set[str] = set()
         self._missing: list[set[Slice]] = []
         self._done: list[int] = []  # units in the order of their update in this step
         self._order: list[int] = []  # the same of the step before
@@ -47,6 +49,7 @@ class BackwardResidency(StreamResidency):
         self._flags: dict[torch.device, Tensor] = {}
         self._held = 0  # bytes of gradients that exist now
         self._peak = 0
+        self.recent_peak = 0  # the same since somebody set it to 0
 
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now; watch their gradients."""
@@ -55,6 +58,10 @@ class BackwardResidency(StreamResidency):
         super().bind(pairs)
         self._unit_of = {piece: n for n, unit in enumerate(self._units) for piece, _ in unit}
         self._order = list(reversed(range(len(self._units))))
+        self._together = {}
+        for piece, leaf in pairs:
+            size = leaf.numel() * leaf.element_size()
+            self._together[piece.name] = self._together.get(piece.name, 0) + size
         self._begin()
         # Hooks live in C++, out of sight of the garbage collector: they must not hold us.
         me = weakref.ref(self)
@@ -126,6 +133,7 @@ class BackwardResidency(StreamResidency):
         self._begun = False
         self._flags = {}
         self._held = 0
+        self._arrived = set()
 
     @torch.no_grad()
     def _complete(self, piece: Slice, leaf: Tensor) -> None:
@@ -139,8 +147,13 @@ class BackwardResidency(StreamResidency):
             )
         self._begun = True
         missing.discard(piece)
-        self._held += leaf.numel() * leaf.element_size()
-        self._peak = max(self._peak, self._held)
+        if (
+            piece.name not in self._arrived
+        ):  # one product of the backward pass gave those of all slices of a parameter
+            self._arrived.add(piece.name)
+            self._held += self._together[piece.name]
+            self._peak = max(self._peak, self._held)
+            self.recent_peak = max(self.recent_peak, self._held)
         if not missing:
             self._update_unit(number)
 
@@ -153,7 +166,7 @@ class BackwardResidency(StreamResidency):
         unit = self._units[number]
         gradients = [leaf.grad for _, leaf in unit if leaf.grad is not None]
         following = [self._units[n] for n in self._upcoming(number)]
-        if kernel_applies(unit, self._rule):
+        if kernel_applies(unit, self.rule):
             self.update(unit, self.seed, following, self._found_inf(gradients))
             self._done.append(number)
         else:

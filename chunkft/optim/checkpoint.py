@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chunkft.autograd import Slice
-from chunkft.optim.restore import read_state
+from chunkft.optim.restore import read_state, restore
 from chunkft.optim.serialize import (
     FORMAT,
     is_elementwise,
@@ -101,7 +101,7 @@ def load_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             # Paged state is read from the file only when it has its place: inside of `with`.
-            optimizer._restore(read_state(optimizer, _read_header(file, where)))
+            restore(optimizer, read_state(optimizer, _read_header(file, where)))
     except SafetensorError as error:
         raise ValueError(f"{where} is not a whole safetensors file: {error}") from error
 

@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from chunkft import tracing
+from chunkft.activations import saved_activations
 from chunkft.autograd import Slice
+from chunkft.optim.accounting import MemoryMeter
 from chunkft.optim.arguments import (
     ModelOrGroups,
     attachment_and_groups,
-    check_backward_step,
     check_base,
     check_choices,
     check_memory,
@@ -27,10 +29,12 @@ from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.paging import PagingMeter, PagingReport
-from chunkft.optim.restore import Restored, read_state
+from chunkft.optim.report import MemoryReport
+from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
+from chunkft.optim.switch import activate, advance_if_due, bind, close_backward
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -144,17 +148,19 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.skipped = 0
             self.grad_norm: Tensor | None = None
             self._interval_index = 0
+            self._generation = 0
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
+            self._memory = MemoryMeter()
             self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
             self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
-            self._activate()
+            activate(self)
         except BaseException:
             self._release(keep_attached=not owned)
             raise
@@ -190,17 +196,23 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with tracing.span("step"):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         self._check_attached("step")
         self._follow_weights()
         if isinstance(self._residency, BackwardResidency):
-            self._close_backward(self._residency)
-            return loss
+            close_backward(self, self._residency)
+            return
         leaves = [leaf for _, leaf in self._attachment.active()]
+        self._memory.observe_gradients(leaves)
         unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
         average_gradients(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
-            return loss
+            return
         if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
@@ -211,8 +223,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.skipped += 1
         for leaf in leaves:
             leaf.grad = None
-        self._advance_if_due()
-        return loss
+        advance_if_due(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
@@ -252,7 +263,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        self._restore(read_state(self, state_dict))
+        restore(self, read_state(self, state_dict))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -284,6 +295,19 @@ class ChunkOptimizer(torch.optim.Optimizer):
             "master_active": master,
             "state_host": self._store.nbytes,
         }
+
+    def saved_activations(self) -> saved_activations:
+        """Context manager that counts what autograd saves in it (``chunkft.saved_activations``) for the next report."""
+        saved = saved_activations(self._attachment.model)
+        self._memory.watch(saved)
+        return saved
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes of weights, gradients, state, masters and activations: predicted, now, at their peak since the last
+        report, and what full fine-tuning would hold.
+        """
+        self._check_attached("memory_report")
+        return self._memory.report(self)
 
     def paging(self) -> PagingReport | None:
         """What paging moved since the last call, how much of it was exposed, and how many chunks would hide it.
@@ -348,103 +372,26 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
 
-    def _close_backward(self, residency: BackwardResidency) -> None:
-        """``step()`` for slices that were updated in the backward pass."""
-        check_backward_step(getattr(self, "grad_scale", None))
-        if not residency.begun and all(leaf.grad is None for _, leaf in self._attachment.active()):
-            return
-        residency.step(self._noise_seed())
-        if residency.dropped:
-            self.skipped += 1
-        else:
-            self._count_update()
-        residency.seed = self._noise_seed()
-        self._advance_if_due()
-
     def _count_update(self) -> None:
         self.updates += 1
         self.interval_position += 1
+        if self.interval_position == 1:  # from now on it does not change until the switch
+            self._memory.observe_state(self)
 
     def _follow_weights(self) -> None:
         self._attachment.verify()
         if self._attachment.generation != self._generation:  # a forward pass may have noticed before us
-            self._bind(self._attachment.active())
+            bind(self, self._attachment.active())
         self._residency.follow_devices()
 
     def _chunk_of(self, interval_index: int) -> int:
         return active_chunk(self._schedule, interval_index, len(self.plan), self._seed)
-
-    def _advance_if_due(self) -> None:
-        """Begin the next interval if this one is over; fetch what comes next during the last step of one."""
-        if self.interval_position >= self.interval:
-            self._advance()
-        # A callable schedule may fail for the next interval: that is for the switch to tell, not for us.
-        if self.interval_position == self.interval - 1 and isinstance(self._schedule, str):
-            self._residency.prefetch(self.plan.chunks[self._chunk_of(self._interval_index + 1)].slices)
-
-    def _advance(self) -> None:
-        changes = self._chunk_of(self._interval_index + 1) != self.active or not self._keep_state
-        if changes:
-            self._residency.stash(self.plan.always, self._keep_state)
-            self.state.clear()
-        self._interval_index += 1
-        self.interval_position = 0
-        if changes:
-            self._activate()
-
-    def _activate(self) -> None:
-        chunk = self.plan.chunks[self.active]
-        self._bind(self._attachment.activate([*self.plan.always, *chunk.slices]))
-
-    def _bind(self, pairs: list[tuple[Slice, nn.Parameter]]) -> None:
-        """Point the groups at these leaves and give them their state."""
-        self._generation = self._attachment.generation
-        for group in self.param_groups:
-            group["params"] = []
-        for piece, leaf in pairs:
-            self.param_groups[self._group_of[piece.name]]["params"].append(leaf)
-        if isinstance(self._residency, BackwardResidency):
-            self._residency.seed = self._noise_seed()
-        self._residency.bind(pairs)
-        self._residency.show(self.state)
 
     def _rule(self) -> UpdateRule:
         return UpdateRule(self._base_class, self._make_base, self.param_groups, self._group_of, self._modes)
 
     def _make_base(self, groups: Groups) -> torch.optim.Optimizer:
         return self._base_class(groups, **self._base_kwargs)
-
-    def _restore(self, restored: Restored) -> None:
-        """Go on from what was read; it was checked before, so that nothing here is refused.
-
-        Paged state is read only now, into memory that was given back for it. If the system fails at that, there is
-        no way back: the model is detached as it is.
-        """
-        self._residency.forget()
-        self.state.clear()
-        self._store.clear()
-        self._store = restored.store
-        try:
-            self._store.realise()
-        except BaseException as error:
-            error.add_note(
-                "the optimizer gave up its state for the one to load and is detached; build a new one"
-            )
-            self.detach()
-            raise
-        self._meter = PagingMeter()
-        self._residency.use(self._store)
-        self.plan = restored.plan
-        for group, loaded in zip(self.param_groups, restored.groups, strict=True):
-            group.update(loaded)
-        self._interval_index = restored.interval_index
-        self.interval_position = restored.interval_position
-        self.updates = restored.updates
-        self.skipped = restored.skipped
-        self._activate()
-        for piece, leaf in self._attachment.active():
-            if piece in restored.gradients:
-                leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
 
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""

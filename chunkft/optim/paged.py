@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chunkft import tracing
 from chunkft.autograd import Slice
 from chunkft.optim.pages import Page, StateProbe, make_pages
 from chunkft.optim.state import State, StateStore
@@ -47,11 +48,12 @@ class PagedStore(StateStore):
         allocate: bool = True,
     ) -> None:
         super().__init__()
-        self._probe = probe
+        self.probe = probe
         self._device_of = device_of
         self._stream = stream
-        self._page_bytes = page_bytes
-        self._state_dir = state_dir
+        self.page_bytes = page_bytes
+        self.state_dir = state_dir
+        self.new_peak = 0  # most bytes at a time of state that had to be copied to its page, if pages stream
         groups: list[Sequence[Slice]] = [chunk.slices for chunk in plan.chunks]
         if stream:
             groups.insert(0, plan.always)
@@ -79,11 +81,11 @@ class PagedStore(StateStore):
         """A store for a plan that takes its memory only when this one has given back its own."""
         return PagedStore(
             plan,
-            self._probe,
+            self.probe,
             self._device_of,
             stream=self._stream,
-            page_bytes=self._page_bytes,
-            state_dir=self._state_dir,
+            page_bytes=self.page_bytes,
+            state_dir=self.state_dir,
             allocate=False,
         )
 
@@ -120,6 +122,8 @@ class PagedStore(StateStore):
     def close(self, pieces: Sequence[Slice], states: dict[Slice, State]) -> None:
         """Take back the pages of ``pieces``; their copy to the host runs behind what the device does."""
         numbers = self._pages_of(pieces)
+        if self._stream:
+            self.new_peak = max(self.new_peak, self._beside_pages(states))
         try:
             self.put(states)
         except BaseException:
@@ -139,6 +143,12 @@ class PagedStore(StateStore):
         region = self.pages[number].regions[piece].get(key)
         return None if region is None else region.of(self._open[number])
 
+    def holds(self, piece: Slice, key: str, tensor: Tensor) -> bool:
+        """Whether a tensor of a slice's state lies in the slot of its page, or in memory of the store."""
+        home = self.home(piece, key)
+        own = home is not None and home.data_ptr() == tensor.data_ptr()
+        return own or super().holds(piece, key, tensor)
+
     def abandon(self, pieces: Sequence[Slice]) -> None:
         """Forget what happened on open pages of ``pieces``: the host's copy counts again."""
         for number in self._pages_of(pieces):
@@ -157,8 +167,10 @@ class PagedStore(StateStore):
             return
         pager, local = self._pager(number)
         written = any(self._valid.get(piece) for piece in self.pages[number].pieces)
-        if written and len(self._in_slots(pager)) < pager.slots and pager.prefetch(local):
-            self._ahead.append(number)
+        if written and len(self._in_slots(pager)) < pager.slots:
+            with tracing.span("prefetch page %d", number):
+                if pager.prefetch(local):
+                    self._ahead.append(number)
 
     def put(self, states: dict[Slice, State]) -> None:
         """Keep the states of these slices: on their page if it is open, otherwise in its host copy."""
@@ -230,6 +242,11 @@ class PagedStore(StateStore):
         return super().nbytes + sum(sum(pager.pages) for pager in self._pagers.values())
 
     @property
+    def arena_nbytes(self) -> int:
+        """Bytes of host memory of state without a page."""
+        return super().nbytes
+
+    @property
     def slot_nbytes(self) -> int:
         """Bytes of the slots on all devices."""
         return sum(pager.slots * pager.slot_bytes for pager in self._pagers.values())
@@ -249,6 +266,20 @@ class PagedStore(StateStore):
         """The pager of each device."""
         return dict(self._pagers)
 
+    def slots_for(self, pages: int) -> int:
+        """How many slots so many pages of a device get."""
+        return min(3 if self._stream else 2, pages)
+
+    def _beside_pages(self, states: dict[Slice, State]) -> int:
+        """Bytes of the tensors that are not where their page has a place for them."""
+        total = 0
+        for piece, state in states.items():
+            for key, value in state.items():
+                home = self.home(piece, key)
+                if isinstance(value, Tensor) and home is not None and home.data_ptr() != value.data_ptr():
+                    total += value.numel() * value.element_size()
+        return total
+
     def _allocate(self) -> None:
         sizes: dict[torch.device, list[int]] = {}
         self._number = []
@@ -257,7 +288,7 @@ class PagedStore(StateStore):
             self._number.append(len(on_device))
             on_device.append(page.nbytes)
         for device, pages in sizes.items():
-            slots = min(3 if self._stream else 2, len(pages))
+            slots = self.slots_for(len(pages))
             self._pagers[device] = Pager(pages, device=device, slots=slots, **self._tier(device))
 
     def _make_room(self, number: int) -> None:
@@ -277,9 +308,9 @@ class PagedStore(StateStore):
         return [number for number in [*self._ahead, *self._open] if self._pager(number)[0] is pager]
 
     def _tier(self, device: torch.device) -> dict[str, Any]:
-        if self._state_dir is None:
+        if self.state_dir is None:
             return {}
-        return {"state_dir": os.path.join(self._state_dir, str(device).replace(":", "-"))}
+        return {"state_dir": os.path.join(self.state_dir, str(device).replace(":", "-"))}
 
     def _pages_of(self, pieces: Sequence[Slice]) -> list[int]:
         return list(dict.fromkeys(self.page_of[piece] for piece in pieces if piece in self.page_of))

@@ -25,7 +25,7 @@ class ChunkResidency:
     """
 
     def __init__(self, rule: UpdateRule, store: StateStore) -> None:
-        self._rule = rule
+        self.rule = rule
         self._store = store
         self._active: ActiveSlices | KernelSlices | None = None
         self._carried: dict[Slice, State] = {}  # state that stays while leaves are replaced
@@ -38,8 +38,8 @@ class ChunkResidency:
         opened = self._store.open([(piece, leaf) for piece, leaf in pairs if piece not in carried])
         states = {piece: carried[piece] if piece in carried else opened[piece] for piece, _ in pairs}
         for piece, leaf in pairs:
-            states[piece] = beside_weight(self._rule, piece, leaf, states[piece])
-        self._active = make_slices(pairs, states, self._rule, self._store.home)
+            states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
+        self._active = make_slices(pairs, states, self.rule, self._store.home)
 
     def use(self, store: StateStore) -> None:
         """Work with another store from now on."""
@@ -77,6 +77,10 @@ class ChunkResidency:
         active = self._slices().states()
         stored = {piece: self._store.get(piece) for piece in self._store.pieces() if piece not in active}
         return {piece: state for piece, state in {**stored, **active}.items() if state}
+
+    def active_states(self) -> dict[Slice, State]:
+        """State and masters of the active slices, the tensors themselves."""
+        return {} if self._active is None else self._active.states()
 
     def show(self, target: MutableMapping[Tensor, Any]) -> None:
         """Put the base optimizer's state of each leaf into ``target``, in place of what was there."""

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
+from chunkft.optim.paging import PagingMeter
 from chunkft.optim.recut import Origins, merged, new_state, recut
 from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.serialize import FORMAT
 from chunkft.optim.state import State, StateStore, detached
+from chunkft.optim.switch import activate
 from chunkft.plan import ChunkPlan, check_plan
 from chunkft.schedule import active_chunk
 
@@ -58,6 +60,37 @@ def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
         raise ValueError(
             f"state_dict is damaged: an entry is missing or of the wrong kind ({type(error).__name__}: {error})"
         ) from error
+
+
+def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
+    """Go on from what was read; it was checked before, so that nothing here is refused.
+
+    Paged state is read only now, into memory that was given back for it. If the system fails at that, there is no way
+    back: the model is detached as it is.
+    """
+    optimizer._residency.forget()
+    optimizer.state.clear()
+    optimizer._store.clear()
+    optimizer._store = restored.store
+    try:
+        optimizer._store.realise()
+    except BaseException as error:
+        error.add_note("the optimizer gave up its state for the one to load and is detached; build a new one")
+        optimizer.detach()
+        raise
+    optimizer._meter = PagingMeter()
+    optimizer._residency.use(optimizer._store)
+    optimizer.plan = restored.plan
+    for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
+        group.update(loaded)
+    optimizer._interval_index = restored.interval_index
+    optimizer.interval_position = restored.interval_position
+    optimizer.updates = restored.updates
+    optimizer.skipped = restored.skipped
+    activate(optimizer)
+    for piece, leaf in optimizer._attachment.active():
+        if piece in restored.gradients:
+            leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
 
 
 def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:

@@ -25,14 +25,14 @@ class StateStore:
     """
 
     def __init__(self, in_arena: bool = True) -> None:
-        self._in_arena = in_arena
+        self.in_arena = in_arena
         self._states: dict[Slice, State] = {}
         self._arenas: list[HostArena] = []
         self._homes: dict[tuple[Slice, str], Tensor] = {}
 
     def successor(self, plan: ChunkPlan) -> StateStore:
         """A store of the same kind for a plan, without state."""
-        return StateStore(self._in_arena)
+        return StateStore(self.in_arena)
 
     def load(self, states: Callable[[], dict[Slice, State]]) -> None:
         """Keep states that were read from a checkpoint, for slices that are active together."""
@@ -62,7 +62,7 @@ class StateStore:
 
     def put(self, states: dict[Slice, State]) -> None:
         """Keep the states of these slices, which are active together; makes one arena for what is new."""
-        if not self._in_arena:
+        if not self.in_arena:
             self._states.update(states)
             return
         homeless: list[tuple[Slice, str, Tensor]] = []
@@ -96,6 +96,11 @@ class StateStore:
     def home(self, piece: Slice, key: str) -> Tensor | None:
         """Memory in which new state of an open slice may be made, so that keeping it copies nothing."""
         return None
+
+    def holds(self, piece: Slice, key: str, tensor: Tensor) -> bool:
+        """Whether a tensor of a slice's state lies in memory of the store."""
+        home = self._homes.get((piece, key))
+        return home is not None and home.data_ptr() == tensor.data_ptr()
 
     def clear(self) -> None:
         """Forget all state and release its memory."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from chunkft import tracing
 from chunkft.autograd import Slice
 from chunkft.optim.kernel_slices import KernelSlices, make_slices
 from chunkft.optim.master import STATE_KEYS
@@ -27,7 +28,7 @@ class StreamResidency:
     """
 
     def __init__(self, rule: UpdateRule, store: PagedStore) -> None:
-        self._rule = rule
+        self.rule = rule
         self._store = store
         self._units: list[Pairs] = []  # the pairs of one page each; a slice without a page is one by itself
         self._before: Groups | None = None
@@ -63,23 +64,27 @@ class StreamResidency:
 
         ``found_inf`` is for slices that ``kernel_applies`` to: not zero, and nothing is updated.
         """
+        with tracing.span("update %s and %d more", unit[0][0], len(unit) - 1):
+            self._update(unit, seed, following, found_inf)
+
+    def _update(self, unit: Pairs, seed: str, following: Sequence[Pairs], found_inf: Tensor | None) -> None:
         pieces = [piece for piece, _ in unit]
         states = self._store.open(unit)
         self._fetch(following)
         try:
             for piece, leaf in unit:
-                states[piece] = beside_weight(self._rule, piece, leaf, states[piece])
+                states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
             if self._before is None:
-                self._before = self._rule.values()
+                self._before = self.rule.values()
             # Some optimizers count steps in their groups: every page starts from the values before the step.
             self._set_values(dict(enumerate(self._before)))
-            active = make_slices(unit, states, self._rule, self._store.home)
+            active = make_slices(unit, states, self.rule, self._store.home)
             if isinstance(active, KernelSlices):
                 active.step(seed, found_inf)
             else:
                 active.step(seed)
-            values = self._rule.values()
-            for number in {self._rule.group_of[piece.name] for piece in pieces}:
+            values = self.rule.values()
+            for number in {self.rule.group_of[piece.name] for piece in pieces}:
                 self._after[number] = values[number]
             self._store.close(pieces, {piece: state for piece, state in active.states().items() if state})
         except BaseException:
@@ -150,4 +155,4 @@ class StreamResidency:
 
     def _set_values(self, values: dict[int, dict[str, Any]]) -> None:
         for number, entries in values.items():
-            self._rule.groups[number].update(entries)
+            self.rule.groups[number].update(entries)

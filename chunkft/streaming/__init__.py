@@ -2,7 +2,16 @@
 
 from chunkft.streaming.arena import HostArena, cuda_info, memory_budget
 from chunkft.streaming.files import CorruptPageError
+from chunkft.streaming.homes import file_tier_nbytes
 from chunkft.streaming.pager import Pager
 from chunkft.streaming.stats import PagerStats
 
-__all__ = ["CorruptPageError", "HostArena", "Pager", "PagerStats", "cuda_info", "memory_budget"]
+__all__ = [
+    "CorruptPageError",
+    "HostArena",
+    "Pager",
+    "PagerStats",
+    "cuda_info",
+    "file_tier_nbytes",
+    "memory_budget",
+]

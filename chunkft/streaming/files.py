@@ -48,6 +48,11 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // BLOCK) * BLOCK
 
 
+def file_nbytes(sizes: Sequence[int]) -> int:
+    """Bytes of a file for pages of these sizes: a superblock, then a header and whole blocks for each page."""
+    return BLOCK + sum(BLOCK + padded(size) for size in sizes)
+
+
 class PageFile:
     """The file of `sizes` pages in `directory`, made anew with zero-filled pages, or with `reopen` taken up as
     its last `commit` left it.
@@ -71,7 +76,7 @@ class PageFile:
         for size in self.sizes:
             self._offsets.append(end)
             end += BLOCK + padded(size)
-        self.nbytes = end
+        self.nbytes = file_nbytes(self.sizes)
         self._generations = [0] * len(self.sizes)
         self._checksums = [0] * len(self.sizes)
         self._generation = 0

@@ -8,19 +8,24 @@ import torch
 from torch import Tensor
 
 from chunkft.streaming.arena import _core
-from chunkft.streaming.files import BLOCK, PageFile, padded
+from chunkft.streaming.files import BLOCK, PageFile, file_nbytes, padded
 from chunkft.streaming.pinning import host_memory
 from chunkft.streaming.place import Place
 from chunkft.streaming.staging import Engine, StagedEngine
 from chunkft.streaming.stats import PagerStats, TraceRecord
 from chunkft.streaming.workers import Workers
 
-__all__ = ["FileHome", "Home", "MemoryHome"]
+__all__ = ["FileHome", "Home", "MemoryHome", "file_tier_nbytes"]
 
 ALIGNMENT = 256
 # Beyond one page for each slot: one that is read ahead, and one that is written behind.
 SPARE_BUFFERS = 2
 SEGMENT_WORKERS = 4
+
+
+def file_tier_nbytes(pages: Sequence[int], slots: int) -> tuple[int, int]:
+    """Bytes of host memory and of the file that a pager with a `state_dir` takes for pages of these sizes."""
+    return padded(max(pages)) * (slots + SPARE_BUFFERS), file_nbytes(pages)
 
 
 class Home(Protocol):
@@ -181,6 +186,7 @@ class FileHome:
             file_written_bytes=staged.written_bytes,
             file_stall_seconds=staged.stall_ns / 1e9,
             file_direct=self._file.direct,
+            file_bytes=self._file.nbytes,
         )
 
     def trace(self) -> list[TraceRecord]:

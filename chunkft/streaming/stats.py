@@ -30,7 +30,7 @@ class PagerStats:
     `timed_stored_bytes` took on the link. `host_bytes` is what was asked for in host memory, `host_capacity`
     what it took, `pinned_bytes` what of it is page-locked. With a `state_dir`, host memory is the ring before
     the file, copies have the size of the largest page, and `file_*` counts what went through the file;
-    `file_direct` says whether that bypasses the page cache.
+    `file_direct` says whether that bypasses the page cache, `file_bytes` is the size of the file.
     """
 
     loads: int
@@ -57,6 +57,7 @@ class PagerStats:
     file_written_bytes: int = 0
     file_stall_seconds: float = 0.0
     file_direct: bool = False
+    file_bytes: int = 0
 
 
 def chrome_trace(records: Iterable[TraceRecord], device: str) -> dict[str, Any]:

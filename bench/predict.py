@@ -1,0 +1,157 @@
+"""What training holds, predicted from shapes alone: no memory is taken and nothing is computed.
+
+python -m bench.predict         Llama-2-7B and Llama-3-8B in bf16; checked against what bench.memory counted on 28M
+
+Gradients, state and pages follow from the plan. Activations are those that autograd saves when the model runs on
+PyTorch's meta device with the slices of a chunk attached: inputs of checkpointed blocks, head and loss. To them comes
+the larger of what the backward pass makes on the way: two fp32 gradients of the logits, or one recomputed block with the
+gradients of the chunk. Not counted: work space of matrix products, the allocator's rounding, the CUDA context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import chunkft
+from bench import common, plain_llama
+
+OUT = common.RESULTS / "memory-predicted.json"
+PAGE_BYTES = 64 << 20
+PAGES = 3
+RESIDUAL = 2  # bytes of a bf16 weight's missing half
+MASTER = 4  # bytes of the fp32 master that full fine-tuning keeps beside a 16-bit weight
+MOMENTS = 8  # bytes of two fp32 moments
+CASES = (
+    {"model": "llama-2-7b", "tokens": 1024, "batch": 1},
+    {"model": "llama-3-8b", "tokens": 1024, "batch": 1},
+    {"model": "llama-3-8b", "tokens": 4096, "batch": 1},
+)
+CHUNKS = (8, 16, 32, 64)
+
+
+class SavedShapes:
+    """Counts bytes of the distinct storages that autograd saves on the meta device, parameters excluded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = {p.untyped_storage()._cdata for p in model.parameters()}
+        self._seen: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """Saved-tensor hook; keeps the tensor, so that no storage is made anew under the same handle."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._own:
+            self._seen[storage._cdata] = tensor
+        return tensor
+
+    def total(self) -> int:
+        """Bytes seen so far."""
+        return sum(t.untyped_storage().nbytes() for t in self._seen.values())
+
+
+def saved_bytes(model: nn.Module, slices: Iterable[chunkft.Slice] | None, run: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps after `run`, a forward pass of `model` on the meta device with `slices` active
+    (None: every weight); raises ValueError where the result requires no gradient.
+    """
+    attachment = chunkft.attach(model) if slices is not None else None
+    try:
+        if attachment is not None:
+            attachment.freeze()
+            attachment.activate(slices)
+        saved = SavedShapes(model)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+            result = run()
+        if not result.requires_grad:
+            raise ValueError("the forward pass uses none of the active slices, so nothing is saved")
+        return saved.total()
+    finally:
+        if attachment is not None:
+            attachment.detach()
+
+
+def recomputed_block(model: plain_llama.PlainLlama, batch: int, tokens: int) -> int:
+    """Bytes that autograd keeps of one block while it is recomputed with all of its weights active."""
+    block, hidden = model.blocks[0], model.table.embedding_dim
+    dtype = next(model.parameters()).dtype
+    x = torch.empty(batch, tokens, hidden, device="meta", dtype=dtype, requires_grad=True)
+    angles = torch.empty(tokens, model.head, device="meta", dtype=dtype)
+    return saved_bytes(block, None, lambda: block(x, angles, angles))
+
+
+@functools.cache
+def shape_of(name: str) -> plain_llama.PlainLlama:
+    """A named shape in bf16 on the meta device, blocks recomputed in the backward pass."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            return plain_llama.PlainLlama(plain_llama.SHAPES[name], checkpointing=True).train()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def held(model: plain_llama.PlainLlama, batch: int, tokens: int) -> list[dict[str, Any]]:
+    """Bytes on the device for full AdamW and for chunkft in each of its residencies."""
+    ids = torch.zeros(batch, tokens + 1, dtype=torch.long, device="meta")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    elements = sum(p.numel() for p in model.parameters())
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    logits = 2 * 4 * batch * tokens * model.lm_head.out_features
+    block = recomputed_block(model, batch, tokens)
+    run = functools.partial(model, ids)
+    everything = saved_bytes(model, None, run)
+
+    def row(name: str, chunks: int, gradients: int, state: int, saved: int) -> dict[str, Any]:
+        # gradients of weights do not exist yet when those of the logits do
+        passing = max(logits - gradients, block)
+        parts = {
+            "weights": weights,
+            "gradients": gradients,
+            "state": state,
+            "activations": saved,
+            "backward": passing,
+        }
+        return {"variant": name, "chunks": chunks, **parts, "peak": sum(parts.values())}
+
+    full = elements * (MOMENTS + MASTER)
+    rows = [row("AdamW, full", 1, weights, full, everything)]
+    for chunks in CHUNKS:
+        plan = chunkft.partition(model, chunks)
+        saved = max(saved_bytes(model, chunk.slices, run) for chunk in plan.chunks[:: max(1, chunks // 8)])
+        elements_of_chunk = max(chunk.numel for chunk in plan.chunks)
+        state = elements_of_chunk * (MOMENTS + RESIDUAL)
+        rows.append(row("chunkft, paged", chunks, 2 * elements_of_chunk, 2 * state, saved))
+        rows.append(row("chunkft, stream", chunks, 2 * elements_of_chunk, PAGES * PAGE_BYTES, saved))
+    rows.append(row("chunkft, stream, update in backward", 1, largest, PAGES * PAGE_BYTES, everything))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench.predict", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    args = parser.parse_args()
+    cases = []
+    for case in CASES:
+        model = shape_of(case["model"])
+        rows = held(model, case["batch"], case["tokens"])
+        parameters = sum(p.numel() for p in model.parameters())
+        cases.append({**case, "dtype": "bfloat16", "parameters": parameters, "rows": rows})
+        for row in rows:
+            print(
+                f"{case['model']} {case['tokens']:5d} tokens, {row['variant']:36s} K={row['chunks']:3d} "
+                f"predicted peak {row['peak'] / 2**30:7.2f} GiB"
+            )
+    common.write_json(
+        args.out, {**common.header(0), "kind": "predicted", "page_bytes": PAGE_BYTES, "cases": cases}
+    )
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,17 +4,20 @@ python -m bench.predict         Llama-2-7B and Llama-3-8B in bf16; checked again
 
 Gradients, state and pages follow from the plan. Activations are those that autograd saves when the model runs on
 PyTorch's meta device with the slices of a chunk attached: inputs of checkpointed blocks, head and loss. To them comes
-the larger of what the backward pass makes on the way: two fp32 gradients of the logits, or one recomputed block with the
-gradients of the chunk. Not counted: work space of matrix products, the allocator's rounding, the CUDA context.
+the larger of what the backward pass makes on the way: two fp32 gradients of the logits, or one recomputed block (flash
+attention) beside the gradients of the chunk. Not counted: work space of matrix products, the allocator's rounding, the
+CUDA context.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -36,23 +39,32 @@ CASES = (
 CHUNKS = (8, 16, 32, 64)
 
 
+class Held:
+    """A tensor that autograd keeps; gone when autograd lets it go."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 class SavedShapes:
-    """Counts bytes of the distinct storages that autograd saves on the meta device, parameters excluded."""
+    """Counts bytes of the distinct storages that autograd keeps on the meta device, where all have address 0;
+    parameters excluded.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._own = {p.untyped_storage()._cdata for p in model.parameters()}
-        self._seen: dict[int, Tensor] = {}
+        self._held: weakref.WeakSet[Held] = weakref.WeakSet()
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        """Saved-tensor hook; keeps the tensor, so that no storage is made anew under the same handle."""
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._seen[storage._cdata] = tensor
-        return tensor
+    def pack(self, tensor: Tensor) -> Held:
+        """Saved-tensor hook."""
+        held = Held(tensor)
+        self._held.add(held)
+        return held
 
     def total(self) -> int:
-        """Bytes seen so far."""
-        return sum(t.untyped_storage().nbytes() for t in self._seen.values())
+        """Bytes that autograd keeps now."""
+        storages = [held.tensor.untyped_storage() for held in self._held]
+        return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in self._own}.values())
 
 
 def saved_bytes(model: nn.Module, slices: Iterable[chunkft.Slice] | None, run: Callable[[], Tensor]) -> int:
@@ -65,7 +77,7 @@ def saved_bytes(model: nn.Module, slices: Iterable[chunkft.Slice] | None, run: C
             attachment.freeze()
             attachment.activate(slices)
         saved = SavedShapes(model)
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
             result = run()
         if not result.requires_grad:
             raise ValueError("the forward pass uses none of the active slices, so nothing is saved")
@@ -75,13 +87,32 @@ def saved_bytes(model: nn.Module, slices: Iterable[chunkft.Slice] | None, run: C
             attachment.detach()
 
 
+class FlashShapes(torch.autograd.Function):
+    """Keeps for backward what flash attention keeps: its inputs, its output, and fp32 sums (B, H, T)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError("shapes only: nothing is computed on the meta device")
+
+
 def recomputed_block(model: plain_llama.PlainLlama, batch: int, tokens: int) -> int:
     """Bytes that autograd keeps of one block while it is recomputed with all of its weights active."""
     block, hidden = model.blocks[0], model.table.embedding_dim
     dtype = next(model.parameters()).dtype
     x = torch.empty(batch, tokens, hidden, device="meta", dtype=dtype, requires_grad=True)
     angles = torch.empty(tokens, model.head, device="meta", dtype=dtype)
-    return saved_bytes(block, None, lambda: block(x, angles, angles))
+    # On the meta device PyTorch takes its attention without a kernel, which keeps (T, T) matrices.
+    flash = mock.patch.object(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: FlashShapes.apply(q, k, v)
+    )
+    with flash:
+        return saved_bytes(block, None, lambda: block(x, angles, angles))
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +22,15 @@ from bench import common
 
 OUT = common.RESULTS / "tutorial-cpu.json"
 LOSS = common.REPO / "docs" / "images" / "tutorial-loss.png"
-PLAN = common.REPO / "chunkft" / "data" / "tiny-llama-bytes"
+MODEL = common.REPO / "chunkft" / "data" / "tiny-llama-bytes"
+
+MATCH = re.compile(r"held-out problems: ([\d.]+)% before, ([\d.]+)% after")
+
+
+def _children_seconds() -> float:
+    """Processor time of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def run(
@@ -32,7 +42,7 @@ def run(
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(common.REPO), environment.get("PYTHONPATH", "")])
-    start = time.monotonic()
+    start, before = time.monotonic(), _children_seconds()
     process = subprocess.Popen(
         [sys.executable, "-m", "chunkft", *arguments],
         cwd=folder,
@@ -52,11 +62,14 @@ def run(
     status = process.wait()
     if status != (130 if stopped else 0):
         raise RuntimeError(f"chunkft {' '.join(arguments)}: exit status {status}\n{errors}")
-    shown = " ".join(["chunkft", *arguments]).replace(str(PLAN), "chunkft/data/tiny-llama-bytes")
+    match = MATCH.search("\n".join(lines))
+    shown = " ".join(["chunkft", *arguments]).replace(str(MODEL), "chunkft/data/tiny-llama-bytes")
     return {
         "command": shown,
         "status": status,
         "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(_children_seconds() - before, 1),
+        "exact_match_percent": match and {"before": float(match[1]), "after": float(match[2])},
         "output": [line.replace(str(folder) + "/", "") for line in lines],
     }
 
@@ -69,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         runs = {
-            "plan": run(["plan", "--model", str(PLAN), "--chunks", "8"], folder),
+            "plan": run(["plan", "--model", str(MODEL), "--chunks", "8"], folder),
             "first": run(["finetune", "--out", "runs/first"], folder),
             "stopped": run(
                 ["finetune", "--steps", "60", "--out", "runs/second"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -59,7 +58,7 @@ def cell(value: Any) -> str:
             return f'<td class="text">{series(value)}</td>'
         return f'<td class="text">{", ".join(number(v) for v in value)}</td>'
     if isinstance(value, (dict, list)):
-        text = ", ".join(map(number, value)) if _plain(value) else json.dumps(value, ensure_ascii=False)
+        text = words(value)
         kind = "text long" if len(text) > LONG_TEXT else "text"
         return f'<td class="{kind}">{escape(text)}</td>'
     text = number(value)
@@ -68,8 +67,14 @@ def cell(value: Any) -> str:
     return f'<td class="{"text long" if len(text) > LONG_TEXT else "text"}">{escape(text)}</td>'
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, list) and not any(isinstance(v, (dict, list)) for v in value)
+def words(value: Any) -> str:
+    """A nested JSON value in one line: entries joined by commas, those that are nested by semicolons."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {words(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        nested = any(isinstance(v, (dict, list)) for v in value)
+        return ("; " if nested else ", ").join(map(words, value)) or "none"
+    return number(value)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], label: str) -> str:

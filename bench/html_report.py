@@ -23,6 +23,7 @@ from bench import html_parts as parts
 from bench import html_views as views
 
 STYLE = Path(__file__).with_suffix(".css")
+FEW = 150  # so many values are shown at once where there is no picture
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -106,7 +107,7 @@ def section(result: Result) -> str:
     shown.append(views.pictures(result.data))
     rest = {key: value for key, value in result.data.items() if key not in views.HEADER}
     size = sum(1 for _ in views.scalars(rest))
-    opened = " open" if not shown[-1] and size < 400 else ""
+    opened = " open" if not shown[-1] and size < FEW else ""
     shown.append(
         f"<details{opened}><summary>All values ({size:,})</summary>{views.values('', rest)}</details>"
     )
@@ -147,7 +148,8 @@ def images(folders: Iterable[Path]) -> str:
 
 
 def page(results: list[Result], folders: list[Path]) -> str:
-    """The whole page."""
+    """The whole page; files with a picture come first."""
+    results = sorted(results, key=lambda r: not views.pictures(r.data))
     contents = "".join(f'<li><a href="#{r.anchor}">{parts.escape(r.name)}</a></li>' for r in results)
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     drawn = images(folders)
@@ -169,8 +171,10 @@ def page(results: list[Result], folders: list[Path]) -> str:
 <h1>chunkft: measured</h1>
 <p class="soft">{len(results)} result files, shown as they are. Every figure has its machine, its versions, its
 commit and the command that measures it again; what is marked as predicted was computed and not measured.</p>
+<section>
 {machines(results)}
 <nav aria-label="Result files"><ul>{contents}</ul></nav>
+</section>
 {"".join(section(r) for r in results)}
 {drawn}
 <footer>Made {made} by <code>python -m bench.html_report</code>, chunkft at commit {common.commit()[:12]}.</footer>

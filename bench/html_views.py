@@ -12,6 +12,7 @@ HEADER = ("command", "device", "threads", "versions", "commit", "seed", "time", 
 # Endings of names that say that the numbers of a group may be compared, and in which unit.
 UNITS = {"gbs": "GB/s", "gb_s": "GB/s", "us": "µs", "ms": "ms", "s": "s", "bytes": "bytes"}
 DEEP = 3
+FEW = 4  # so many mappings still stand in the cell of a table
 
 
 def steps(result: dict[str, Any]) -> str | None:
@@ -205,7 +206,9 @@ def _mapping(name: str, value: dict[str, Any], depth: int) -> str:
     if unit and len(plain) > 1 and all(parts.is_number(v) for v in plain.values()):
         shown.append(parts.bars([(k, [float(v)], None) for k, v in plain.items()], unit, name, digits=2))
     elif plain:
-        shown.append(parts.table(("", "value"), [[k, v] for k, v in plain.items()], name or "values"))
+        mixed = not all(parts.is_number(v) for v in plain.values())
+        rows = [[k, parts.words(v) if mixed and not parts.is_series(v) else v] for k, v in plain.items()]
+        shown.append(parts.table(("", "value"), rows, name or "values"))
     inner = [values(k, v, depth + 1) for k, v in value.items() if k not in plain]
     if inner and depth >= DEEP:
         shown.append(f"<details><summary>more</summary><div class=nested>{''.join(inner)}</div></details>")
@@ -216,7 +219,12 @@ def _mapping(name: str, value: dict[str, Any], depth: int) -> str:
 
 def _sequence(name: str, value: list[Any], depth: int) -> str:
     if value and all(isinstance(v, dict) for v in value):
-        return _matrix([(None, flat(v)) for v in value], name)
+        rows = [flat(v) for v in value]
+        apart = [(i, key, v) for i, row in enumerate(rows) for key, v in row.items() if _many(v)]
+        main = [(None, {k: v for k, v in row.items() if not _many(v)}) for row in rows]
+        return _matrix(main, name) + "".join(
+            values(f"{name} {i}, {key}", v, depth + 1) for i, key, v in apart
+        )
     if parts.is_series(value) and len(value) > parts.LONG_SERIES:
         return f"<p>{parts.series(value)}</p>"
     if value and all(isinstance(v, str) for v in value):
@@ -227,6 +235,8 @@ def _sequence(name: str, value: list[Any], depth: int) -> str:
 def _matrix(rows: Sequence[tuple[str | None, dict[str, Any]]], label: str) -> str:
     named = any(key is not None for key, _ in rows)
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
+    places = {group: i for i, group in reversed(list(enumerate(c.split(".")[0] for c in columns)))}
+    columns.sort(key=lambda c: places[c.split(".")[0]])
     head = ["", *columns] if named else columns
     body = [[*([key] if named else []), *(row.get(c, "") for c in columns)] for key, row in rows]
     return parts.table(head, body, label)
@@ -236,11 +246,15 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings joined into one: `variant.chunks`."""
     made: dict[str, Any] = {}
     for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
+        if isinstance(inner, dict):
             made |= flat(inner, f"{prefix}{key}.")
         else:
             made[prefix + key] = inner
     return made
+
+
+def _many(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > FEW and all(isinstance(v, dict) for v in value)
 
 
 def _nested(value: dict[str, Any]) -> bool:

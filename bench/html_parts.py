@@ -105,11 +105,11 @@ def bars(
     rows: Sequence[tuple[str, Sequence[float], tuple[float, float] | None]],
     unit: str,
     label: str,
-    digits: int = 1,
+    digits: int | None = 1,
 ) -> str:
     """Bars, one a row: name, parts that are stacked, and a range that is drawn over them (or None).
 
-    A sum below zero is drawn as nothing and written as it is.
+    Sums are written with `digits` decimals, or as in tables (None). One below zero is drawn as nothing.
     """
     largest = max((max(sum(parts), spread[1] if spread else 0.0) for _, parts, spread in rows), default=0.0)
     scale = 100 / largest if largest > 0 else 0.0
@@ -122,7 +122,7 @@ def bars(
         if spread is not None:
             low, high = (max(v, 0.0) for v in spread)
             spans += f'<span class="spread" style="left:{scale * low:.3f}%;width:{scale * (high - low):.3f}%"></span>'
-        total = f"{sum(parts):,.{digits}f} {unit}".strip()
+        total = f"{number(sum(parts)) if digits is None else f'{sum(parts):,.{digits}f}'} {unit}".strip()
         cells = (("name", escape(name)), ("track", spans), ("value", escape(total)))
         inner = "".join(f'<div class="{kind}">{content}</div>' for kind, content in cells)
         body.append(f'<div class="bar">{inner}</div>\n')

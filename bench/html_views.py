@@ -204,7 +204,7 @@ def _mapping(name: str, value: dict[str, Any], depth: int) -> str:
     shown = []
     unit = next((text for ending, text in UNITS.items() if name.endswith(f"_{ending}")), None)
     if unit and len(plain) > 1 and all(parts.is_number(v) for v in plain.values()):
-        shown.append(parts.bars([(k, [float(v)], None) for k, v in plain.items()], unit, name, digits=2))
+        shown.append(parts.bars([(k, [float(v)], None) for k, v in plain.items()], unit, name, digits=None))
     elif plain:
         mixed = not all(parts.is_number(v) for v in plain.values())
         rows = [[k, parts.words(v) if mixed and not parts.is_series(v) else v] for k, v in plain.items()]

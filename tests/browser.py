@@ -28,8 +28,8 @@ def executable() -> str:
 
 
 class Browser:
-    """One tab. `errors` are messages of the console at level error, uncaught exceptions and failed loads; `requests` are
-    the addresses that were asked for.
+    """One tab. `errors` are messages of the console at level error, uncaught exceptions and failed loads; `requests`
+    are the addresses that were asked for.
     """
 
     def __init__(self, folder: Path, seconds: float = 60.0) -> None:
@@ -121,7 +121,11 @@ class Browser:
     def open(self, url: str, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Shows a page in a window of `width` x `height` and waits until it is loaded."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])

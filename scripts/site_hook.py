@@ -81,7 +81,9 @@ def turned(text: str, page: str, root: Path = REPO) -> str:
 def public_names(module: Path) -> list[str]:
     """The names of `__all__` of a module, read without importing it; empty where it has none."""
     for node in ast.parse(module.read_text()).body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+        if isinstance(node, ast.Assign) and any(
+            isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
+        ):
             return list(ast.literal_eval(node.value))
     return []
 
@@ -91,13 +93,18 @@ def reference(package: str, root: Path = REPO) -> str:
     dotted = f"chunkft.{package}" if package else "chunkft"
     place = root / dotted.replace(".", "/")
     module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    text = [f"# {dotted}\n", f"::: {dotted}\n    options:\n      members: []\n      show_root_heading: false\n"]
+    text = [
+        f"# {dotted}\n",
+        f"::: {dotted}\n    options:\n      members: []\n      show_root_heading: false\n",
+    ]
     if names := public_names(module):
         text += [f"::: {dotted}.{name}\n" for name in names]
     for inner in sorted(place.glob("*.py")) if not names else ():
         if inner.stem != "__init__" and (found := public_names(inner)):
             text.append(f"## {dotted}.{inner.stem}\n")
-            text += [f"::: {dotted}.{inner.stem}.{name}\n    options:\n      heading_level: 3\n" for name in found]
+            text += [
+                f"::: {dotted}.{inner.stem}.{name}\n    options:\n      heading_level: 3\n" for name in found
+            ]
     return "\n".join(text)
 
 
@@ -171,12 +178,12 @@ def _taken_along(config: Any, target: str) -> File:
     if language is None:
         return File.generated(config, site_path(target), abs_src_path=str(REPO / target))
     code = (REPO / target).read_text()
-    content = f"# {posixpath.basename(target)}\n\n````{language} title=\"{target}\"\n{code}````\n"
+    content = f'# {posixpath.basename(target)}\n\n````{language} title="{target}"\n{code}````\n'
     return File.generated(config, site_path(target), content=content)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turns links, and puts the drawn picture in the place of a diagram that would be fetched from elsewhere to draw."""
+    """Turns links, and puts the drawn picture in the place of a diagram that a script from elsewhere would draw."""
     source = repo_path(page.file.src_uri)
     if not (REPO / source).is_file():
         return markdown

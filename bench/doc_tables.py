@@ -95,10 +95,10 @@ def memory_shares(results: Path) -> str:
 
 
 def predicted(results: Path, model: str, tokens: int) -> str:
-    """Predicted bytes on the device for one shape, in GiB."""
+    """Predicted bytes on the device, and of state on the host, for one shape, in GiB."""
     cases = json.loads((results / "memory-predicted.json").read_text())["cases"]
     case = next(c for c in cases if (c["model"], c["tokens"]) == (model, tokens))
-    parts = ("weights", "gradients", "state", "activations", "backward", "peak")
+    parts = ("weights", "gradients", "state", "activations", "backward", "peak", "host")
     body = [
         [row["variant"], str(row["chunks"]), *(f"{row[part] / GIB:.2f}" for part in parts)]
         for row in case["rows"]

@@ -138,6 +138,8 @@ def held(model: plain_llama.PlainLlama, batch: int, tokens: int) -> list[dict[st
     run = functools.partial(model, ids)
     everything = saved_bytes(model, None, run)
 
+    full = elements * (MOMENTS + MASTER)
+
     def row(name: str, chunks: int, gradients: int, state: int, saved: int) -> dict[str, Any]:
         # gradients of weights do not exist yet when those of the logits do
         passing = max(logits - gradients, block)
@@ -148,9 +150,9 @@ def held(model: plain_llama.PlainLlama, batch: int, tokens: int) -> list[dict[st
             "activations": saved,
             "backward": passing,
         }
-        return {"variant": name, "chunks": chunks, **parts, "peak": sum(parts.values())}
+        host = elements * (MOMENTS + RESIDUAL) if state != full else 0
+        return {"variant": name, "chunks": chunks, **parts, "peak": sum(parts.values()), "host": host}
 
-    full = elements * (MOMENTS + MASTER)
     rows = [row("AdamW, full", 1, weights, full, everything)]
     for chunks in CHUNKS:
         plan = chunkft.partition(model, chunks)

@@ -7,7 +7,8 @@ A figure is followed by a comment, which readers do not see:
 After `from:` stand the file below bench/results/ and an expression: paths into the JSON, numbers and units (MiB, GiB),
 joined by + - * / and read from left to right. Parts of a path are joined by dots; an entry of a list is taken by its
 number, or by what it holds: `cases[variant.chunks=16,variant.keep_state=null].gradients`. Quotes keep a path with
-spaces together. The figure has to be the value, rounded to as many decimals as are written.
+spaces together, and commas before a space belong to what is looked for. The figure has to be the value, rounded to as
+many decimals as are written.
 
     a card of 24 GB<!-- given -->        a figure that is no measurement: an input, a definition, or the claim of others
 """
@@ -36,7 +37,8 @@ MARKED = re.compile(
 HIDDEN = re.compile(
     r"<!-- table: .*?<!-- end -->"  # generated, and compared with their JSON by themselves
     r"|^```.*?^```|`[^`\n]*`"  # code
-    r"|\]\([^)]*\)"  # targets of links
+    r"|!\[[^\]]*\]|\]\([^)]*\)"  # descriptions of pictures, targets of links
+    r"|^#.*?$"  # headings, whose words are part of addresses
     r"|(?:>=|==|arXiv|torch|Python|Apache-|sm_) ?\d[\d.]*",  # versions, names of papers, licences
     re.DOTALL | re.MULTILINE,
 )
@@ -66,7 +68,7 @@ def look_up(data: Any, path: str) -> Any:
 
 
 def _chosen(entries: Any, choice: str, path: str) -> Any:
-    wanted = dict(part.split("=", 1) for part in choice.split(","))
+    wanted = dict(part.split("=", 1) for part in re.split(r",(?! )", choice))
 
     def fits(entry: Any) -> bool:
         for key, text in wanted.items():

@@ -1,4 +1,4 @@
-"""docs/quality.md says what the committed JSON says."""
+"""README and docs say what the committed JSON says."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from bench import common, quality, report  # noqa: E402
+from bench import common, doc_numbers, quality, report  # noqa: E402
 
 SUMMARY = common.RESULTS / "quality-cpu" / "summary.json"
 RUNS = common.RESULTS / "quality-cpu" / "runs.jsonl"
@@ -27,10 +27,94 @@ def test_summary_follows_from_the_runs_it_counts():
     assert json.loads(json.dumps(report.summarise(RUNS, summary["runs"]))) == summary
 
 
-def test_every_table_of_the_document_equals_its_json():
-    text, summary = documented()
-    assert report.fill(text, report.tables(summary, common.RESULTS)) == text
-    assert len(report.BLOCK.findall(text)) >= 4
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
+def test_every_table_and_marked_figure_of_a_page_equals_its_json(page):
+    text = page.read_text()
+    made = report.tables(json.loads(SUMMARY.read_text()), common.RESULTS)
+    assert report.fill(text, made) == text
+    assert doc_numbers.refreshed(text, common.RESULTS) == text
+
+
+def test_the_pages_have_tables_and_marked_figures():
+    text = "".join(page.read_text() for page in report.PAGES)
+    assert len(report.BLOCK.findall(text)) >= 12
+    assert len(doc_numbers.MARKED.findall(text)) >= 25
+
+
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
+def test_every_figure_that_looks_measured_names_its_source(page):
+    assert doc_numbers.unmarked(page.read_text()) == [], (
+        "mark each with <!-- from: FILE EXPRESSION --> or <!-- given --> (see bench/doc_numbers.py)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("takes 0.56 of it", ["line 1: 0.56"]),
+        (
+            "\nuses 24 GB, 3 ms, 5 x and 12 %",
+            ["line 2: 24 GB", "line 2: 3 ms", "line 2: 5 x", "line 2: 12 %"],
+        ),
+        ("1,234.5 tokens", ["line 1: 1,234.5"]),
+        ("batch 4 x 256 of 28M, chunks 1 to 16", []),
+        ("Python >= 3.11, torch 2.13, arXiv 2605.21177, `0.56` and [a](b/0.5)", []),
+        ("```text\n0.56\n```\n# 24 GB\n![0.5](x.png)", []),
+        ("<!-- table: t -->\n0.56\n<!-- end -->", []),
+        ("24 GB<!-- given --> and 0.5<!-- from: a.json b --> of 7 ms<!-- why -->", ["line 1: 7 ms"]),
+    ],
+)
+def test_figures_are_told_from_other_numbers(text, found):
+    assert doc_numbers.unmarked(text) == found
+
+
+@pytest.fixture
+def results(tmp_path):
+    value = {
+        "a": {"b c": 3.0},
+        "n": [{"k": 1, "v": 2**21}, {"k": 2, "o": {"x": "p, q"}, "v": 5}],
+        "s": "t",
+        "big": 12345.6,
+    }
+    (tmp_path / "r.json").write_text(json.dumps(value))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("r.json n.0.v / MiB", 2.0),
+        ("r.json n[k=2].v", 5),
+        ('r.json n[o.x="p, q",k=2].v', 5),
+        ("r.json n[k=1,o=null].v", 2**21),
+        ("r.json 'a.b c' * 100 / n.1.v", 60.0),
+    ],
+)
+def test_expressions_find_values(source, value, results):
+    assert doc_numbers.evaluate(source, results) == value
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "words"),
+    [
+        ("r.json a.d", KeyError, "no 'd'"),
+        ("r.json n[k=3].v", KeyError, "fits 0 entries"),
+        ("r.json n[k=1].v +", ValueError, "needs FILE"),
+        ("r.json n.0.v ^ 2", ValueError, "no operator"),
+        ("r.json s", ValueError, "no number"),
+        ("r.json n.7.v", KeyError, "no '7'"),
+        ("absent.json a", FileNotFoundError, "absent"),
+    ],
+)
+def test_expressions_that_lead_nowhere_are_refused(source, error, words, results):
+    with pytest.raises(error, match=words):
+        doc_numbers.evaluate(source, results)
+
+
+def test_refreshing_writes_figures_as_they_were_written(results):
+    text = "9.99<!-- from: r.json n.1.v -->, 1,000 ms<!-- from: r.json big -->, 7 %<!-- from: r.json n.1.v * 2 -->"
+    made = doc_numbers.refreshed(text, results)
+    assert re.sub("<!--.*?-->", "", made) == "5.00, 12,346 ms, 10 %"
 
 
 def test_every_decimal_in_the_prose_stands_in_a_table():

@@ -79,13 +79,17 @@ def turned(text: str, page: str, root: Path = REPO) -> str:
 
 
 def public_names(module: Path) -> list[str]:
-    """The names of `__all__` of a module, read without importing it; empty where it has none."""
-    for node in ast.parse(module.read_text()).body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets
-        ):
+    """The names of `__all__` of a module, or else its functions and classes without an underscore; read, not imported."""
+    body = ast.parse(module.read_text()).body
+    for node in body:
+        names = (
+            [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
+        )
+        if isinstance(node, ast.Assign) and "__all__" in names:
             return list(ast.literal_eval(node.value))
-    return []
+    return [
+        n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")
+    ]
 
 
 def reference(package: str, root: Path = REPO) -> str:

@@ -79,7 +79,7 @@ def turned(text: str, page: str, root: Path = REPO) -> str:
 
 
 def public_names(module: Path) -> list[str]:
-    """The names of `__all__` of a module, or else its functions and classes without an underscore; read, not imported."""
+    """The names of `__all__` of a module, or else its public functions and classes; the module is read, not imported."""
     body = ast.parse(module.read_text()).body
     for node in body:
         names = (
@@ -92,6 +92,11 @@ def public_names(module: Path) -> list[str]:
     ]
 
 
+def identifier(dotted: str, name: str, place: Path) -> str:
+    """The dotted name of a public name of a package, which a module of the same name would otherwise hide."""
+    return f"{dotted}.{name}.{name}" if (place / f"{name}.py").is_file() else f"{dotted}.{name}"
+
+
 def reference(package: str, root: Path = REPO) -> str:
     """The page of the reference for one package: its public names, or those of its modules where it has none."""
     dotted = f"chunkft.{package}" if package else "chunkft"
@@ -102,7 +107,7 @@ def reference(package: str, root: Path = REPO) -> str:
         f"::: {dotted}\n    options:\n      members: []\n      show_root_heading: false\n",
     ]
     if names := public_names(module):
-        text += [f"::: {dotted}.{name}\n" for name in names]
+        text += [f"::: {identifier(dotted, name, place)}\n" for name in names]
     for inner in sorted(place.glob("*.py")) if not names else ():
         if inner.stem != "__init__" and (found := public_names(inner)):
             text.append(f"## {dotted}.{inner.stem}\n")

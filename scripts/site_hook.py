@@ -79,7 +79,7 @@ def turned(text: str, page: str, root: Path = REPO) -> str:
 
 
 def public_names(module: Path) -> list[str]:
-    """The names of `__all__` of a module, or else its public functions and classes; the module is read, not imported."""
+    """The names of `__all__` of a module, or else its public functions and classes; read, not imported."""
     body = ast.parse(module.read_text()).body
     for node in body:
         names = (

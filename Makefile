@@ -54,7 +54,7 @@ layers: $(TEST_STAMP)
 # The notice that is silenced speaks of releases that the pins in pyproject.toml leave out.
 .PHONY: docs
 docs: $(TEST_STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
 	@echo "site/index.html"
 
 # Kernels that randomise more address bits than the thread sanitizer knows of make it give up at the start.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 REPO = Path(__file__).resolve().parent.parent
 DOCS = "docs/"
@@ -184,11 +184,12 @@ def on_files(files: Files, config: Any) -> Files:
 
 def _taken_along(config: Any, target: str) -> File:
     language = SOURCE.get(posixpath.splitext(target)[1])
+    shown = InclusionLevel.INCLUDED if target in _leaves(config.nav) else InclusionLevel.NOT_IN_NAV
     if language is None:
-        return File.generated(config, site_path(target), abs_src_path=str(REPO / target))
+        return File.generated(config, site_path(target), abs_src_path=str(REPO / target), inclusion=shown)
     code = (REPO / target).read_text()
     content = f'# {posixpath.basename(target)}\n\n````{language} title="{target}"\n{code}````\n'
-    return File.generated(config, site_path(target), content=content)
+    return File.generated(config, site_path(target), content=content, inclusion=shown)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:

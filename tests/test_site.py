@@ -1,8 +1,10 @@
 """The documentation site builds without a warning, its links lead somewhere, and nothing is fetched from elsewhere."""
 
+import fcntl
 import html.parser
 import http.server
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,19 +22,44 @@ import draw_docs  # noqa: E402
 import site_hook  # noqa: E402
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """The site, built as `make docs` builds it."""
-    out = tmp_path_factory.mktemp("site")
-    built = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", out],
-        cwd=ROOT,
+def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Builds the site as `make docs` does. Not with --quiet: mkdocs then counts no warnings, and nothing is strict."""
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", out],
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert built.returncode == 0, built.stderr
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory, worker_id):
+    """The site, built once for all workers of the session."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base if worker_id == "master" else base.parent) / "site"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.with_suffix(".built").exists():
+            built = build(ROOT, out)
+            assert built.returncode == 0, built.stderr
+            out.with_suffix(".built").touch()
     return out
+
+
+def test_a_link_that_leads_nowhere_stops_the_build(tmp_path):
+    for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "docs", "scripts", "chunkft", "bench"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs").unlink()
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "scripts").unlink()
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "docs" / "trainers").mkdir(exist_ok=True)
+    (tmp_path / "docs" / "trainers" / "mine.md").write_text("# Mine\n\n[lost](../../examples/lost.py)\n")
+    built = build(tmp_path, tmp_path / "site")
+    assert built.returncode != 0
+    assert "docs/trainers/mine.md: link to '../../examples/lost.py'" in built.stderr
 
 
 class Addresses(html.parser.HTMLParser):

@@ -116,6 +116,38 @@ def predicted(results: Path, model: str, tokens: int) -> str:
     return markdown(head, body)
 
 
+def embedded(results: Path) -> str:
+    """Exact match of the embedded model after fine-tuning."""
+    body = []
+    for run in json.loads((results / "embedded-cpu.json").read_text())["runs"].values():
+        options, others = run["options"], run["other_problems"]
+        body.append(
+            [
+                "AdamW" if options.get("optimizer") == "adamw" else f"chunkft, K={options['chunks']}",
+                str(options["steps"]),
+                f"{options['lr']:g}",
+                f"{run['before_percent']:.1f}",
+                f"{run['after_percent']:.1f}",
+                *(
+                    f"{v['percent'] * v['problems'] / 100:.0f} of {v['problems']}"
+                    for v in (others["one"], others["two"])
+                ),
+                f"{run['cpu_seconds']:.0f}",
+            ]
+        )
+    head = (
+        "",
+        "steps",
+        "lr",
+        "before, %",
+        "after, %",
+        "one-step problems",
+        "two-step problems",
+        "CPU s",
+    )
+    return markdown(head, body)
+
+
 def printed(results: Path, run: str, first: int = 6, last: int = 3) -> str:
     """What a command of the tutorial printed; of its lines of progress the first and the last ones."""
     found = json.loads((results / "tutorial-cpu.json").read_text())["runs"][run]
@@ -136,6 +168,7 @@ def tables(results: Path) -> dict[str, str]:
         "compare-step": (("step-cpu.json", "step-cpu-1thread.json"), lambda: step_ratios(results)),
         "compare-memory": (("memory-cpu.json",), lambda: memory_shares(results)),
     }
+    made["embedded"] = (("embedded-cpu.json",), lambda: embedded(results))
     for name, model, tokens in (
         ("predicted-7b", "llama-2-7b", 1024),
         ("predicted-8b", "llama-3-8b", 1024),

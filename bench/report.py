@@ -16,7 +16,7 @@ from bench import common, doc_numbers, doc_tables, quality
 from bench.doc_tables import markdown
 
 DOC = common.REPO / "docs" / "quality.md"
-# Pages whose figures all come from result files. docs/embedded-model.md is not among them: its runs left no JSON.
+# Pages whose figures all come from result files.
 PAGES = (
     common.REPO / "README.md",
     *(
@@ -25,6 +25,7 @@ PAGES = (
             "api",
             "cli",
             "comparison",
+            "embedded-model",
             "kernels",
             "method",
             "quality",

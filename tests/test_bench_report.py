@@ -10,7 +10,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from bench import common, doc_numbers, quality, report  # noqa: E402
+from bench import common, doc_numbers, doc_tables, quality, report  # noqa: E402
 
 SUMMARY = common.RESULTS / "quality-cpu" / "summary.json"
 RUNS = common.RESULTS / "quality-cpu" / "runs.jsonl"
@@ -140,3 +140,34 @@ def test_filling_replaces_blocks_and_refuses_an_unknown_marker():
 def test_options_are_described_without_defaults():
     options = {"chunks": 16, "interval": 1, "always_active": "head", "schedule": "cyclic", "switch_warmup": 2}
     assert report.describe(options, "chunk") == "K=16, T=1, head always active, switch_warmup 2"
+
+
+def cells(table):
+    return [[c.strip() for c in line.strip().strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_tables_of_the_comparison_hold_the_numbers_of_their_files():
+    made = doc_tables.tables(common.RESULTS)
+    wall = json.loads((common.RESULTS / "step-cpu.json").read_text())["variants"]
+    ratio = wall["chunk"]["sweep_mean_ms"] / wall["adamw"]["sweep_mean_ms"]
+    assert cells(made["compare-step"])[-1][:2] == ["chunkft", f"{ratio:.2f}"]
+    counted = json.loads((common.RESULTS / "memory-cpu.json").read_text())["cases"]
+    sixteen = next(row for row in cells(made["compare-memory"]) if row[0] == "chunkft, K=16")
+    assert (
+        sixteen[1]
+        == f"{next(c for c in counted if c['variant'].get('chunks') == 16)['gradients'] / 2**20:.1f}"
+    )
+    accuracies = [float(row[3].split()[0]) for row in cells(made["compare-accuracy"])]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert len(accuracies) >= 5
+    predicted = json.loads((common.RESULTS / "memory-predicted.json").read_text())["cases"]
+    rows = next(c for c in predicted if (c["model"], c["tokens"]) == ("llama-3-8b", 4096))["rows"]
+    assert [row[7] for row in cells(made["predicted-8b-4096"])] == [f"{r['peak'] / 2**30:.2f}" for r in rows]
+
+
+def test_what_a_command_printed_is_shown_but_for_the_middle_of_its_progress(tmp_path):
+    steps = [f"step {i}/40  loss" for i in range(1, 41)]
+    run = {"output": ["begin", *steps, "step 40: held-out", "end"]}
+    (tmp_path / "tutorial-cpu.json").write_text(json.dumps({"runs": {"first": run}}))
+    shown = doc_tables.printed(tmp_path, "first").splitlines()[1:-1]
+    assert shown == ["begin", *steps[:6], "...", *steps[-3:], "step 40: held-out", "end"]

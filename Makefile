@@ -27,8 +27,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(G
 .PHONY: help
 help:
 	@echo "make finetune   fine-tune the embedded model; ARGS=\"--model DIR --data FILE\" for your own"
-	@echo "make test       lint, types, import layers, C++ tests, Python tests"
-	@echo "make lint types layers core-test core-sanitize pytest   the parts of it"
+	@echo "make test       lint, types, import layers, documentation site, C++ tests, Python tests"
+	@echo "make lint types layers docs core-test core-sanitize pytest   the parts of it"
 	@echo "make clean      remove build products; make distclean removes $(VENV) as well"
 
 .PHONY: finetune
@@ -36,7 +36,7 @@ finetune: $(RUN_STAMP)
 	$(BIN)/chunkft finetune $(ARGS)
 
 .PHONY: test
-test: lint types layers core-test core-sanitize pytest
+test: lint types layers docs core-test core-sanitize pytest
 
 .PHONY: lint
 lint: $(TEST_STAMP)
@@ -50,6 +50,12 @@ types: $(TEST_STAMP)
 .PHONY: layers
 layers: $(TEST_STAMP)
 	$(BIN)/lint-imports
+
+# The notice that is silenced speaks of releases that the pins in pyproject.toml leave out.
+.PHONY: docs
+docs: $(TEST_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+	@echo "site/index.html"
 
 # Kernels that randomise more address bits than the thread sanitizer knows of make it give up at the start.
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
@@ -113,7 +119,7 @@ $(BIN)/python:
 
 .PHONY: clean
 clean:
-	rm -rf build dist chunkft.egg-info chunkft/_core.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
+	rm -rf build dist site chunkft.egg-info chunkft/_core.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 
 .PHONY: distclean
 distclean: clean

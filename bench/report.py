@@ -1,6 +1,6 @@
-"""The tables of docs/quality.md, written from the JSON of the benchmarks so that no figure is typed by hand.
+"""Tables and marked figures of the documentation, written from the JSON of the benchmarks: none is typed by hand.
 
-python -m bench.report            sums up the runs and writes the tables anew
+python -m bench.report            sums up the runs and writes the tables and figures anew
 """
 
 from __future__ import annotations
@@ -12,9 +12,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import common, quality
+from bench import common, doc_numbers, doc_tables, quality
+from bench.doc_tables import markdown
 
 DOC = common.REPO / "docs" / "quality.md"
+# Pages whose figures all come from result files.
+PAGES = (
+    common.REPO / "README.md",
+    *(
+        common.REPO / "docs" / f"{name}.md"
+        for name in (
+            "api",
+            "cli",
+            "comparison",
+            "embedded-model",
+            "kernels",
+            "method",
+            "quality",
+            "recipes",
+            "semantics",
+            "streaming",
+            "tutorial",
+        )
+    ),
+)
 BLOCK = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
     "adamw": "AdamW, full",
@@ -44,12 +65,6 @@ def describe(options: dict[str, Any], method: str) -> str:
         known = {"chunks", "interval", "seldom", *DEFAULTS}
         words += [f"{k} {v}" for k, v in options.items() if k not in known]
     return ", ".join(words)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def quality_rows(rows: Sequence[dict[str, Any]]) -> str:
@@ -166,7 +181,7 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
     for name, file, make in single:
         if (results / f"{file}.json").exists():
             made[name] = make(json.loads((results / f"{file}.json").read_text()))
-    return made
+    return made | doc_tables.tables(results)
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -182,13 +197,16 @@ def summarise(runs: Path, count: int | None = None) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--doc", type=Path, default=DOC)
+    parser.add_argument("--doc", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     args = parser.parse_args()
     summary = summarise(args.results / "quality-cpu" / "runs.jsonl")
     common.write_json(args.results / "quality-cpu" / "summary.json", summary)
-    args.doc.write_text(fill(args.doc.read_text(), tables(summary, args.results)))
-    print(f"{args.doc}: tables of {summary['runs']} runs")
+    made = tables(summary, args.results)
+    for page in args.doc:
+        page.write_text(doc_numbers.refreshed(fill(page.read_text(), made), args.results))
+        print(page)
+    print(f"from {summary['runs']} runs of the quality study and the other files of {args.results}")
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def split_active(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:
 def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts that autocast would do inside of ``linear``, done where autograd can see them."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
+    if device == "meta" or not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -33,12 +33,13 @@ class ChunkAdamW(ChunkOptimizer):
         betas: decay of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        fused, foreach: implementation of ``torch.optim.AdamW``; None takes its default.
+        fused: the fused implementation of ``torch.optim.AdamW``; None takes its default.
+        foreach: its implementation over lists of tensors; None takes its default.
         first_moment: ``"bf16"`` keeps the first moment in bf16, 2 bytes less of 8 to 12 per element, at the cost of a
             relative rounding error of at most 2^-8 at each update, which decays with beta1. The second moment is
             never rounded so: its relative change per step, 1 - beta2, would get lost.
-        chunks, interval, partition, schedule, slice_dim, always_active, keep_state, max_grad_norm, master,
-            state_device, residency, update, page_bytes, state_dir, seed: see ``ChunkOptimizer``.
+
+    The other keywords are those of ``ChunkOptimizer``.
 
     Raises:
         TypeError, ValueError: as for ``ChunkOptimizer``; the model is left as it was.

@@ -154,6 +154,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
+            attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             self._activate()
         except BaseException:
             self._release(keep_attached=not owned)
@@ -211,12 +212,15 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.skipped += 1
         for leaf in leaves:
             leaf.grad = None
+        self._attachment.hide_gradients()
         self._advance_if_due()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
         super().zero_grad(set_to_none)
+        if set_to_none:
+            self._attachment.hide_gradients()
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:
             self._residency.reset()
 
@@ -405,6 +409,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.param_groups[self._group_of[piece.name]]["params"].append(leaf)
         if isinstance(self._residency, BackwardResidency):
             self._residency.seed = self._noise_seed()
+            self._residency.carrier = self._attachment.carrier
         self._residency.bind(pairs)
         self._residency.show(self.state)
 
@@ -445,6 +450,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for piece, leaf in self._attachment.active():
             if piece in restored.gradients:
                 leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
+        self._attachment.show_gradients()
 
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""

@@ -17,8 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from chunkft.autograd import (
     ReentrantGuard,
     Slice,
-    SliceGradients,
     SlicedForward,
+    SliceGradients,
     operator_for,
     put_forward,
     strip_forward,

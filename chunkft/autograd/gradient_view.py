@@ -7,8 +7,10 @@ operations are redirected (``__torch_dispatch__``); whatever would need the dens
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -42,8 +44,8 @@ class Gradients(ABC):
     """What a view stands for."""
 
     @abstractmethod
-    def norm(self, order: float, dtype: torch.dtype | None) -> Tensor | None:
-        """Their joint norm as a scalar, or None if there are none."""
+    def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
+        """Their joint norm as a scalar, or None if there are none; without those of an id in ``beside``."""
 
     @abstractmethod
     def tensors(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
@@ -57,8 +59,9 @@ class Gradients(ABC):
 class GradientView(Tensor):
     """Stands for the gradients of the active slices of one weight.
 
-    ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm``, ``norm()``, scaling by a number, in-place
-    clamping and zeroing act on them. Anything else raises RuntimeError.
+    ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm``, ``norm()``, scaling by a number,
+    in-place clamping and zeroing act on them, once, also where the gradients themselves are in the same list.
+    Anything else raises RuntimeError.
     """
 
     gradients: Gradients
@@ -92,11 +95,14 @@ class GradientView(Tensor):
         subject = args[0] if args else None
         if isinstance(subject, GradientView):
             if func in _IN_PLACE and _numbers(args[1:]):
+                beside = _handled_by(sys._getframe(1))
                 for gradient in subject.gradients.tensors(func, args[1:]):
-                    func(gradient, *args[1:], **kwargs)
+                    if id(gradient) not in beside:
+                        func(gradient, *args[1:], **kwargs)
                 return subject
             if func is _aten.linalg_vector_norm.default and (len(args) < 3 or not args[2]):
-                return _norm(subject, args[1] if len(args) > 1 else 2.0, kwargs.get("dtype"))
+                order = args[1] if len(args) > 1 else 2.0
+                return _norm(subject, order, kwargs.get("dtype"), _handled_by(sys._getframe(1)))
             if func is _aten.add_.Tensor and len(args) == 2 and not isinstance(args[1], GradientView):
                 subject.gradients.add(args[1])
                 return subject
@@ -105,13 +111,14 @@ class GradientView(Tensor):
             if func is _aten._to_copy.default:
                 return GradientView(subject, subject.gradients, kwargs.get("dtype"), kwargs.get("device"))
         elif isinstance(subject, list | tuple):
+            beside = {id(one) for one in subject}
             if func in _FOREACH and _numbers(args[1:]):
-                func(list(_expanded(subject, func, args[1:])), *args[1:], **kwargs)
+                func(list(_expanded(subject, func, args[1:], beside)), *args[1:], **kwargs)
                 return None
             if func is _aten._foreach_norm.Scalar:
                 order, dtype = args[1] if len(args) > 1 else 2.0, (args[2] if len(args) > 2 else None)
                 return [
-                    _norm(one, order, dtype)
+                    _norm(one, order, dtype, beside)
                     if isinstance(one, GradientView)
                     else torch.linalg.vector_norm(one, order, dtype=dtype)
                     for one in subject
@@ -139,19 +146,34 @@ def total_norm(norms: Sequence[Tensor], order: float) -> Tensor | None:
     return parts.sum() if order == 0 else torch.linalg.vector_norm(parts, order)
 
 
-def _norm(view: GradientView, order: float, dtype: torch.dtype | None) -> Tensor:
-    norm = view.gradients.norm(float(order), dtype)
+def _norm(view: GradientView, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor:
+    norm = view.gradients.norm(float(order), dtype, beside)
     return torch.zeros((), dtype=dtype or view.dtype, device=view.device) if norm is None else norm
 
 
 def _expanded(
-    tensors: Iterable[Tensor], operation: Callable[..., Any], arguments: Sequence[Any]
+    tensors: Iterable[Tensor],
+    operation: Callable[..., Any],
+    arguments: Sequence[Any],
+    beside: Collection[int],
 ) -> Iterable[Tensor]:
     for tensor in tensors:
         if isinstance(tensor, GradientView):
-            yield from tensor.gradients.tensors(operation, arguments)
+            parts = tensor.gradients.tensors(operation, arguments)
+            yield from (part for part in parts if id(part) not in beside)
         else:
             yield tensor
+
+
+def _handled_by(frame: FrameType | None) -> Collection[int]:
+    """Ids of the tensors that torch's clipping handles one by one, a view being one of them."""
+    while frame is not None and frame.f_code.co_filename.endswith("clip_grad.py"):
+        names = frame.f_locals
+        listed = names.get("tensors") or names.get("grads")
+        if listed:
+            return {id(one) for one in listed}
+        frame = frame.f_back  # out of a comprehension, which has a frame of its own up to Python 3.11
+    return ()
 
 
 def _numbers(arguments: Iterable[Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -87,9 +87,9 @@ class SliceGradients(Gradients):
             part = piece.of(dense)
             leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
 
-    def norm(self, order: float, dtype: torch.dtype | None) -> Tensor | None:
-        """Joint norm of the leaves' gradients."""
-        return joint_norm(self._present(), order, dtype)
+    def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
+        """Joint norm of the leaves' gradients, without those of an id in ``beside``."""
+        return joint_norm([grad for grad in self._present() if id(grad) not in beside], order, dtype)
 
     def tensors(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
         """The leaves' gradients."""

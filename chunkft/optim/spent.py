@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,11 +63,12 @@ class SpentGradients(Gradients):
         """Note the norm of gradients that are about to be used up."""
         self._norms.extend(torch._foreach_norm(list(gradients), 2.0))
 
-    def norm(self, order: float, dtype: torch.dtype | None) -> Tensor | None:
+    def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int] = ()) -> Tensor | None:
         """Joint norm of the gradients of this backward pass; of order 2 only."""
         if order != 2.0:
             raise RuntimeError(
-                f"norm_type={order:g} is not known with update='backward', whose gradients are gone by now; allowed is 2"
+                f"norm_type={order:g} is not known with update='backward', whose gradients are gone by now; "
+                "allowed is 2"
             )
         keeper = self._keeper()
         rest = joint_norm([] if keeper is None else keeper.unspent(), 2.0, dtype)
@@ -79,8 +80,8 @@ class SpentGradients(Gradients):
         if operation in _ZEROING or (operation in _SCALING and float(arguments[0]) == 1.0):
             return []
         raise RuntimeError(
-            "gradients cannot be clipped or scaled with update='backward', which has used them to update the weights in "
-            "the backward pass: switch the clipping off (max_grad_norm=0 in transformers.TrainingArguments), or use "
+            "gradients cannot be clipped or scaled with update='backward', which has used them to update the weights "
+            "in the backward pass: switch the clipping off (max_grad_norm=0 in transformers.TrainingArguments), or use "
             "update='step'"
         )
 

@@ -18,6 +18,7 @@ from chunkft.autograd import (
     ReentrantGuard,
     Slice,
     SlicedForward,
+    SliceGradients,
     operator_for,
     put_forward,
     strip_forward,
@@ -41,6 +42,9 @@ class _Bound:
     modules: list[nn.Module] = field(default_factory=list)
     watch: RemovableHandle | None = None
 
+    def __post_init__(self) -> None:
+        self.gradients = SliceGradients(self)
+
 
 class Attachment:
     """A model whose trainable parameters are frozen except for the active slices.
@@ -57,12 +61,15 @@ class Attachment:
         model: the module.
         specs: its trainable parameters at the time of attaching.
         generation: counts how often leaves were replaced by other objects, for those who keep references.
+        shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
+            which knows the weights only can clip and clear them; for slices that are made active from then on.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.specs: list[ParameterSpec] = parameter_specs(model)
         self.generation = 0
+        self.shows_gradients = False
         self._expected = {
             spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in self.specs
         }
@@ -121,6 +128,8 @@ class Attachment:
                 leaf.requires_grad_(True)
             else:
                 leaf = nn.Parameter(piece.of(parameter.detach()))
+                if self.shows_gradients:
+                    bound.gradients.watch(leaf)
             bound.pairs.append((piece, leaf))
         for name, bound in self._bound.items():
             self._install(name, bound, owners[name])
@@ -128,8 +137,30 @@ class Attachment:
 
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
+        for bound in self._bound.values():
+            bound.gradients.settle()
         leaves = {piece: leaf for bound in self._bound.values() for piece, leaf in bound.pairs}
         return [(piece, leaves[piece]) for piece in self._order]
+
+    def show_gradients(self) -> None:
+        """Let ``weight.grad`` stand for gradients of slices that did not come from a backward pass."""
+        for bound in self._bound.values():
+            if self.shows_gradients:
+                bound.gradients.show()
+
+    def carrier(self) -> tuple[Tensor, SliceGradients | None] | None:
+        """A weight whose ``.grad`` is not in use, and the gradients of its slices if some are active; None if there
+        is none.
+        """
+        for bound in self._bound.values():
+            if bound.pairs[0][0].dim is not None:
+                return bound.parameter, bound.gradients
+        return next(((p, None) for p in self.model.parameters() if not p.requires_grad), None)
+
+    def hide_gradients(self) -> None:
+        """Set the ``weight.grad`` that stand for gradients of slices to None."""
+        for bound in self._bound.values():
+            bound.gradients.hide()
 
     def deactivate(self) -> None:
         """Freeze the active slices and give their modules their own forward back."""
@@ -140,6 +171,7 @@ class Attachment:
         self._guard.release()
         for bound in self._bound.values():
             _uninstall(bound)
+            bound.gradients.hide()
             bound.parameter.requires_grad_(False)
             for _, leaf in bound.pairs:
                 leaf.grad = None
@@ -240,16 +272,14 @@ class Attachment:
         # The hook lives in C++, out of sight of the garbage collector: it must not hold us.
         attachment, target = weakref.ref(self), weakref.ref(bound)
 
-        @torch.no_grad()
         def cut(parameter: Tensor) -> None:
-            dense, parameter.grad = parameter.grad, None
             owner, active = attachment(), target()
-            if dense is None or owner is None or active is None:
+            if owner is None or active is None:
+                parameter.grad = None
                 return
-            dense = dense.to_dense() if dense.is_sparse else dense
-            for piece, leaf in active.pairs:
-                part = piece.of(dense)
-                leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
+            active.gradients.settle()
+            if owner.shows_gradients:
+                active.gradients.show()
             owner._warn_reader(name)
 
         return cut
@@ -267,6 +297,7 @@ class Attachment:
 
     def _rebind(self, name: str, bound: _Bound, parameter: nn.Parameter) -> None:
         replaced = parameter is not bound.parameter
+        bound.gradients.settle()
         owners = parameter_owners(self.model)
         if name not in owners:
             raise RuntimeError(
@@ -283,12 +314,15 @@ class Attachment:
             leaf.data = piece.of(parameter.detach())
             if grad is not None:
                 leaf.grad = grad.to(parameter.device)
+        bound.gradients.hide()
         if replaced:
             self._names[parameter] = name
             _attachments[parameter] = weakref.ref(self)
             bound.parameter.requires_grad_(False)
             _uninstall(bound)
         bound.parameter, bound.address, bound.device = parameter, parameter.data_ptr(), parameter.device
+        if self.shows_gradients:
+            bound.gradients.show()
         current = {id(module) for module, _ in owners[name]}
         if replaced or (bound.modules and current != {id(module) for module in bound.modules}):
             _uninstall(bound)

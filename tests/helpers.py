@@ -89,6 +89,11 @@ def assert_covers_once(model: nn.Module, plan: chunkft.ChunkPlan) -> None:
         assert bool((counts[name] == int(parameter.requires_grad)).all()), name
 
 
+def holds_memory(gradient: Tensor | None) -> bool:
+    """Whether a gradient is one, and no view that stands for those of slices."""
+    return gradient is not None and gradient.untyped_storage().nbytes() > 0
+
+
 def small(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(

@@ -1,6 +1,7 @@
 """Autograd functions that compute weight gradients for slices; they know slices, not optimizers."""
 
 from chunkft.autograd.embedding import sliced_embedding
+from chunkft.autograd.gradient_view import Gradients, GradientView, joint_norm, total_norm
 from chunkft.autograd.linear import sliced_conv1d, sliced_linear
 from chunkft.autograd.linear_cross_entropy import sliced_linear_cross_entropy
 from chunkft.autograd.operators import (
@@ -15,14 +16,19 @@ from chunkft.autograd.operators import (
     uncompilable,
 )
 from chunkft.autograd.reentrant import ReentrantGuard
+from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
 
 __all__ = [
+    "GradientView",
+    "Gradients",
     "ReentrantGuard",
     "Slice",
+    "SliceGradients",
     "SlicedForward",
     "SlicedOperator",
     "compilable",
+    "joint_norm",
     "operator_for",
     "put_forward",
     "register_operator",
@@ -32,5 +38,6 @@ __all__ = [
     "sliced_linear_cross_entropy",
     "strip_forward",
     "take_forward",
+    "total_norm",
     "uncompilable",
 ]

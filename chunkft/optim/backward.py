@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from chunkft.autograd import Slice
 from chunkft.optim.gradients import all_finite, non_finite
 from chunkft.optim.kernel_slices import kernel_applies
 from chunkft.optim.resident import Pairs
+from chunkft.optim.spent import Carrier, SpentGradients
 from chunkft.optim.streamed import StreamResidency
 
 READ_ELSEWHERE = (
@@ -36,6 +38,10 @@ class BackwardResidency(StreamResidency):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.seed = ""  # names the noise of stochastic rounding
+        # finds a weight that tells clippers of the gradients
+        self.carrier: Callable[[], Carrier | None] = lambda: None
+        self._spent = SpentGradients(self)
+        self._warned = False
         self._unit_of: dict[Slice, int] = {}
         self._together: dict[str, int] = {}  # bytes of the active slices of a parameter
         self._arrived: set[str] = set()
@@ -131,6 +137,7 @@ class BackwardResidency(StreamResidency):
         self._done = []
         self._dropping = False
         self._begun = False
+        self._spent.hide()
         self._flags = {}
         self._held = 0
         self._arrived = set()
@@ -145,17 +152,30 @@ class BackwardResidency(StreamResidency):
                 "its gradient is complete, so it cannot accumulate gradients; call step() after each backward pass, "
                 "or use update='step'"
             )
-        self._begun = True
+        if not self._begun:
+            self._begun = True
+            self._tell_clippers()
         missing.discard(piece)
-        if (
-            piece.name not in self._arrived
-        ):  # one product of the backward pass gave those of all slices of a parameter
+        # one product of the backward pass gave those of all slices of a parameter
+        if piece.name not in self._arrived:
             self._arrived.add(piece.name)
             self._held += self._together[piece.name]
             self._peak = max(self._peak, self._held)
             self.recent_peak = max(self.recent_peak, self._held)
         if not missing:
             self._update_unit(number)
+
+    def _tell_clippers(self) -> None:
+        carrier = self.carrier()
+        if carrier is not None:
+            self._spent.show(carrier)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                "no parameter of this model is cut or inactive, so torch.nn.utils.clip_grad_norm_ and the like cannot "
+                "be told that update='backward' leaves nothing to clip: they will do nothing",
+                stacklevel=2,
+            )
 
     def _update_unit(self, number: int) -> None:
         """Update the slices of a page and free their gradients.
@@ -166,6 +186,7 @@ class BackwardResidency(StreamResidency):
         unit = self._units[number]
         gradients = [leaf.grad for _, leaf in unit if leaf.grad is not None]
         following = [self._units[n] for n in self._upcoming(number)]
+        self._spent.spend(gradients)
         if kernel_applies(unit, self.rule):
             self.update(unit, self.seed, following, self._found_inf(gradients))
             self._done.append(number)
@@ -191,7 +212,12 @@ class BackwardResidency(StreamResidency):
         place = self._order.index(number)
         return [n for n in self._order[place + 1 : place + 3] if n not in self._done]
 
+    def unspent(self) -> list[Tensor]:
+        """Gradients that exist still."""
+        return [leaf.grad for unit in self._units for _, leaf in unit if leaf.grad is not None]
+
     def _unwatch(self) -> None:
+        self._spent.hide()
         for handle in self._handles:
             handle.remove()
         self._handles = []

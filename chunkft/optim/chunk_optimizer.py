@@ -160,6 +160,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
+            attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
         except BaseException:
             self._release(keep_attached=not owned)
@@ -223,11 +224,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.skipped += 1
         for leaf in leaves:
             leaf.grad = None
+        self._attachment.hide_gradients()
         advance_if_due(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
         super().zero_grad(set_to_none)
+        if set_to_none:
+            self._attachment.hide_gradients()
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:
             self._residency.reset()
 

@@ -91,6 +91,7 @@ def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
     for piece, leaf in optimizer._attachment.active():
         if piece in restored.gradients:
             leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
+    optimizer._attachment.show_gradients()
 
 
 def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:

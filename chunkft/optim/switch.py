@@ -67,5 +67,6 @@ def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> 
         optimizer.param_groups[optimizer._group_of[piece.name]]["params"].append(leaf)
     if isinstance(optimizer._residency, BackwardResidency):
         optimizer._residency.seed = optimizer._noise_seed()
+        optimizer._residency.carrier = optimizer._attachment.carrier
     optimizer._residency.bind(pairs)
     optimizer._residency.show(optimizer.state)

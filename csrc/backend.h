@@ -34,9 +34,24 @@ enum class WaitSite {
   kStoreDone,      // write-back <- the page's last user
   kStoreLoaded,    // write-back of a page that was claimed <- an earlier load of the same page, into another slot
   kFlushStored,    // host <- write-back
-  kDiscardStored,  // host, who may write <- copies that still read or write the page on the host
+  kDiscardStored,    // host, who may write <- the page's write-back
+  kDiscardLoaded,    // host, who may write <- loads that still read the page on the host
+  kDiscardPoisoned,  // host, who may write <- what a failed write-back left under way
 };
-inline constexpr int kWaitSites = 10;
+inline constexpr int kWaitSites = 12;
+
+// What the engine records an event behind, by the same rule: one name for each place.
+enum class RecordSite {
+  kTimes,            // times of copies: no order hangs on them
+  kLoadLoaded,       // a load
+  kClaimLoaded,      // earlier loads, of a page that is claimed without one
+  kStoreStored,      // a write-back
+  kReleaseDone,      // the caller's work
+  kDiscardDone,      // the caller's work on a page that is discarded while it is acquired
+  kDiscardLoads,     // loads that still read the page on the host
+  kDiscardPoisoned,  // what a failed write-back left under way
+};
+inline constexpr int kRecordSites = 8;
 
 // Streams, events and copies of one device. The contract is that of CUDA streams:
 // - Work on one stream runs in the order of the calls; work on different streams in any order but for wait().
@@ -63,7 +78,8 @@ class Backend {
 
   // Host to device on kLoad, device to host on kStore.
   virtual Status copy(Stream stream, void* dst, const void* src, std::size_t bytes) = 0;
-  virtual Status record(Event event, Stream stream) = 0;
+  virtual Status record(Event event, Stream stream, RecordSite site) = 0;
+  Status record(Event event, Stream stream) { return record(event, stream, RecordSite::kTimes); }
   virtual Status wait(Stream stream, Event event, WaitSite site) = 0;
 
   virtual Result<bool> query(Event event) = 0;                      // done by now?

@@ -107,7 +107,7 @@ Status CudaBackend::copy(Stream stream, void* dst, const void* src, std::size_t 
   return invalid_argument("CudaBackend.copy", "stream must be the load or the store lane, got a caller's stream");
 }
 
-Status CudaBackend::record(Event event, Stream stream) {
+Status CudaBackend::record(Event event, Stream stream, RecordSite) {
   CudaContext::Guard guard(*context_);
   if (!guard.status().ok()) return guard.status();
   auto* entry = reinterpret_cast<Entry*>(event);

@@ -150,7 +150,7 @@ Status Engine::submit_load(std::size_t page, std::size_t index) {
   pages_[page].host_read = true;
   Status status = backend_->copy(Stream::load(), slot.data, span.host, span.bytes);
   telemetry_->end(probe, Stream::load(), status.ok());
-  if (status.ok()) status = backend_->record(slot.loaded, Stream::load());
+  if (status.ok()) status = backend_->record(slot.loaded, Stream::load(), RecordSite::kLoadLoaded);
   if (!status.ok()) return status;
   slot.unrecorded_load = false;
   slot.last = slot.loaded;
@@ -194,7 +194,9 @@ Result<std::size_t> Engine::claim(std::size_t page, Stream caller) {
   Slot& slot = ring_[index];
   const bool host_read = pages_[page].host_read;
   Status status;
-  if (host_read || slot.unrecorded_load) status = backend_->record(slot.loaded, Stream::load());
+  if (host_read || slot.unrecorded_load) {
+    status = backend_->record(slot.loaded, Stream::load(), RecordSite::kClaimLoaded);
+  }
   if (status.ok() && slot.unrecorded_load) {
     slot.unrecorded_load = false;
     slot.last = slot.loaded;
@@ -258,7 +260,7 @@ Status Engine::release(std::size_t page, Stream caller, bool dirty, bool keep) {
   const std::size_t index = pages_[page].slot;
   Slot& slot = ring_[index];
   // Without this record nobody could tell when the slot is free again: the page stays acquired.
-  if (Status s = backend_->record(slot.done, caller); !s.ok()) {
+  if (Status s = backend_->record(slot.done, caller, RecordSite::kReleaseDone); !s.ok()) {
     return about(s.error(), page, "the page is still IN_USE; Pager.release may be tried again");
   }
   slot.last = slot.done;

@@ -14,7 +14,7 @@ Status Engine::submit_store(std::size_t page) {
   auto* probe = telemetry_->begin(TraceRecord::Kind::kStore, page, index, span.bytes, Stream::store());
   Status status = backend_->copy(Stream::store(), span.host, slot.data, span.bytes);
   telemetry_->end(probe, Stream::store(), status.ok());
-  if (status.ok()) status = backend_->record(pages_[page].stored, Stream::store());
+  if (status.ok()) status = backend_->record(pages_[page].stored, Stream::store(), RecordSite::kStoreStored);
   if (!status.ok()) return status;
   slot.last = pages_[page].stored;
   pages_[page].host_read = false;
@@ -76,8 +76,8 @@ Status Engine::settle_host(std::size_t page) {
   }
   if (!entry.host_read) return {};
   // What the event stood for is over by now: it may stand for the loads.
-  if (Status s = backend_->record(entry.stored, Stream::load()); !s.ok()) return s;
-  if (Status s = backend_->synchronize(entry.stored, WaitSite::kDiscardStored); !s.ok()) return s;
+  if (Status s = backend_->record(entry.stored, Stream::load(), RecordSite::kDiscardLoads); !s.ok()) return s;
+  if (Status s = backend_->synchronize(entry.stored, WaitSite::kDiscardLoaded); !s.ok()) return s;
   entry.host_read = false;
   return {};
 }
@@ -93,11 +93,12 @@ Status Engine::discard(std::size_t page, std::optional<Stream> caller) {
   if (place == Place::kPoisoned) {
     // The failed write-back may have got as far as a copy that still reads the slot and writes to the host.
     const Event stored = pages_[page].stored;
-    Status status = backend_->record(stored, Stream::store());
-    if (status.ok()) status = backend_->synchronize(stored, WaitSite::kDiscardStored);
+    Status status = backend_->record(stored, Stream::store(), RecordSite::kDiscardPoisoned);
+    if (status.ok()) status = backend_->synchronize(stored, WaitSite::kDiscardPoisoned);
     if (!status.ok()) return about(status.error(), page, "the page is still POISONED; Pager.discard may be tried again");
   } else if (is_acquired(place)) {
-    if (Status s = backend_->record(slot.done, caller.value_or(slot.caller)); !s.ok()) {
+    const Stream last = caller.value_or(slot.caller);
+    if (Status s = backend_->record(slot.done, last, RecordSite::kDiscardDone); !s.ok()) {
       return about(s.error(), page, "the page is still IN_USE; Pager.discard may be tried again");
     }
     slot.last = slot.done;

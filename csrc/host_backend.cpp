@@ -160,7 +160,7 @@ Status HostBackend::copy(Stream stream, void* dst, const void* src, std::size_t 
   return {};
 }
 
-Status HostBackend::record(Event event, Stream stream) {
+Status HostBackend::record(Event event, Stream stream, RecordSite) {
   auto target = find(stream);
   if (!target.ok()) return target.error();
   HostStream* on = target.value();

@@ -51,7 +51,8 @@ class HostBackend final : public Backend {
   void destroy_event(Event event) override;
 
   Status copy(Stream stream, void* dst, const void* src, std::size_t bytes) override;
-  Status record(Event event, Stream stream) override;
+  using Backend::record;
+  Status record(Event event, Stream stream, RecordSite site) override;
   Status wait(Stream stream, Event event, WaitSite site) override;
   Result<bool> query(Event event) override;
   Status synchronize(Event event, WaitSite site) override;

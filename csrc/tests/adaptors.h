@@ -15,7 +15,8 @@ struct Control {
   long fail_from = -1;
   long fail_until = -1;
   Error error = driver_error("cuSomething", 0, 700, "CUDA_ERROR_ILLEGAL_ADDRESS");
-  int drop_site = -1;  // wait() and synchronize() of this WaitSite do nothing
+  int drop_site = -1;    // wait() and synchronize() of this WaitSite do nothing
+  int drop_record = -1;  // record() of this RecordSite does nothing
 
   std::atomic<long> calls{0};
   std::atomic<long> failed{0};
@@ -54,9 +55,14 @@ class Adaptor final : public Backend {
     if (fails()) return control_->error;
     return inner_->copy(stream, dst, src, bytes);
   }
-  Status record(Event event, Stream stream) override {
+  using Backend::record;
+  Status record(Event event, Stream stream, RecordSite site) override {
     if (fails()) return control_->error;
-    return inner_->record(event, stream);
+    if (static_cast<int>(site) == control_->drop_record) {
+      ++control_->dropped;
+      return {};
+    }
+    return inner_->record(event, stream, site);
   }
   Status wait(Stream stream, Event event, WaitSite site) override {
     if (fails()) return control_->error;

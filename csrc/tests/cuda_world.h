@@ -91,7 +91,8 @@ class World {
       case 1:
         return evict(page);
       case 2:
-        return discard(page);
+        discard(page);
+        return pick(2) == 0 ? write_host(page) : void();
       case 3:
         return pick(3) == 0 ? flush() : prefetch(page);
       default:

@@ -14,14 +14,18 @@ struct Mutant {
   enum class Kind {
     kNone,
     kWait,    // the waits of one site are left out
-    kRecord,  // the records on one lane are left out
-    kEarly,   // the records on one lane come before the copy that they stand for
+    kRecord,  // the records of one site are left out
+    kEarly,   // the records of one site come before the copy that they stand for
   } kind = Kind::kNone;
-  int which = -1;  // WaitSite or Lane
+  int which = -1;  // WaitSite or RecordSite
 };
 
 constexpr Mutant wait_of(const char* name, WaitSite site) {
   return {name, Mutant::Kind::kWait, static_cast<int>(site)};
+}
+
+constexpr Mutant record_of(const char* name, RecordSite site, Mutant::Kind kind = Mutant::Kind::kRecord) {
+  return {name, kind, static_cast<int>(site)};
 }
 
 constexpr Mutant kMutants[] = {
@@ -34,20 +38,34 @@ constexpr Mutant kMutants[] = {
     wait_of("a write-back does not wait for the page's last user", WaitSite::kStoreDone),
     wait_of("a write-back does not wait for an earlier load of the page", WaitSite::kStoreLoaded),
     wait_of("a flush does not wait for write-backs", WaitSite::kFlushStored),
-    wait_of("a discard does not wait for copies that use the host's page", WaitSite::kDiscardStored),
-    {"loads are not recorded", Mutant::Kind::kRecord, static_cast<int>(Lane::kLoad)},
-    {"write-backs are not recorded", Mutant::Kind::kRecord, static_cast<int>(Lane::kStore)},
-    {"the caller's work is not recorded", Mutant::Kind::kRecord, static_cast<int>(Lane::kCaller)},
-    {"loads are recorded before the copy", Mutant::Kind::kEarly, static_cast<int>(Lane::kLoad)},
-    {"write-backs are recorded before the copy", Mutant::Kind::kEarly, static_cast<int>(Lane::kStore)},
+    wait_of("a discard does not wait for the page's write-back", WaitSite::kDiscardStored),
+    wait_of("a discard does not wait for loads of the page", WaitSite::kDiscardLoaded),
+    record_of("loads are not recorded", RecordSite::kLoadLoaded),
+    record_of("earlier loads of a claimed page are not recorded", RecordSite::kClaimLoaded),
+    record_of("write-backs are not recorded", RecordSite::kStoreStored),
+    record_of("the caller's work is not recorded", RecordSite::kReleaseDone),
+    record_of("the caller's work on a discarded page is not recorded", RecordSite::kDiscardDone),
+    record_of("loads that a discard waits for are not recorded", RecordSite::kDiscardLoads),
+    record_of("loads are recorded before the copy", RecordSite::kLoadLoaded, Mutant::Kind::kEarly),
+    record_of("write-backs are recorded before the copy", RecordSite::kStoreStored, Mutant::Kind::kEarly),
 };
 
-// Every wait that the engine names has its mutant.
+constexpr bool listed(Mutant::Kind kind, int which) {
+  for (const Mutant& mutant : kMutants) {
+    if (mutant.kind == kind && mutant.which == which) return true;
+  }
+  return false;
+}
+
+// Every wait and record that the engine names has its mutant. Those of a poisoned page, which need a driver that fails,
+// have theirs in interleavings_test.cpp. That no two places of the engine share a name is held by test_engine_sites.py.
 static_assert([] {
   for (int site = 0; site < kWaitSites; ++site) {
-    bool listed = false;
-    for (const Mutant& mutant : kMutants) listed |= mutant.kind == Mutant::Kind::kWait && mutant.which == site;
-    if (!listed) return false;
+    if (site != static_cast<int>(WaitSite::kDiscardPoisoned) && !listed(Mutant::Kind::kWait, site)) return false;
+  }
+  for (int site = 0; site < kRecordSites; ++site) {
+    if (site == static_cast<int>(RecordSite::kTimes)) continue;
+    if (site != static_cast<int>(RecordSite::kDiscardPoisoned) && !listed(Mutant::Kind::kRecord, site)) return false;
   }
   return true;
 }());
@@ -63,14 +81,16 @@ class MutantBackend final : public Backend {
   void destroy_event(Event event) override { inner_->destroy_event(event); }
 
   Status copy(Stream stream, void* dst, const void* src, std::size_t bytes) override {
-    if (!is(Mutant::Kind::kEarly, static_cast<int>(stream.lane))) return inner_->copy(stream, dst, src, bytes);
+    const RecordSite site = stream.lane == Lane::kLoad ? RecordSite::kLoadLoaded : RecordSite::kStoreStored;
+    if (!is(Mutant::Kind::kEarly, static_cast<int>(site))) return inner_->copy(stream, dst, src, bytes);
     late_ = {dst, src, bytes};
     return {};
   }
-  Status record(Event event, Stream stream) override {
-    if (is(Mutant::Kind::kRecord, static_cast<int>(stream.lane))) return strike();
-    if (Status status = inner_->record(event, stream); !status.ok()) return status;
-    if (!is(Mutant::Kind::kEarly, static_cast<int>(stream.lane)) || late_.bytes == 0) return {};
+  using Backend::record;
+  Status record(Event event, Stream stream, RecordSite site) override {
+    if (is(Mutant::Kind::kRecord, static_cast<int>(site))) return strike();
+    if (Status status = inner_->record(event, stream, site); !status.ok()) return status;
+    if (!is(Mutant::Kind::kEarly, static_cast<int>(site)) || late_.bytes == 0) return {};
     const Copy copy = std::exchange(late_, {});
     ++*struck_;
     return inner_->copy(stream, copy.dst, copy.src, copy.bytes);

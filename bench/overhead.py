@@ -156,9 +156,7 @@ def measure(case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"case": vars(case)}
     for name, run in runs.items():
         parts = {"compute": run.compute, "update": run.update}
-        result[name] = {
-            f"{part}_ms": 1e3 * run.sweep_mean(times, period, 1) for part, times in parts.items()
-        }
+        result[name] = {f"{part}_ms": 1e3 * run.sweep_mean(times, period, 1) for part, times in parts.items()}
         result[name]["step_ms"] = sum(result[name].values())
     added = {key: result["chunkft"][key] - result["by hand"][key] for key in result["chunkft"]}
     result["added"] = added

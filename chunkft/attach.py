@@ -75,6 +75,8 @@ class Attachment:
         }
         self._bound: dict[str, _Bound] = {}
         self._order: list[Slice] = []
+        self._places: list[tuple[str, dict[str, Any], str, nn.Parameter, tuple[int, ...], torch.dtype]] = []
+        self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
         self._guard = ReentrantGuard()
         self._warned: set[str] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -185,6 +187,9 @@ class Attachment:
         Raises:
             RuntimeError: if a parameter is gone, or changed its shape or dtype.
         """
+        if self._places and self._is_as_seen():
+            return
+        self._places, self._links = [], []
         for name in self._expected:
             parameter = self._current(name)
             bound = self._bound.get(name)
@@ -194,12 +199,14 @@ class Attachment:
                     parameter.grad = None
             elif parameter is not bound.parameter or parameter.data_ptr() != bound.address:
                 self._rebind(name, bound, parameter)
+        self._note_places()
 
     def detach(self) -> None:
         """Leave the model as it was found: every parameter trainable again, no trace of the attachment."""
         self.deactivate()
         uncompilable(self.model)
         self.unfreeze()
+        self._places, self._links = [], []
         for parameter in list(self._names.keys()):  # type: ignore[no-untyped-call]
             _attachments.pop(parameter, None)  # type: ignore[no-untyped-call]
         self.model.__dict__.pop("_chunkft", None)
@@ -225,7 +232,7 @@ class Attachment:
         shape, dtype = self._expected[name]
         *path, attribute = name.split(".")
         module: nn.Module | None = self.model
-        for part in path:  # get_parameter() takes ten times as long, and this runs in every step
+        for part in path:  # get_parameter() takes ten times as long
             module = None if module is None else module._modules.get(part)
         parameter = None if module is None else module._parameters.get(attribute)
         if parameter is None:
@@ -241,6 +248,33 @@ class Attachment:
                 f"{parameter.dtype} now; convert the model first, then build the optimizer"
             )
         return parameter
+
+    def _note_places(self) -> None:
+        """Remember where every parameter is, so that the next look finds out by identity alone."""
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, nn.Module]] = {}
+        for name, (shape, dtype) in self._expected.items():
+            *path, attribute = name.split(".")
+            module = self.model
+            for part in path:
+                child = module._modules[part]
+                assert child is not None
+                links[id(module), part] = (module._modules, part, child)
+                module = child
+            self._places.append((name, module._parameters, attribute, self._current(name), shape, dtype))
+        self._links = list(links.values())
+
+    def _is_as_seen(self) -> bool:
+        """Whether nothing that ``verify`` looks for happened since ``_note_places``; it runs in every step."""
+        for children, part, child in self._links:
+            if children.get(part) is not child:
+                return False
+        for name, parameters, attribute, seen, shape, dtype in self._places:
+            parameter = parameters.get(attribute)
+            if parameter is not seen or parameter.shape != shape or parameter.dtype is not dtype:
+                return False
+            if parameter.requires_grad and name not in self._bound:
+                return False
+        return all(bound.parameter.data_ptr() == bound.address for bound in self._bound.values())
 
     def _install(self, name: str, bound: _Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
         sliced = bound.pairs[0][0].dim is not None

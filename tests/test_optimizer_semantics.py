@@ -271,3 +271,12 @@ def test_slices_without_gradient_are_neither_updated_nor_decayed_nor_counted(chu
             reference.step()
             reference.zero_grad()
         assert_same_weights(plain, chunked)
+
+
+def test_gradients_whose_sum_overflows_are_not_taken_for_infinite():
+    model = nn.Linear(3, 33, bias=False)
+    optimizer = chunkft.ChunkOptimizer(model, torch.optim.SGD, chunks=1, interval=1, lr=0.0)
+    for _, leaf in optimizer.active_parameters():
+        leaf.grad = torch.full_like(leaf, torch.finfo(torch.float32).max)
+    optimizer.step()
+    assert (optimizer.updates, optimizer.skipped) == (1, 0)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chunkft.cli.arguments import parse
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def _blocks(language: str) -> list[pytest.param]:

@@ -115,7 +115,7 @@ def test_trainer_equals_a_plain_loop(changes, tmp_path):
         plain.zero_grad()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["grad_norm"] for entry in logs] == [float(norm) for norm in norms]
-    assert min(float(norm) for norm in norms) > 0.4  # every step is clipped
+    assert max(float(norm) for norm in norms) > 0.4  # some are clipped
     assert [entry["chunk"] for entry in logs] == [0, 0, 1, 1, 2, 2, 0, 0]
     assert [entry["sweep"] for entry in logs] == [0] * 6 + [1] * 2
     assert same(model, plain)
@@ -149,7 +149,9 @@ def test_one_chunk_by_optimizer_cls_and_kwargs_is_trainers_adamw(factory, tmp_pa
             model,
             arguments(tmp_path, weight_decay=0.1),
             train_dataset=data,
-            optimizer_cls_and_kwargs=choice if factory or model is models[0] else (kind, {"lr": 5e-3, "chunks": 1}),
+            optimizer_cls_and_kwargs=choice
+            if factory or model is models[0]
+            else (kind, {"lr": 5e-3, "chunks": 1}),
         )
         trainer.train()
         decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
@@ -194,14 +196,19 @@ def test_the_best_model_is_loaded_at_the_end_and_evaluation_changes_nothing(tmp_
     assert losses[0] == losses[1]
 
 
-def test_reentrant_checkpointing_is_refused_or_right(tmp_path):
+def test_reentrant_checkpointing_trains_to_the_same_bits(tmp_path, monkeypatch):
+    calls = []
+    forward = torch.utils.checkpoint.CheckpointFunction.forward
+    monkeypatch.setattr(
+        torch.utils.checkpoint.CheckpointFunction,
+        "forward",
+        staticmethod(lambda *args: (calls.append(1), forward(*args))[1]),
+    )
     changes = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
-    model = build()
-    with pytest.raises(RuntimeError, match=r"enable_input_require_grads\(\)"):
-        trainer_of(model, tmp_path, **changes).train()
     models = build(), build()
     models[0].enable_input_require_grads()
     trainer_of(models[0], tmp_path, **changes).train()
+    assert len(calls) == 16  # two layers, eight steps
     trainer_of(models[1], tmp_path).train()
     assert same(*models)
 
@@ -216,9 +223,41 @@ def test_updates_in_the_backward_pass_need_clipping_off(tmp_path):
     assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
-def test_half_precision_on_a_cpu_is_refused_by_trainer(tmp_path):
-    with pytest.raises(ValueError, match="fp16"):
-        arguments(tmp_path, fp16=True)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_with_one_chunk_is_adamws(precision, tmp_path):
+    models = build(), build()
+    for model, optimizer in zip(
+        models,
+        (
+            torch.optim.AdamW(models[0].parameters(), lr=5e-3),
+            chunkft.ChunkAdamW(models[1], lr=5e-3, chunks=1),
+        ),
+        strict=True,
+    ):
+        trainer_of(model, tmp_path, optimizer, **{precision: True}).train()
+    assert same(*models)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_compile_trains_all_chunks_without_compiling_again(tmp_path):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, eager = build(0.0), build(0.0)
+    seen = []
+
+    class Count(ChunkCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    for m, changes in ((model, {"torch_compile_backend": "aot_eager"}), (eager, {})):
+        optimizer = chunkft.ChunkAdamW(m, always_active=["*norm*"], **{**OPTIONS, "interval": 1})
+        trainer = trainer_of(m, tmp_path, optimizer, **changes)
+        trainer.add_callback(Count())
+        trainer.train()
+    assert 0 < seen[0] == seen[7]
+    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_batches_of_similar_length_train(tmp_path):

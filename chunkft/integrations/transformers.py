@@ -66,7 +66,7 @@ class ChunkAdamWFactory:
         """The optimizer of a model."""
         decayed = set(Trainer.get_decay_parameter_names(None, model))
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [weight for name, weight in trained if name in decayed]},
             {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
         ]

@@ -374,18 +374,6 @@ def test_plan_names_what_is_wrong(place, capsys, options, words):
     assert all(word in message for word in words), message
 
 
-def test_trainer_refuses_to_clip_where_the_gradients_are_not(place, tmp_path):
-    from transformers import AutoModelForCausalLM, TrainingArguments
-
-    from chunkft.integrations.transformers import ChunkTrainer
-
-    model = AutoModelForCausalLM.from_pretrained(place / "llama")
-    optimizer = chunkft.ChunkAdamW(model, chunks=2)
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_grad_norm=1.0, use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0.*set it to 0"):
-        ChunkTrainer(model=model, args=arguments, optimizers=(optimizer, None))
-
-
 def test_resume_without_a_checkpoint_starts_over(place, tmp_path):
     out = tmp_path / "out"
     assert finetune(place, out, "--quiet", "--eval-data", place / "held-out.jsonl") == 0

@@ -14,6 +14,14 @@ import chunkft
 PLACES = {"memory": {}, "forgotten": {"keep_state": False}, **MODES, **FILES}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_walk():
+    gc.collect()
+    gc.freeze()  # what is older than these tests is not walked
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(params=sorted(PLACES))
 def options(request, tmp_path):
     files = {"state_dir": tmp_path / "state"} if request.param in FILES else {}

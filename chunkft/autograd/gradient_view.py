@@ -74,7 +74,7 @@ class GradientView(Tensor):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> GradientView:
-        view: GradientView = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        view: GradientView = torch.Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             strides=like.stride(),

@@ -192,7 +192,6 @@ def build_optimizer(
             schedule=settings.schedule,
             slice_dim=settings.slice_dim,
             always_active=patterns_of(settings.always_active, settings.task),
-            max_grad_norm=settings.clip_norm or None,
             residency=settings.residency,
             update=settings.update,
             page_bytes=settings.page_mib << 20,

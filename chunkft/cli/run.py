@@ -114,7 +114,7 @@ class Finetuning:
             lr_scheduler_type=schedule,
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
-            max_grad_norm=0.0 if self.chunk_optimizer else settings.clip_norm,
+            max_grad_norm=settings.clip_norm,
             logging_strategy="steps",
             logging_steps=1,
             logging_nan_inf_filter=False,

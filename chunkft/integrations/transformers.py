@@ -1,6 +1,4 @@
-"""transformers' Trainer for chunk optimizers: clipping by the optimizer, complete-or-absent checkpoints,
-clean stops.
-"""
+"""Chunk optimizers in transformers' Trainer: a factory, a callback, complete-or-absent checkpoints, clean stops."""
 
 import contextlib
 import os
@@ -20,10 +18,20 @@ from transformers import (
     TrainingArguments,
 )
 
+from chunkft.attach import attach
+from chunkft.autograd import compilable
 from chunkft.integrations.checkpoints import clean_up, complete_checkpoints, publish, rotate, staging, writing
-from chunkft.optim import ChunkOptimizer, load_checkpoint, save_checkpoint
+from chunkft.optim import ChunkAdamW, ChunkOptimizer, load_checkpoint, save_checkpoint
 
-__all__ = ["ChunkTrainer", "GracefulStop", "NonFiniteGuard", "last_checkpoint", "unwrap_optimizer"]
+__all__ = [
+    "ChunkAdamWFactory",
+    "ChunkCallback",
+    "ChunkTrainer",
+    "GracefulStop",
+    "NonFiniteGuard",
+    "last_checkpoint",
+    "unwrap_optimizer",
+]
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 SCHEDULER_FILE = "scheduler.pt"
@@ -46,23 +54,89 @@ def last_checkpoint(root: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+class ChunkAdamWFactory:
+    """For `Trainer(optimizer_cls_and_kwargs=(ChunkAdamWFactory, {"lr": ..., "chunks": ...}))`.
+
+    The keywords are those of `ChunkAdamW`; Trainer passes no learning rate of its own. `weight_decay` counts for the
+    parameters that Trainer decays, which are neither biases nor of norms. Raises what `ChunkAdamW` raises; the model is
+    left as it was.
+    """
+
+    def __call__(self, model: torch.nn.Module, **kwargs: Any) -> ChunkAdamW:
+        """The optimizer of a model."""
+        decayed = set(Trainer.get_decay_parameter_names(None, model))
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [weight for name, weight in trained if name in decayed]},
+            {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
+        ]
+        known = "_chunkft" in model.__dict__
+        attachment = attach(model)
+        try:
+            return ChunkAdamW([group for group in groups if group["params"]], **kwargs)
+        except BaseException:
+            if not known:
+                attachment.detach()
+            raise
+
+
+class ChunkCallback(TrainerCallback):
+    """Adds `chunk` and `sweep` of the last step to what Trainer logs, and prepares the model for `torch_compile`.
+
+    Raises ValueError when training begins with `update="backward"` and what it cannot do: `max_grad_norm` or
+    `gradient_accumulation_steps` above 1.
+    """
+
+    def __init__(self) -> None:
+        self._trained: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks the arguments; with `torch_compile`, gives every module a forward that stays the same."""
+        optimizer = unwrap_optimizer(kwargs["optimizer"])
+        if not isinstance(optimizer, ChunkOptimizer):
+            return
+        backward = optimizer.updates_in_backward
+        for name, value, allowed in (
+            ("max_grad_norm", args.max_grad_norm, 0),
+            ("gradient_accumulation_steps", args.gradient_accumulation_steps, 1),
+        ):
+            if backward and value > allowed:
+                raise ValueError(
+                    f"TrainingArguments({name}={value}) cannot be combined with update='backward', which uses each"
+                    f" gradient up in the backward pass: set it to {allowed}, or use update='step'"
+                )
+        if args.torch_compile:
+            compilable(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Notes which chunk the step trains."""
+        optimizer = unwrap_optimizer(kwargs["optimizer"])
+        if isinstance(optimizer, ChunkOptimizer):
+            self._trained = {"chunk": optimizer.active, "sweep": optimizer.sweep}
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Adds to the logs of training steps, and to the history that Trainer saves."""
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            logs.update(self._trained)
+            state.log_history[-1].update(self._trained)
+
+
 class ChunkTrainer(Trainer):
     """A Trainer whose checkpoints are complete or absent, and whose optimizer may be a ChunkOptimizer.
 
-    Pass `optimizers=(ChunkAdamW(model, max_grad_norm=...), None)` and `TrainingArguments(max_grad_norm=0)`:
-    Trainer would
-    clip `model.parameters()`, where the gradients of slices are not. Raises ValueError otherwise.
+    Pass `optimizers=(ChunkAdamW(model), None)`. Clipping, logging and resuming work in Trainer itself too.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._staged: Path | None = None
-        if isinstance(unwrap_optimizer(self.optimizer), ChunkOptimizer) and self.args.max_grad_norm:
-            raise ValueError(
-                f"TrainingArguments(max_grad_norm={self.args.max_grad_norm}) cannot clip the"
-                f" gradients of slices:"
-                " set it to 0 and give max_grad_norm to the chunk optimizer"
-            )
 
     @property
     def chunk_optimizer(self) -> ChunkOptimizer | None:
@@ -74,18 +148,6 @@ class ChunkTrainer(Trainer):
         """Trains as Trainer does; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
         clean_up(self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if self.chunk_optimizer is not None:
-            return None
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs as Trainer does, with the norm that the chunk optimizer measured."""
-        optimizer = self.chunk_optimizer
-        if optimizer is not None and "loss" in logs and optimizer.grad_norm is not None:
-            logs["grad_norm"] = float(optimizer.grad_norm)
-        super().log(logs, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staged is not None:

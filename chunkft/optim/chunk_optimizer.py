@@ -176,6 +176,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """Number of complete passes over the chunks."""
         return self._interval_index // len(self.plan)
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether slices are updated inside of the backward pass (``update="backward"``)."""
+        return isinstance(self._residency, BackwardResidency)
+
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient."""
         return iter(self._attachment.active())

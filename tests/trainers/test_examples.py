@@ -1,0 +1,38 @@
+"""Every example runs against the real library, from a directory of its own, trains or saves, and is short."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# those that print the loss which they end with; an untrained model's is above 1. The others save their state.
+PRINT_THE_LOSS = {"lightning_module", "plain_amp", "torchtitan_container"}
+
+
+def test_there_is_one_for_each_trainer():
+    saving = {"accelerate_loop", "transformers_trainer", "trl_dpo", "trl_sft"}
+    assert {path.stem for path in EXAMPLES} == PRINT_THE_LOSS | saving
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_example_runs(script, tmp_path):
+    assert len(script.read_text().splitlines()) <= 30
+    ran = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    if script.stem in PRINT_THE_LOSS:
+        word, value = ran.stdout.strip().splitlines()[-1].split()
+        assert word == "loss"
+        assert float(value) < 1.0
+    else:
+        assert list((tmp_path / "out").rglob("optimizer*")), "no optimizer state was saved"

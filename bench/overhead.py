@@ -1,7 +1,7 @@
 """What wrapping costs: a step with ChunkAdamW beside the same step written by hand, interleaved.
 
-The loop by hand has the same leaves, the same sliced operators and `torch.optim.AdamW`, but nothing of what an optimizer
-does for its user: no plan to follow, no schedule, no moved weights to notice, no look at the gradients for infinities.
+The loop by hand has the same leaves, the same sliced operators and `torch.optim.AdamW`, but nothing of what an
+optimizer does for its user: no plan to follow, no schedule, no moved weights to notice, no look for infinities.
 
 python -m bench.overhead                  one thread, its CPU time: other load on the machine does not count
 """
@@ -168,8 +168,8 @@ def line_of(result: dict[str, Any]) -> str:
     """One case in one line."""
     case, added = result["case"], result["added"]
     return (
-        f"{case['model']:5s} batch {case['batch']} x {case['tokens']}, K={case['chunks']}, T={case['interval']}: by hand "
-        f"{result['by hand']['step_ms']:.2f} ms a step, chunkft {100 * result['overhead']:+.1f} % "
+        f"{case['model']:5s} batch {case['batch']} x {case['tokens']}, K={case['chunks']}, T={case['interval']}: "
+        f"by hand {result['by hand']['step_ms']:.2f} ms a step, chunkft {100 * result['overhead']:+.1f} % "
         f"({1e3 * added['compute_ms']:+.0f} us in forward and backward, {1e3 * added['update_ms']:+.0f} us in step)"
     )
 

@@ -28,7 +28,8 @@ def label(row: dict[str, Any]) -> str:
     if row["method"] != "chunk":
         return NAMES[row["method"]]
     options = row["options"]
-    return f"chunkft K={options['chunks']}, T={options.get('interval', 50)}"
+    cut = ", interleaved" if options.get("partition") == "interleaved" else ""
+    return f"chunkft K={options['chunks']}, T={options.get('interval', 50)}{cut}"
 
 
 def colour(row: dict[str, Any]) -> str:
@@ -92,7 +93,8 @@ def cost_name(row: dict[str, Any]) -> str:
     if row["method"] == "badam":
         return f"BAdam, {options['blocks']} blocks"
     if row["method"] == "chunk":
-        return f"chunkft, K={options['chunks']}" + (
+        cut = ", interleaved" if options.get("partition") == "interleaved" else ""
+        return f"chunkft, K={options['chunks']}{cut}" + (
             ", embedding rows seldom" if options.get("seldom") else ""
         )
     return NAMES[row["method"]]

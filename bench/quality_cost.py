@@ -24,6 +24,9 @@ JOBS = {
     "LoRA-FA": Job("lorafa", 1e-3),
     "BAdam, 16 blocks": Job("badam", 3e-4, options=BADAM),
     "chunkft, K=4": Job("chunk", 2e-4, options={"chunks": 4, **HEAD}),
+    "chunkft, K=4, interleaved": Job(
+        "chunk", 2e-4, options={"chunks": 4, "partition": "interleaved", **HEAD}
+    ),
     "chunkft, K=16": Job("chunk", 3e-4, options={"chunks": 16, **HEAD}),
     "chunkft, K=16, embedding rows seldom": Job(
         "chunk", 3e-4, options={"chunks": 16, "seldom": "embeddings", **HEAD}

@@ -249,8 +249,8 @@ class Attachment:
             bound.watch = bound.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 self._cutter(name, bound)
             )
-        modules = {id(module): module for module, _ in owners}
-        for module in modules.values():
+        modules = {id(module): (module, attribute) for module, attribute in owners}
+        for module, attribute in modules.values():
             operator = operator_for(module) if sliced else None
             if (
                 operator is None
@@ -258,13 +258,13 @@ class Attachment:
                 self._guard.guard(module)
                 continue
 
-            def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = operator.weight) -> None:
+            def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = attribute) -> None:
                 weight = owner._parameters[attribute]
                 if weight is not bound.parameter or weight.data_ptr() != bound.address:
                     self.verify()
                 self._guard.check(owner)
 
-            put_forward(module, SlicedForward(module, operator, bound.pairs, verify))
+            put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
             bound.modules.append(module)
 
     def _cutter(self, name: str, bound: _Bound) -> Callable[[Tensor], None]:
@@ -331,7 +331,7 @@ class Attachment:
 
 def _uninstall(bound: _Bound) -> None:
     for module in bound.modules:
-        take_forward(module)
+        take_forward(module, bound.pairs)
     bound.modules.clear()
     if bound.watch is not None:
         bound.watch.remove()

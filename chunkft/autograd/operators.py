@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft.autograd.embedding import sliced_embedding
+from chunkft.autograd.experts import EXPERT_WEIGHTS, has_sliceable_experts, sliced_experts
 from chunkft.autograd.library import Anchored, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
@@ -24,7 +25,7 @@ Active = Sequence[tuple[Slice, Tensor]]
 
 @dataclass(frozen=True)
 class SlicedOperator:
-    """How one kind of module computes with active slices of one of its parameters.
+    """How one kind of module computes with active slices of one or several of its parameters.
 
     Attributes:
         forward: ``forward(module, active, *args, **kwargs)``; must give what the module's own forward gives.
@@ -33,6 +34,8 @@ class SlicedOperator:
         accepts: says of one module whether its settings are covered (None: always); it is atomic otherwise.
         compiled: ``compiled(compiled_forward, *args, **kwargs)``: the same by an operator that a compiler does not look
             into; None if there is none.
+        weights: names of the parameters that can be sliced, in place of ``weight``, for modules with several. Then
+            ``active`` is a dict: for each name with active slices its pairs.
     """
 
     forward: Callable[..., Tensor]
@@ -40,6 +43,12 @@ class SlicedOperator:
     dims: tuple[int, ...] = (0, 1)
     accepts: Callable[[Any], bool] | None = None
     compiled: Callable[..., Tensor] | None = None
+    weights: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters that can be sliced."""
+        return self.weights or (self.weight,)
 
 
 def register_operator(module_type: type[nn.Module], operator: SlicedOperator) -> None:
@@ -60,16 +69,17 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
         return None
     for module_type, operator in _OPERATORS.items():
         if isinstance(module, module_type) and type(module).forward is module_type.forward:
-            present = module._parameters.get(operator.weight) is not None
+            present = any(module._parameters.get(name) is not None for name in operator.names)
             accepted = operator.accepts is None or operator.accepts(module)
             return operator if present and accepted else None
-    return None
+    return _EXPERTS if has_sliceable_experts(module) else None
 
 
 class SlicedForward:
     """The forward of a module while slices of it are active; set on the instance, so the class stays as it is.
 
-    ``verify`` is called first and lets the owner notice that the weight was moved.
+    ``verify`` is called first and lets the owner notice that the weight was moved. ``attribute`` is the name of the
+    weight, for operators with several; ``parts`` holds what is active of each.
     """
 
     def __init__(
@@ -78,16 +88,31 @@ class SlicedForward:
         operator: SlicedOperator,
         active: Active,
         verify: Callable[[nn.Module], None] | None,
+        attribute: str | None = None,
     ) -> None:
         self.module = module
         self.operator = operator
         self.active = active
         self.verify = verify
+        self.parts = {attribute or operator.names[0]: (active, verify)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.verify is not None:
-            self.verify(self.module)
-        return self.operator.forward(self.module, self.active, *args, **kwargs)
+        for _, verify in self.parts.values():
+            if verify is not None:
+                verify(self.module)
+        if not self.operator.weights:
+            return self.operator.forward(self.module, self.active, *args, **kwargs)
+        active = {attribute: active for attribute, (active, _) in self.parts.items()}
+        return self.operator.forward(self.module, active, *args, **kwargs)
+
+    def without(self, active: Active) -> SlicedForward | None:
+        """A forward without one of the parts; None if that was the only one. This one stays as it is."""
+        rest = {name: part for name, part in self.parts.items() if part[0] is not active}
+        if not rest:
+            return None
+        forward = SlicedForward(self.module, self.operator, *next(iter(rest.values())))
+        forward.parts = rest
+        return forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlicedForward:
         # A copy of the model has weights of its own, which the leaves of this one do not share.
@@ -152,7 +177,10 @@ def _stable_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def put_forward(module: nn.Module, forward: SlicedForward) -> None:
-    """Let a module compute with active slices from now on."""
+    """Let a module compute with active slices from now on, beside those of its other weights."""
+    present = module.__dict__.get("forward")
+    if isinstance(present, SlicedForward) and present.operator.weights:
+        forward.parts = {**present.parts, **forward.parts}
     stable = module.__dict__.get("_chunkft_forward")
     if isinstance(stable, CompiledForward):
         stable.current = forward
@@ -160,13 +188,19 @@ def put_forward(module: nn.Module, forward: SlicedForward) -> None:
         module.__dict__["forward"] = forward
 
 
-def take_forward(module: nn.Module) -> None:
-    """Give a module its own forward back."""
+def take_forward(module: nn.Module, active: Active) -> None:
+    """Give a module its own forward back, or the one for active slices of its other weights."""
     stable = module.__dict__.get("_chunkft_forward")
     if isinstance(stable, CompiledForward):
         stable.current = None
-    elif isinstance(module.__dict__.get("forward"), SlicedForward):
-        del module.__dict__["forward"]
+        return
+    present = module.__dict__.get("forward")
+    if isinstance(present, SlicedForward):
+        rest = present.without(active)
+        if rest is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = rest
 
 
 def strip_forward(attributes: dict[str, Any]) -> None:
@@ -275,3 +309,4 @@ _OPERATORS: dict[type[nn.Module], SlicedOperator] = {
     nn.Linear: SlicedOperator(_linear, compiled=_compiled_linear),
     nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows, compiled=_compiled_embedding),
 }
+_EXPERTS = SlicedOperator(sliced_experts, weights=EXPERT_WEIGHTS, dims=(0,))

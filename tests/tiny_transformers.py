@@ -139,6 +139,25 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2},
         "text",
     ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **DECODER,
+            "head_dim": 12,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "mlp_only_layers": [],
+        },
+        "text",
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**DECODER, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5},
+        "text",
+    ),
     "mamba": (
         "MambaConfig",
         "MambaForCausalLM",

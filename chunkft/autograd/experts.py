@@ -142,7 +142,8 @@ class ExpertWeight:
             and len(args) == 2
             and isinstance(args[1], ExpertWeight)
             and not isinstance(args[0], ExpertWeight)
-            and kwargs.keys() == {"offs"}
+            and kwargs.get("offs") is not None
+            and all(value is None for name, value in kwargs.items() if name != "offs")
         ):
             return args[1]._grouped(args[0], kwargs["offs"])
         whole = tree_map(lambda one: one._whole() if isinstance(one, ExpertWeight) else one, (args, kwargs))

@@ -14,6 +14,10 @@ from chunkft.autograd import operator_for
 
 FAMILIES = ["mixtral", "qwen3-moe", "gpt-oss"]
 IMPLEMENTATIONS = ["eager", "grouped_mm"]
+UPDATES = {
+    "step": {},
+    "backward": {"residency": "stream", "update": "backward", "page_bytes": 3000},
+}
 
 pytestmark = [
     pytest.mark.filterwarnings("error:the weight .* is used without a call:UserWarning"),
@@ -114,7 +118,9 @@ class Sizes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        known = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if isinstance(one, torch.Tensor)}
+        known = {
+            one.untyped_storage().data_ptr() for one in tree_leaves(args) if isinstance(one, torch.Tensor)
+        }
         for one in tree_leaves(result):
             if isinstance(one, torch.Tensor) and sorted(one.shape) in self.wanted:
                 self.made += one.untyped_storage().data_ptr() not in known
@@ -141,7 +147,7 @@ def test_no_gradient_of_a_whole_expert_weight_exists(implementation):
     attachment.detach()
 
 
-@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_sweeps_change_every_parameter_and_leave_no_trace(family, implementation, update):
@@ -153,7 +159,7 @@ def test_three_sweeps_change_every_parameter_and_leave_no_trace(family, implemen
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     kept = [dict(module.__dict__) for module in expert_modules(model)]
-    optimizer = chunkft.ChunkAdamW(model, lr=3e-3, weight_decay=0.0, chunks=9, interval=1, update=update)
+    optimizer = chunkft.ChunkAdamW(model, lr=3e-3, weight_decay=0.0, chunks=9, interval=1, **UPDATES[update])
     for _ in range(3 * 9):
         tiny_transformers.loss_of(family)(model).backward()
         optimizer.step()
@@ -191,7 +197,7 @@ def test_checkpointing_changes_no_gradient(implementation):
     assert_slices_equal_dense(model, plan, tiny_transformers.loss_of("qwen3-moe"))
 
 
-@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("update", UPDATES)
 def test_a_run_goes_on_from_a_checkpoint_and_with_another_number_of_chunks(update):
     def train(model, optimizer, first, last):
         for step in range(first, last):
@@ -200,7 +206,7 @@ def test_a_run_goes_on_from_a_checkpoint_and_with_another_number_of_chunks(updat
             optimizer.zero_grad()
 
     def start(model, chunks):
-        return chunkft.ChunkAdamW(model, lr=1e-3, chunks=chunks, interval=1, update=update)
+        return chunkft.ChunkAdamW(model, lr=1e-3, chunks=chunks, interval=1, **UPDATES[update])
 
     model = build("qwen3-moe", "grouped_mm")
     optimizer = start(model, 6)

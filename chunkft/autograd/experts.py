@@ -49,9 +49,7 @@ def has_sliceable_experts(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_experts_implementation", "") in IMPLEMENTATIONS
 
 
-def sliced_experts(
-    module: nn.Module, active: Mapping[str, Active], *args: Any, **kwargs: Any
-) -> Any:
+def sliced_experts(module: nn.Module, active: Mapping[str, Active], *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, in which the gradients of its weights are those of the active experts only.
 
     Args:
@@ -188,9 +186,7 @@ class _GroupedMatmul(Function):
         ctx.output_major, ctx.windows, ctx.name = output_major, windows, name
         ctx.shapes = [leaf.shape for leaf in leaves]
         wanted = any(ctx.needs_input_grad[6:])
-        ctx.save_for_backward(
-            x if wanted else None, matrices if ctx.needs_input_grad[0] else None, offsets
-        )
+        ctx.save_for_backward(x if wanted else None, matrices if ctx.needs_input_grad[0] else None, offsets)
         return _grouped_mm(x, matrices, offsets)
 
     @staticmethod

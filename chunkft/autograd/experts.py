@@ -49,6 +49,7 @@ def has_sliceable_experts(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_experts_implementation", "") in IMPLEMENTATIONS
 
 
+@torch.compiler.disable  # single matrices by number: a compiler would break the graph at each
 def sliced_experts(module: nn.Module, active: Mapping[str, Active], *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, in which the gradients of its weights are those of the active experts only.
 

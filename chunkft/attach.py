@@ -73,6 +73,7 @@ class Attachment:
         self._expected = {
             spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in self.specs
         }
+        self._offloaded = {spec.name for spec in self.specs if model.get_parameter(spec.name).is_meta}
         self._bound: dict[str, _Bound] = {}
         self._order: list[Slice] = []
         self._guard = ReentrantGuard()
@@ -234,6 +235,11 @@ class Attachment:
             raise RuntimeError(
                 f"parameter {name!r} had shape {shape} when the optimizer was built and has "
                 f"{tuple(parameter.shape)} now; detach() the optimizer, then build a new one"
+            )
+        if parameter.is_meta and name not in self._offloaded:
+            raise RuntimeError(
+                f"parameter {name!r} is on device 'meta' now: its values were offloaded after the optimizer was built. "
+                "Use a device_map without offloading for what is trained"
             )
         if parameter.dtype != dtype:
             raise RuntimeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     not known.
     """
     _register_loaded_libraries()
-    if "forward" in module.__dict__ and not _is_ours(module.__dict__["forward"]):
+    if not _is_known(module):
         return None
     for module_type, operator in _OPERATORS.items():
         if isinstance(module, module_type) and type(module).forward is module_type.forward:
@@ -81,6 +82,9 @@ class SlicedForward:
     ``verify`` is called first and lets the owner notice that the weight was moved. ``attribute`` is the name of the
     weight, for operators with several; ``parts`` holds what is active of each.
     """
+
+    # no __dict__: functools.update_wrapper would copy it into whatever is put around this forward
+    __slots__ = ("__weakref__", "active", "module", "operator", "parts", "verify")
 
     def __init__(
         self,
@@ -178,14 +182,15 @@ def _stable_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def put_forward(module: nn.Module, forward: SlicedForward) -> None:
     """Let a module compute with active slices from now on, beside those of its other weights."""
-    present = module.__dict__.get("forward")
-    if isinstance(present, SlicedForward) and present.operator.weights:
-        forward.parts = {**present.parts, **forward.parts}
     stable = module.__dict__.get("_chunkft_forward")
     if isinstance(stable, CompiledForward):
         stable.current = forward
-    else:
-        module.__dict__["forward"] = forward
+        return
+    place = _place(module)
+    present = module.__dict__.get(place)
+    if isinstance(present, SlicedForward) and present.operator.weights:
+        forward.parts = {**present.parts, **forward.parts}
+    module.__dict__[place] = forward
 
 
 def take_forward(module: nn.Module, active: Active) -> None:
@@ -194,24 +199,52 @@ def take_forward(module: nn.Module, active: Active) -> None:
     if isinstance(stable, CompiledForward):
         stable.current = None
         return
-    present = module.__dict__.get("forward")
-    if isinstance(present, SlicedForward):
-        rest = present.without(active)
-        if rest is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = rest
+    place = _place(module)
+    present = module.__dict__.get(place)
+    if not isinstance(present, SlicedForward):
+        return
+    rest = present.without(active)
+    if rest is None:
+        _restore(module.__dict__, place, module)
+    else:
+        module.__dict__[place] = rest
 
 
 def strip_forward(attributes: dict[str, Any]) -> None:
     """Remove every forward of ours from the ``__dict__`` of a module, or of a copy of one."""
-    if _is_ours(attributes.get("forward")):
-        del attributes["forward"]
+    for place in ("forward", "_old_forward"):
+        present = attributes.get(place)
+        if _is_ours(present):
+            _restore(attributes, place, getattr(present, "module", None) or present.__self__)
     attributes.pop("_chunkft_forward", None)
+
+
+def _restore(attributes: dict[str, Any], place: str, module: nn.Module) -> None:
+    if place == "forward":
+        del attributes[place]
+        return
+    attributes[place] = own = types.MethodType(type(module).forward, module)
+    around = attributes.get("forward")
+    if _is_ours(getattr(around, "__wrapped__", None)):
+        around.__wrapped__ = own
 
 
 def _is_ours(forward: Any) -> bool:
     return isinstance(forward, SlicedForward) or getattr(forward, "__func__", None) is _stable_forward
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a call of a module ends in the forward of its class, or in ours."""
+    forward = module.__dict__.get(_place(module))
+    own = isinstance(forward, types.MethodType) and forward.__self__ is module
+    return forward is None or _is_ours(forward) or (own and forward.__func__ is type(module).forward)
+
+
+def _place(module: nn.Module) -> str:
+    """Name of the attribute that holds a module's forward: accelerate's hooks keep it while theirs is called first."""
+    forward = module.__dict__.get("forward")
+    hooked = isinstance(forward, functools.partial) and "_old_forward" in module.__dict__
+    return "_old_forward" if hooked and forward.func.__module__ == "accelerate.hooks" else "forward"
 
 
 def compilable(model: nn.Module) -> int:
@@ -232,7 +265,7 @@ def compilable(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         operator = operator_for(module)
-        if operator is None or operator.compiled is None:
+        if operator is None or operator.compiled is None or _place(module) != "forward":
             continue
         if "_chunkft_forward" not in module.__dict__:
             present = module.__dict__.get("forward")

@@ -49,7 +49,8 @@ def has_sliceable_experts(module: nn.Module) -> bool:
     return getattr(getattr(module, "config", None), "_experts_implementation", "") in IMPLEMENTATIONS
 
 
-@torch.compiler.disable  # single matrices by number: a compiler would break the graph at each
+# Single matrices are taken by number: a compiler would break the graph at each of them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def sliced_experts(module: nn.Module, active: Mapping[str, Active], *args: Any, **kwargs: Any) -> Any:
     """The module's own forward, in which the gradients of its weights are those of the active experts only.
 
@@ -70,7 +71,9 @@ def sliced_experts(module: nn.Module, active: Mapping[str, Active], *args: Any, 
     weights = {
         name: ExpertWeight(module.get_parameter(name), pairs) for name, pairs in active.items() if pairs
     }
-    output = forward(_Stage(module, weights), *args, **kwargs)  # type: ignore[arg-type]
+    if not weights:
+        return forward(module, *args, **kwargs)
+    output = forward(_Stage(module, weights), *args, **kwargs)
     idle = [leaf for weight in weights.values() for leaf in weight.idle()]
     return _Idle.apply(output, *idle) if idle else output  # type: ignore[no-untyped-call]
 
@@ -87,12 +90,8 @@ class ExpertWeight:
         self.active = active
         self.transposed = transposed
         self._frozen = weight.detach()
-        self._matrices: dict[int, tuple[int, Tensor]] = {}
+        self._matrices: dict[int, tuple[int, Tensor]] | None = None
         self._used: set[int] = set()
-        for number, (piece, leaf) in enumerate(active):
-            # unbind: its backward pass stacks the gradients of the experts, once for all of them
-            for expert, matrix in enumerate(leaf.unbind(0), piece.start):
-                self._matrices[expert] = number, matrix
 
     def idle(self) -> list[Tensor]:
         """Leaves that require grad and that nothing was computed with."""
@@ -114,6 +113,13 @@ class ExpertWeight:
         if isinstance(index, tuple | slice | list | bool) or getattr(index, "ndim", 0) != 0:
             return self._whole()[index]
         expert = operator.index(index)
+        if self._matrices is None:
+            # unbind: its backward pass stacks the gradients of the experts, once for all of them
+            self._matrices = {
+                expert: (number, matrix)
+                for number, (piece, leaf) in enumerate(self.active)
+                for expert, matrix in enumerate(leaf.unbind(0), piece.start)
+            }
         number, matrix = self._matrices.get(expert, (None, None))
         if number is None or matrix is None:
             matrix = self._frozen[expert]
@@ -128,7 +134,7 @@ class ExpertWeight:
         return len(self.weight)
 
     def _whole(self) -> Tensor:
-        weight = self.__dict__["weight"]
+        weight: Tensor = self.__dict__["weight"]
         return weight.transpose(-2, -1) if self.__dict__["transposed"] else weight
 
     @classmethod

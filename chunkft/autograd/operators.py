@@ -213,9 +213,10 @@ def take_forward(module: nn.Module, active: Active) -> None:
 def strip_forward(attributes: dict[str, Any]) -> None:
     """Remove every forward of ours from the ``__dict__`` of a module, or of a copy of one."""
     for place in ("forward", "_old_forward"):
-        present = attributes.get(place)
+        present: Any = attributes.get(place)
         if _is_ours(present):
-            _restore(attributes, place, getattr(present, "module", None) or present.__self__)
+            module = present.module if isinstance(present, SlicedForward) else present.__self__
+            _restore(attributes, place, module)
     attributes.pop("_chunkft_forward", None)
 
 
@@ -224,7 +225,7 @@ def _restore(attributes: dict[str, Any], place: str, module: nn.Module) -> None:
         del attributes[place]
         return
     attributes[place] = own = types.MethodType(type(module).forward, module)
-    around = attributes.get("forward")
+    around: Any = attributes.get("forward")
     if _is_ours(getattr(around, "__wrapped__", None)):
         around.__wrapped__ = own
 
@@ -242,7 +243,7 @@ def _is_known(module: nn.Module) -> bool:
 
 def _place(module: nn.Module) -> str:
     """Name of the attribute that holds a module's forward: accelerate's hooks keep it while theirs is called first."""
-    forward = module.__dict__.get("forward")
+    forward: Any = module.__dict__.get("forward")
     hooked = isinstance(forward, functools.partial) and "_old_forward" in module.__dict__
     return "_old_forward" if hooked and forward.func.__module__ == "accelerate.hooks" else "forward"
 

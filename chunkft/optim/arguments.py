@@ -240,14 +240,15 @@ def _check_trainable(attachment: Attachment, groups: list[dict[str, Any]]) -> No
                 f"{where} is on device 'meta': its values are offloaded, or were never loaded; load it onto a device, "
                 "or " + way_out
             )
+        dtype = parameter.dtype
         if is_traceable_wrapper_subclass(parameter):
             raise ValueError(
-                f"{where} is a {type(parameter).__name__} of dtype {parameter.dtype}, made of other tensors (quantised "
+                f"{where} is a {type(parameter).__name__} of dtype {dtype}, made of other tensors (quantised "
                 f"or distributed), and cannot be trained; {way_out}"
             )
-        if parameter.dtype not in TRAINABLE:
+        if dtype not in TRAINABLE:
             raise ValueError(
-                f"{where} of dtype {parameter.dtype} cannot be trained; allowed are float64/32/16 and bfloat16; "
+                f"{where} of dtype {dtype} cannot be trained; allowed are float64/32/16 and bfloat16; "
                 + way_out
             )
 

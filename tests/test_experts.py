@@ -6,6 +6,7 @@ import functools
 import pytest
 import tiny_transformers
 import torch
+import torch.nn.functional as F
 from helpers import (
     assert_close_to_exact,
     assert_slices_equal_dense,
@@ -13,11 +14,19 @@ from helpers import (
     dense_gradients,
     window,
 )
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import chunkft
-from chunkft.autograd import compilable, operator_for
+from chunkft.autograd import (
+    SlicedOperator,
+    compilable,
+    operator_for,
+    operators,
+    register_operator,
+    sliced_linear,
+)
 
 FAMILIES = ["mixtral", "qwen3-moe", "gpt-oss"]
 IMPLEMENTATIONS = ["eager", "grouped_mm"]
@@ -325,3 +334,33 @@ def test_compiled_blocks_leave_the_experts_out_and_compute_no_whole_gradient(imp
             gradient, window(piece, dense[piece.name]), window(piece, dense[piece.name]).double()
         )
     torch.compiler.reset()
+
+
+class Gated(nn.Module):
+    """A module of one's own with two weights that can be sliced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(9, 6))
+        self.down = nn.Parameter(torch.randn(6, 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.linear(x, self.up).tanh(), self.down)
+
+
+def sliced_gated(module, active, x):
+    hidden = sliced_linear(x, module.up, None, active.get("up", ())).tanh()
+    return sliced_linear(hidden, module.down, None, active.get("down", ()))
+
+
+@pytest.mark.parametrize("slice_dim", [0, 1])
+def test_an_operator_of_ones_own_may_have_several_weights(slice_dim, monkeypatch):
+    monkeypatch.setattr(operators, "_OPERATORS", dict(operators._OPERATORS))
+    register_operator(Gated, SlicedOperator(sliced_gated, weights=("up", "down")))
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(5, 6), Gated(), Gated())
+    x = torch.randn(4, 5)
+    for chunks in (1, 3, 7):
+        plan = chunkft.partition(model, chunks, slice_dim=slice_dim, row_multiple=1)
+        assert {piece.dim for piece in plan.slices() if not piece.name.endswith("bias")} == {slice_dim}
+        assert_slices_equal_dense(model, plan, lambda m: m(x).square().sum())

@@ -73,6 +73,7 @@ class Attachment:
         self._expected = {
             spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in self.specs
         }
+        self._offloaded = {spec.name for spec in self.specs if model.get_parameter(spec.name).is_meta}
         self._bound: dict[str, _Bound] = {}
         self._order: list[Slice] = []
         self._places: list[tuple[str, dict[str, Any], str, nn.Parameter, tuple[int, ...], torch.dtype]] = []
@@ -242,6 +243,11 @@ class Attachment:
                 f"parameter {name!r} had shape {shape} when the optimizer was built and has "
                 f"{tuple(parameter.shape)} now; detach() the optimizer, then build a new one"
             )
+        if parameter.is_meta and name not in self._offloaded:
+            raise RuntimeError(
+                f"parameter {name!r} is on device 'meta' now: its values were offloaded after the optimizer was built. "
+                "Use a device_map without offloading for what is trained"
+            )
         if parameter.dtype != dtype:
             raise RuntimeError(
                 f"parameter {name!r} was {dtype} when the optimizer was built and is "
@@ -283,8 +289,8 @@ class Attachment:
             bound.watch = bound.parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 self._cutter(name, bound)
             )
-        modules = {id(module): module for module, _ in owners}
-        for module in modules.values():
+        modules = {id(module): (module, attribute) for module, attribute in owners}
+        for module, attribute in modules.values():
             operator = operator_for(module) if sliced else None
             if (
                 operator is None
@@ -292,13 +298,13 @@ class Attachment:
                 self._guard.guard(module)
                 continue
 
-            def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = operator.weight) -> None:
+            def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = attribute) -> None:
                 weight = owner._parameters[attribute]
                 if weight is not bound.parameter or weight.data_ptr() != bound.address:
                     self.verify()
                 self._guard.check(owner)
 
-            put_forward(module, SlicedForward(module, operator, bound.pairs, verify))
+            put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
             bound.modules.append(module)
 
     def _cutter(self, name: str, bound: _Bound) -> Callable[[Tensor], None]:
@@ -365,7 +371,7 @@ class Attachment:
 
 def _uninstall(bound: _Bound) -> None:
     for module in bound.modules:
-        take_forward(module)
+        take_forward(module, bound.pairs)
     bound.modules.clear()
     if bound.watch is not None:
         bound.watch.remove()

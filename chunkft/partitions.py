@@ -39,7 +39,8 @@ def partition(
             (BAdam, HiFT); ``"interleaved"``: 1/K of every parameter in each chunk; a ``ChunkPlan``; a list of
             K lists of names, shell-style name patterns or ``Slice``s; or a callable that makes such a list from
             the list of ``ParameterSpec``s.
-        slice_dim: 0 cuts rows, 1 cuts columns where the parameter has them.
+        slice_dim: 0 cuts rows, 1 cuts columns where the parameter has them; weights of experts are cut along the
+            experts.
         always_active: name patterns of parameters that train at every step, outside of the chunks; or
             ``"head"``: what follows the last block, and everything outside of the base model.
         atomic: name patterns of parameters that are never cut.
@@ -138,8 +139,13 @@ def _legal_cuts(spec: ParameterSpec, dim: int | None, multiple: int) -> list[int
     if dim is None:
         return [spec.shape[0] if spec.shape else 1]
     size = spec.shape[dim]
-    step = multiple if size >= multiple else 1
+    step = _row_group(spec, size, multiple, 1)
     return [*range(step, size, step), size]
+
+
+def _row_group(spec: ParameterSpec, size: int, multiple: int, pieces: int) -> int:
+    """Rows between two cuts: ``multiple`` if there are enough for ``pieces``. One expert is a group of its own."""
+    return multiple if len(spec.shape) == 2 and size >= multiple * pieces else 1
 
 
 def _by_bytes(specs: list[ParameterSpec], chunks: int, slice_dim: int, multiple: int) -> list[list[Slice]]:
@@ -212,7 +218,7 @@ def _interleaved(specs: list[ParameterSpec], chunks: int, slice_dim: int, multip
             target = load.index(min(load))
             pieces = {target: spec.whole() if dim is None else spec.slice(dim, 0, size)}
         else:
-            step = multiple if size >= multiple * chunks else 1
+            step = _row_group(spec, size, multiple, chunks)
             bounds = [round(size * k / chunks / step) * step for k in range(chunks)] + [size]
             pieces = {k: spec.slice(dim, bounds[k], bounds[k + 1]) for k in range(chunks)}
         for k, piece in pieces.items():

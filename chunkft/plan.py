@@ -201,7 +201,7 @@ def sliceable_dims(owners: list[tuple[nn.Module, str]]) -> tuple[int, ...]:
     dims: set[int] | None = None
     for module, attribute in owners:
         operator = operator_for(module)
-        if operator is None or operator.weight != attribute:
+        if operator is None or attribute not in operator.names:
             return ()
         dims = set(operator.dims) if dims is None else dims & set(operator.dims)
     return tuple(sorted(dims or ()))

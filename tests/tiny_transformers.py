@@ -32,6 +32,17 @@ ENCODER = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+SEQUENCE_TO_SEQUENCE = {
+    "d_model": 36,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 3,
+    "decoder_attention_heads": 3,
+    "encoder_ffn_dim": 44,
+    "decoder_ffn_dim": 44,
+    "dropout": 0.0,
+    "attn_implementation": "eager",
+}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 # family: (configuration class, model class, arguments of the configuration, kind of batch)
@@ -119,6 +130,51 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         "text",
     ),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            **SEQUENCE_TO_SEQUENCE,
+            "max_position_embeddings": 32,
+            "decoder_start_token_id": 2,
+            "forced_eos_token_id": None,
+            **SPECIAL,
+        },
+        "text",
+    ),
+    "whisper": (
+        "WhisperConfig",
+        "WhisperForConditionalGeneration",
+        {
+            "vocab_size": VOCABULARY,
+            **SEQUENCE_TO_SEQUENCE,
+            "num_mel_bins": 7,
+            "max_source_positions": 10,
+            "max_target_positions": 32,
+            "decoder_start_token_id": 2,
+            "begin_suppress_tokens": None,
+            **SPECIAL,
+        },
+        "sound",
+    ),
+    "clip": (
+        "CLIPConfig",
+        "CLIPModel",
+        {
+            "projection_dim": 10,
+            "text_config": {**ENCODER, **SPECIAL},
+            "vision_config": {**ATTENTION, "intermediate_size": 44, "image_size": 12, "patch_size": 4},
+            "attn_implementation": "eager",
+        },
+        "pairs",
+    ),
+    "convnext": (
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [12, 20], "depths": [1, 2], "num_stages": 2, "patch_size": 2, "num_labels": 3},
+        "images",
+    ),
     "vit": (
         "ViTConfig",
         "ViTForImageClassification",
@@ -137,6 +193,25 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "MixtralConfig",
         "MixtralForCausalLM",
         {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 2},
+        "text",
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {
+            **DECODER,
+            "head_dim": 12,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "mlp_only_layers": [],
+        },
+        "text",
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {**DECODER, "head_dim": 12, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5},
         "text",
     ),
     "mamba": (
@@ -160,7 +235,7 @@ def build(family: str, **changes: Any) -> nn.Module:
     return model.train()
 
 
-def batch(family: str, number: int = 0) -> dict[str, Tensor]:
+def batch(family: str, number: int = 0) -> dict[str, Any]:
     """Arguments of a forward pass that returns a loss."""
     generator = torch.Generator().manual_seed(100 + number)
     kind = FAMILIES[family][3]
@@ -170,6 +245,14 @@ def batch(family: str, number: int = 0) -> dict[str, Tensor]:
             "labels": torch.randint(0, 3, (4,), generator=generator),
         }
     ids = torch.randint(3, VOCABULARY, (3, 9), generator=generator)
+    if kind == "sound":
+        return {"input_features": torch.randn(3, 7, 20, generator=generator), "labels": ids}
+    if kind == "pairs":
+        return {
+            "input_ids": ids,
+            "pixel_values": torch.randn(3, 3, 12, 12, generator=generator),
+            "return_loss": True,
+        }
     if kind == "classes":
         return {"input_ids": ids, "labels": torch.randint(0, 3, (3,), generator=generator)}
     return {"input_ids": ids, "labels": ids}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft.autograd.embedding import sliced_embedding
+from chunkft.autograd.experts import EXPERT_WEIGHTS, has_sliceable_experts, sliced_experts
 from chunkft.autograd.library import Anchored, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
@@ -24,7 +26,7 @@ Active = Sequence[tuple[Slice, Tensor]]
 
 @dataclass(frozen=True)
 class SlicedOperator:
-    """How one kind of module computes with active slices of one of its parameters.
+    """How one kind of module computes with active slices of one or several of its parameters.
 
     Attributes:
         forward: ``forward(module, active, *args, **kwargs)``; must give what the module's own forward gives.
@@ -33,6 +35,8 @@ class SlicedOperator:
         accepts: says of one module whether its settings are covered (None: always); it is atomic otherwise.
         compiled: ``compiled(compiled_forward, *args, **kwargs)``: the same by an operator that a compiler does not look
             into; None if there is none.
+        weights: names of the parameters that can be sliced, in place of ``weight``, for modules with several. Then
+            ``active`` is a dict: for each name with active slices its pairs.
     """
 
     forward: Callable[..., Tensor]
@@ -40,6 +44,12 @@ class SlicedOperator:
     dims: tuple[int, ...] = (0, 1)
     accepts: Callable[[Any], bool] | None = None
     compiled: Callable[..., Tensor] | None = None
+    weights: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all parameters that can be sliced."""
+        return self.weights or (self.weight,)
 
 
 def register_operator(module_type: type[nn.Module], operator: SlicedOperator) -> None:
@@ -56,21 +66,25 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     not known.
     """
     _register_loaded_libraries()
-    if "forward" in module.__dict__ and not _is_ours(module.__dict__["forward"]):
+    if not _is_known(module):
         return None
     for module_type, operator in _OPERATORS.items():
         if isinstance(module, module_type) and type(module).forward is module_type.forward:
-            present = module._parameters.get(operator.weight) is not None
+            present = any(module._parameters.get(name) is not None for name in operator.names)
             accepted = operator.accepts is None or operator.accepts(module)
             return operator if present and accepted else None
-    return None
+    return _EXPERTS if has_sliceable_experts(module) else None
 
 
 class SlicedForward:
     """The forward of a module while slices of it are active; set on the instance, so the class stays as it is.
 
-    ``verify`` is called first and lets the owner notice that the weight was moved.
+    ``verify`` is called first and lets the owner notice that the weight was moved. ``attribute`` is the name of the
+    weight, for operators with several; ``parts`` holds what is active of each.
     """
+
+    # no __dict__: functools.update_wrapper would copy it into whatever is put around this forward
+    __slots__ = ("__weakref__", "active", "module", "operator", "parts", "verify")
 
     def __init__(
         self,
@@ -78,16 +92,31 @@ class SlicedForward:
         operator: SlicedOperator,
         active: Active,
         verify: Callable[[nn.Module], None] | None,
+        attribute: str | None = None,
     ) -> None:
         self.module = module
         self.operator = operator
         self.active = active
         self.verify = verify
+        self.parts = {attribute or operator.names[0]: (active, verify)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.verify is not None:
-            self.verify(self.module)
-        return self.operator.forward(self.module, self.active, *args, **kwargs)
+        for _, verify in self.parts.values():
+            if verify is not None:
+                verify(self.module)
+        if not self.operator.weights:
+            return self.operator.forward(self.module, self.active, *args, **kwargs)
+        active = {attribute: active for attribute, (active, _) in self.parts.items()}
+        return self.operator.forward(self.module, active, *args, **kwargs)
+
+    def without(self, active: Active) -> SlicedForward | None:
+        """A forward without one of the parts; None if that was the only one. This one stays as it is."""
+        rest = {name: part for name, part in self.parts.items() if part[0] is not active}
+        if not rest:
+            return None
+        forward = SlicedForward(self.module, self.operator, *next(iter(rest.values())))
+        forward.parts = rest
+        return forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlicedForward:
         # A copy of the model has weights of its own, which the leaves of this one do not share.
@@ -152,32 +181,71 @@ def _stable_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def put_forward(module: nn.Module, forward: SlicedForward) -> None:
-    """Let a module compute with active slices from now on."""
+    """Let a module compute with active slices from now on, beside those of its other weights."""
     stable = module.__dict__.get("_chunkft_forward")
     if isinstance(stable, CompiledForward):
         stable.current = forward
-    else:
-        module.__dict__["forward"] = forward
+        return
+    place = _place(module)
+    present = module.__dict__.get(place)
+    if isinstance(present, SlicedForward) and present.operator.weights:
+        forward.parts = {**present.parts, **forward.parts}
+    module.__dict__[place] = forward
 
 
-def take_forward(module: nn.Module) -> None:
-    """Give a module its own forward back."""
+def take_forward(module: nn.Module, active: Active) -> None:
+    """Give a module its own forward back, or the one for active slices of its other weights."""
     stable = module.__dict__.get("_chunkft_forward")
     if isinstance(stable, CompiledForward):
         stable.current = None
-    elif isinstance(module.__dict__.get("forward"), SlicedForward):
-        del module.__dict__["forward"]
+        return
+    place = _place(module)
+    present = module.__dict__.get(place)
+    if not isinstance(present, SlicedForward):
+        return
+    rest = present.without(active)
+    if rest is None:
+        _restore(module.__dict__, place, module)
+    else:
+        module.__dict__[place] = rest
 
 
 def strip_forward(attributes: dict[str, Any]) -> None:
     """Remove every forward of ours from the ``__dict__`` of a module, or of a copy of one."""
-    if _is_ours(attributes.get("forward")):
-        del attributes["forward"]
+    for place in ("forward", "_old_forward"):
+        present: Any = attributes.get(place)
+        if _is_ours(present):
+            module = present.module if isinstance(present, SlicedForward) else present.__self__
+            _restore(attributes, place, module)
     attributes.pop("_chunkft_forward", None)
+
+
+def _restore(attributes: dict[str, Any], place: str, module: nn.Module) -> None:
+    if place == "forward":
+        del attributes[place]
+        return
+    attributes[place] = own = types.MethodType(type(module).forward, module)
+    around: Any = attributes.get("forward")
+    if _is_ours(getattr(around, "__wrapped__", None)):
+        around.__wrapped__ = own
 
 
 def _is_ours(forward: Any) -> bool:
     return isinstance(forward, SlicedForward) or getattr(forward, "__func__", None) is _stable_forward
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a call of a module ends in the forward of its class, or in ours."""
+    forward = module.__dict__.get(_place(module))
+    own = isinstance(forward, types.MethodType) and forward.__self__ is module
+    return forward is None or _is_ours(forward) or (own and forward.__func__ is type(module).forward)
+
+
+def _place(module: nn.Module) -> str:
+    """Name of the attribute that holds a module's forward: accelerate's hooks keep it while theirs is called first."""
+    forward: Any = module.__dict__.get("forward")
+    hooked = isinstance(forward, functools.partial) and "_old_forward" in module.__dict__
+    return "_old_forward" if hooked and forward.func.__module__ == "accelerate.hooks" else "forward"
 
 
 def compilable(model: nn.Module) -> int:
@@ -198,7 +266,7 @@ def compilable(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         operator = operator_for(module)
-        if operator is None or operator.compiled is None:
+        if operator is None or operator.compiled is None or _place(module) != "forward":
             continue
         if "_chunkft_forward" not in module.__dict__:
             present = module.__dict__.get("forward")
@@ -275,3 +343,4 @@ _OPERATORS: dict[type[nn.Module], SlicedOperator] = {
     nn.Linear: SlicedOperator(_linear, compiled=_compiled_linear),
     nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows, compiled=_compiled_embedding),
 }
+_EXPERTS = SlicedOperator(sliced_experts, weights=EXPERT_WEIGHTS, dims=(0,))

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
 from chunkft.plan import ParameterSpec
 
 ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
+TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_choices(
@@ -218,9 +220,37 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
 
 
 def trained_specs(attachment: Attachment, groups: list[dict[str, Any]]) -> list[ParameterSpec]:
-    """Specs of the parameters that are in some group, in stream order."""
+    """Specs of the parameters that are in some group, in stream order.
+
+    Raises:
+        ValueError: names a parameter whose values are not here, or are no floating-point numbers of 16 bits or more.
+    """
+    _check_trainable(attachment, groups)
     names = {attachment.name_of(parameter) for group in groups for parameter in group["params"]}
     return [spec for spec in attachment.specs if spec.name in names]
+
+
+def _check_trainable(attachment: Attachment, groups: list[dict[str, Any]]) -> None:
+    """Raise ValueError, with its name, for a parameter that is to be trained and has no floating-point values here."""
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        where = f"parameter {attachment.name_of(parameter)!r}"
+        way_out = "freeze it with requires_grad_(False), and what is beside it can be trained"
+        if parameter.is_meta:
+            raise ValueError(
+                f"{where} is on device 'meta': its values are offloaded, or were never loaded; load it onto a device, "
+                "or " + way_out
+            )
+        dtype = parameter.dtype
+        if is_traceable_wrapper_subclass(parameter):
+            raise ValueError(
+                f"{where} is a {type(parameter).__name__} of dtype {dtype}, made of other tensors (quantised "
+                f"or distributed), and cannot be trained; {way_out}"
+            )
+        if dtype not in TRAINABLE:
+            raise ValueError(
+                f"{where} of dtype {dtype} cannot be trained; allowed are float64/32/16 and bfloat16; "
+                + way_out
+            )
 
 
 def _check_unused(attachment: Attachment) -> None:

@@ -127,8 +127,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if not attachment.model.get_parameter(spec.name).requires_grad
         ]
         try:
-            defaults = probe_base(base, groups, base_kwargs)
             self._specs = specs = trained_specs(attachment, groups)
+            defaults = probe_base(base, groups, base_kwargs)
             plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
             self._modes = {
                 spec.name: resolve_master(master, attachment.model.get_parameter(spec.name).dtype)

@@ -1,0 +1,241 @@
+"""Mixtures of experts whose weights are 3-D parameters, one matrix an expert, sliced along the experts.
+
+transformers computes them by one of several implementations, which a configuration names. Two are covered: ``eager``
+takes the matrix of one expert after the other, ``grouped_mm`` multiplies all experts in one call. Both run as they
+are, with a stand-in for each weight that has active slices.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+from torch.utils._pytree import tree_map
+
+from chunkft import tracing
+from chunkft.autograd.linear import backward_name
+from chunkft.autograd.slices import Slice
+
+Active = Sequence[tuple[Slice, Tensor]]
+
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+IMPLEMENTATIONS = (None, "eager", "grouped_mm")  # None: a module of its own, which runs eagerly
+_GROUPED = {
+    function
+    for function in (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None))
+    if function is not None
+}
+
+
+def has_sliceable_experts(module: nn.Module) -> bool:
+    """Whether a module runs one of the covered implementations of transformers' experts interface."""
+    library = sys.modules.get("transformers.integrations.moe")
+    forward = type(module).forward
+    if library is None or getattr(forward, "__globals__", None) is not vars(library):
+        return False
+    own = getattr(forward, "__wrapped__", None)
+    # super() needs the module itself, which the forward does not get while a stand-in is in place
+    if own is None or "__class__" in own.__code__.co_freevars:
+        return False
+    count = getattr(module, "num_experts", None)
+    weights = [module._parameters.get(name) for name in EXPERT_WEIGHTS]
+    if any(weight is not None and (weight.dim() != 3 or weight.shape[0] != count) for weight in weights):
+        return False
+    return getattr(getattr(module, "config", None), "_experts_implementation", "") in IMPLEMENTATIONS
+
+
+# Single matrices are taken by number: a compiler would break the graph at each of them.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def sliced_experts(module: nn.Module, active: Mapping[str, Active], *args: Any, **kwargs: Any) -> Any:
+    """The module's own forward, in which the gradients of its weights are those of the active experts only.
+
+    Args:
+        module: a module for which ``has_sliceable_experts`` holds.
+        active: for each attribute with active slices its pairs of a slice (dim 0) and a leaf of shape
+            (experts, M, N) that shares memory with the weight.
+        args: arguments of the forward pass.
+        kwargs: the same by name.
+
+    Returns:
+        What the module's own forward returns, bit for bit. Leaves whose experts got no token get a gradient of zeros,
+        as their rows of the dense gradient do.
+    """
+    forward = type(module).forward
+    if not torch.is_grad_enabled():
+        return forward(module, *args, **kwargs)
+    weights = {
+        name: ExpertWeight(module.get_parameter(name), pairs) for name, pairs in active.items() if pairs
+    }
+    if not weights:
+        return forward(module, *args, **kwargs)
+    output = forward(_Stage(module, weights), *args, **kwargs)
+    idle = [leaf for weight in weights.values() for leaf in weight.idle()]
+    return _Idle.apply(output, *idle) if idle else output  # type: ignore[no-untyped-call]
+
+
+class ExpertWeight:
+    """Stands for a weight (experts, M, N): the matrix of one expert is that of a leaf if it is active.
+
+    ``torch.nn.functional.grouped_mm`` takes it as its second argument. Everything else gets the weight itself, whose
+    gradient, if one arrives there, is cut as that of every weight which is read without its module.
+    """
+
+    def __init__(self, weight: Tensor, active: Active, transposed: bool = False) -> None:
+        self.weight = weight
+        self.active = active
+        self.transposed = transposed
+        self._frozen = weight.detach()
+        self._matrices: dict[int, tuple[int, Tensor]] | None = None
+        self._used: set[int] = set()
+
+    def idle(self) -> list[Tensor]:
+        """Leaves that require grad and that nothing was computed with."""
+        return [
+            leaf
+            for number, (_, leaf) in enumerate(self.active)
+            if number not in self._used and leaf.requires_grad
+        ]
+
+    def transpose(self, first: int, second: int) -> Any:
+        """The stand-in with its last two dimensions swapped; of other dimensions, the weight's."""
+        if {first % 3, second % 3} != {1, 2}:
+            return self._whole().transpose(first, second)
+        other = ExpertWeight(self.weight, self.active, not self.transposed)
+        other._used = self._used
+        return other
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if isinstance(index, tuple | slice | list | bool) or getattr(index, "ndim", 0) != 0:
+            return self._whole()[index]
+        expert = operator.index(index)
+        if self._matrices is None:
+            # unbind: its backward pass stacks the gradients of the experts, once for all of them
+            self._matrices = {
+                expert: (number, matrix)
+                for number, (piece, leaf) in enumerate(self.active)
+                for expert, matrix in enumerate(leaf.unbind(0), piece.start)
+            }
+        number, matrix = self._matrices.get(expert, (None, None))
+        if number is None or matrix is None:
+            matrix = self._frozen[expert]
+        else:
+            self._used.add(number)
+        return matrix.t() if self.transposed else matrix
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole(), name)
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def _whole(self) -> Tensor:
+        weight: Tensor = self.__dict__["weight"]
+        return weight.transpose(-2, -1) if self.__dict__["transposed"] else weight
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if (
+            function in _GROUPED
+            and len(args) == 2
+            and isinstance(args[1], ExpertWeight)
+            and not isinstance(args[0], ExpertWeight)
+            and kwargs.get("offs") is not None
+            and all(value is None for name, value in kwargs.items() if name != "offs")
+        ):
+            return args[1]._grouped(args[0], kwargs["offs"])
+        whole = tree_map(lambda one: one._whole() if isinstance(one, ExpertWeight) else one, (args, kwargs))
+        return function(*whole[0], **whole[1])
+
+    def _grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+        self._used.update(range(len(self.active)))
+        windows = tuple((piece.start, piece.stop) for piece, _ in self.active)
+        leaves = [leaf for _, leaf in self.active]
+        name = backward_name(self.active)
+        frozen = self._frozen.transpose(-2, -1) if self.transposed else self._frozen
+        return _GroupedMatmul.apply(x, frozen, offsets, self.transposed, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Stage:
+    """What a forward function sees as ``self``: the module, with stand-ins for some of its weights."""
+
+    def __init__(self, module: nn.Module, weights: dict[str, ExpertWeight]) -> None:
+        self.__dict__.update(weights, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+
+class _GroupedMatmul(Function):
+    """``x[tokens of e] @ matrices[e]`` for every expert; gradients of x, and of windows of experts.
+
+    ``output_major`` says that the matrices (E, N, M) are transposed views of weights (E, M, N).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrices: Tensor,
+        offsets: Tensor,
+        output_major: bool,
+        windows: tuple[tuple[int, int], ...],
+        name: str,
+        *leaves: Tensor,
+    ) -> Tensor:
+        ctx.output_major, ctx.windows, ctx.name = output_major, windows, name
+        ctx.shapes = [leaf.shape for leaf in leaves]
+        wanted = any(ctx.needs_input_grad[6:])
+        ctx.save_for_backward(x if wanted else None, matrices if ctx.needs_input_grad[0] else None, offsets)
+        return _grouped_mm(x, matrices, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        with tracing.span("backward %s", ctx.name):
+            x, matrices, offsets = ctx.saved_tensors
+            dx = _grouped_mm(dy, matrices.transpose(-2, -1), offsets) if ctx.needs_input_grad[0] else None
+            ends = [0, *offsets.tolist()]  # waits for the device, once a weight
+            grads: list[Tensor | None] = []
+            for (start, stop), shape, need in zip(
+                ctx.windows, ctx.shapes, ctx.needs_input_grad[6:], strict=True
+            ):
+                if not need:
+                    grads.append(None)
+                    continue
+                low, high = ends[start], ends[stop]
+                if low == high:
+                    grads.append(dy.new_zeros(shape))
+                    continue
+                left, right = (dy, x) if ctx.output_major else (x, dy)
+                part = offsets[start:stop] - low
+                grads.append(_grouped_mm(left[low:high].t(), right[low:high], part))
+            return (dx, None, None, None, None, None, *grads)
+
+
+class _Idle(Function):
+    """The input as it is; leaves that took no part get gradients of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward()
+        ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return (dy, *(torch.zeros(s, dtype=d, device=device) for s, d, device in ctx.like))
+
+
+def _grouped_mm(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    function: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    result: Tensor = function(left, right, offs=offsets)
+    return result

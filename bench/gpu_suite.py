@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import common
+from . import common
 
 
 @dataclass(frozen=True)

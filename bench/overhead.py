@@ -1,6 +1,6 @@
 """What wrapping costs: a step with ChunkAdamW beside the same step written by hand, interleaved.
 
-The loop by hand has the same leaves, the same sliced operators and `torch.optim.AdamW`, but nothing of what an optimizer
+The loop by hand has the same leaves, the same operators and `torch.optim.AdamW`, but nothing of what an optimizer
 does for its user: no plan to follow, no schedule, no moved weights to notice, no look at the gradients for infinities.
 
 python -m bench.overhead                  one thread, its CPU time: other load on the machine does not count
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import chunkft
-from bench import common, plain_llama
 from chunkft.autograd import Slice, sliced_embedding, sliced_linear
+
+from . import common, plain_llama
 
 OUT = common.RESULTS / "overhead-cpu.json"
 LR = 1e-5
@@ -156,9 +157,7 @@ def measure(case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"case": vars(case)}
     for name, run in runs.items():
         parts = {"compute": run.compute, "update": run.update}
-        result[name] = {
-            f"{part}_ms": 1e3 * run.sweep_mean(times, period, 1) for part, times in parts.items()
-        }
+        result[name] = {f"{part}_ms": 1e3 * run.sweep_mean(times, period, 1) for part, times in parts.items()}
         result[name]["step_ms"] = sum(result[name].values())
     added = {key: result["chunkft"][key] - result["by hand"][key] for key in result["chunkft"]}
     result["added"] = added

@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench import common, quality
+from . import common, quality
 
 NAMES = {"adamw": "AdamW, full", "badam": "BAdam", "galore": "GaLore", "lorafa": "LoRA-FA"}
 COLOURS = {"adamw": "black", "badam": "tab:red", "galore": "tab:purple", "lorafa": "tab:brown"}

@@ -169,8 +169,8 @@ def line_of(result: dict[str, Any]) -> str:
     """One case in one line."""
     case, added = result["case"], result["added"]
     return (
-        f"{case['model']:5s} batch {case['batch']} x {case['tokens']}, K={case['chunks']}, T={case['interval']}: by hand "
-        f"{result['by hand']['step_ms']:.2f} ms a step, chunkft {100 * result['overhead']:+.1f} % "
+        f"{case['model']:5s} batch {case['batch']} x {case['tokens']}, K={case['chunks']}, T={case['interval']}: "
+        f"by hand {result['by hand']['step_ms']:.2f} ms a step, chunkft {100 * result['overhead']:+.1f} % "
         f"({1e3 * added['compute_ms']:+.0f} us in forward and backward, {1e3 * added['update_ms']:+.0f} us in step)"
     )
 

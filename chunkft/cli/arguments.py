@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import chunkft
+from chunkft.cli.bench import BenchSettings, bench_parser, bench_settings
 from chunkft.cli.errors import UserError
 
 __all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "ProfileSettings", "parse"]
@@ -111,7 +112,7 @@ class Command:
     plan: PlanSettings | None = None
     profile: ProfileSettings = ProfileSettings()
     doctor: DoctorSettings = DoctorSettings()
-    bench: BenchSettings = BenchSettings()
+    bench: BenchSettings | None = None
     given: frozenset[str] = frozenset()
     resume: bool = False
 
@@ -293,29 +294,6 @@ def _doctor_parser(parser: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _bench_parser(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a short round of step, memory, pager, kernels and peers")
-    add("--out", metavar="DIR", help="where the results of --quick go")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    parts = parser.add_subparsers(dest="part", metavar="PART", required=False)
-    for name, (_, text) in PARTS.items():
-        # Everything after the name is for the benchmark, whose own parser knows it: nothing starts an option here.
-        part = parts.add_parser(
-            name, help=f"{text} ({name} --help)", add_help=False, prefix_chars="\0", allow_abbrev=False
-        )
-        part.add_argument("arguments", nargs="*")
-
-
-def _bench_settings(values: dict[str, Any]) -> BenchSettings:
-    part, quick = values.get("part"), values.get("quick", False)
-    if (part is None) != quick:
-        raise UserError(f"chunkft bench needs one of --quick, {', '.join(PARTS)} (see chunkft bench --help)")
-    if part is not None and "out" in values:
-        raise UserError(f"--out {values['out']} before {part} belongs to --quick: give it after {part}")
-    return BenchSettings(part=part, arguments=tuple(values.get("arguments", ())), out=values.get("out"))
-
-
 def _build() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="chunkft",
@@ -332,7 +310,11 @@ def _build() -> argparse.ArgumentParser:
         ("profile", "show where the time and the memory of a few training steps go", _profile_parser),
         ("plan", "show how a model's parameters become chunks, without training", _plan_parser),
         ("doctor", "show and measure what this machine gives to paging", _doctor_parser),
-        ("bench", "measure kernels, paging, step time, memory and other methods on this machine", _bench_parser),
+        (
+            "bench",
+            "measure kernels, paging, step time, memory and other methods on this machine",
+            bench_parser,
+        ),
     ):
         sub = commands.add_parser(
             name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -401,7 +383,7 @@ def parse(argv: Sequence[str]) -> Command:
     if name == "plan":
         return Command(name=name, plan=PlanSettings(**values))
     if name == "bench":
-        return Command(name=name, bench=_bench_settings(values))
+        return Command(name=name, bench=bench_settings(values))
     if name == "doctor":
         return Command(name=name, doctor=DoctorSettings(**values))
     _check(values)

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
@@ -104,4 +104,10 @@ class CMakeBuild(build_ext):
         shutil.copy(build / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}", target)
 
 
-setup(ext_modules=[Extension("chunkft._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    packages=[*find_packages(include=["chunkft", "chunkft.*"]), "chunkft_bench"],
+    # The benchmarks run as `bench` from a checkout; a name as common as that is not for other people's environments.
+    package_dir={"chunkft_bench": "bench"},
+    ext_modules=[Extension("chunkft._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -17,12 +17,31 @@ from typing import Any
 import torch
 
 REPO = Path(__file__).resolve().parent.parent
-RESULTS = REPO / "bench" / "results"
-PACKAGES = ("torch", "transformers", "badam", "galore-torch", "peft", "numpy", "triton")
+PACKAGE = __package__  # bench in a checkout, chunkft_bench where it was installed
+CHECKOUT = Path(__file__).resolve().parent.name == "bench" and (REPO / "pyproject.toml").is_file()
+RESULTS = REPO / "bench" / "results" if CHECKOUT else Path.cwd() / "bench-results"
+PACKAGES = (
+    *(
+        "torch",
+        "transformers",
+        "numpy",
+        "triton",
+        "badam",
+        "galore-torch",
+        "apollo-torch",
+        "peft",
+        "adam-mini",
+    ),
+    *("bitsandbytes", "torchao", "lomo-optim", "deepspeed", "trainstream", "roundpipe"),
+)
 
 
 def commit() -> str:
-    """Hash of the checked-out commit, with `-dirty` where a tracked file of the package or bench/ differs."""
+    """Hash of the checked-out commit, with `-dirty` where a tracked file of the package or bench/ differs;
+    `unknown` outside of a checkout.
+    """
+    if not CHECKOUT:  # the folder may lie in the repository of somebody else
+        return "unknown"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True)
     if head.returncode != 0:
         return "unknown"
@@ -63,12 +82,20 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def command_line() -> str:
+    """What was typed: `chunkft bench ...`, or `python -m bench.NAME ...`; paths below the repository relative."""
+    script = Path(sys.argv[0])
+    if script.stem in ("chunkft", "__main__"):
+        words = ["chunkft", *sys.argv[1:]]
+    else:
+        words = ["python", "-m", f"{PACKAGE}.{script.stem}", *sys.argv[1:]]
+    return " ".join(words).replace(f"{REPO}/", "")
+
+
 def header(seed: int) -> dict[str, Any]:
     """What repeats a figure: command, device, threads, versions, commit and seed, with the time of day."""
     return {
-        "command": " ".join(["python", "-m", "bench." + Path(sys.argv[0]).stem, *sys.argv[1:]]).replace(
-            f"{REPO}/", ""
-        ),
+        "command": command_line(),
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import common
+from . import common
 
 OUT = common.RESULTS / "embedded-cpu.json"
 OTHERS = 200  # held-out problems of another seed, counted apart by their number of steps

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.common import REPO, RESULTS, header, write_json
+from .common import REPO, RESULTS, header, write_json
 
 sys.path.insert(0, str(REPO / "tests"))
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench import common
+from . import common
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class Part:
 
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 SEVEN = ("--model", "llama-2-7b", "--checkpointing", "--batch", "1", "--tokens", "1024", "--chunks", "32")
+
+# Without what has to be installed or compiled first; one step a sample, as each is long.
+PEERS = (
+    *("--only", "AdamW", "chunkft", "BAdam", "GaLore", "LoRA", "8-bit"),
+    *("--steps", "16", "--rounds", "3", "--per-sample", "4", "--limit", "30"),
+)
 
 PARTS = (
     Part(
@@ -87,6 +93,13 @@ PARTS = (
             "--out",
             "{out}/residency-7b.json",
         ),
+        gpu=True,
+        limit=180,
+    ),
+    Part(
+        "peers",
+        "1B parameters: other methods side by side",
+        ("-m", "bench.peer_bench", *PEERS, "--out", "{out}/peers-1b.json"),
         gpu=True,
         limit=180,
     ),

@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.common import REPO, RESULTS, data_dir, header, write_json
 from chunkft.cli.problems import embedded_model_dir
+
+from .common import REPO, RESULTS, data_dir, header, write_json
 
 WINDOW = 20
 OPTIONS = {

@@ -13,14 +13,14 @@ import base64
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import common
-from bench import html_parts as parts
-from bench import html_views as views
+from . import common
+from . import html_parts as parts
+from . import html_views as views
 
 STYLE = Path(__file__).with_suffix(".css")
 FEW = 150  # so many values are shown at once where there is no picture
@@ -200,11 +200,11 @@ def build(results: Path | Iterable[Path], out: Path) -> list[Result]:
     return found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.html_report", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, nargs="+", default=[common.RESULTS], metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         found = build(args.results, args.out)
     except FileNotFoundError as error:

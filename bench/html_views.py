@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from bench import html_parts as parts
+from . import html_parts as parts
 
 MIB, GIB = 2**20, 2**30
 HEADER = ("command", "device", "threads", "versions", "commit", "seed", "time", "kind")

@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import common
-from bench.kernel_cases import CHUNKS, EXPERTS, EXPERTS_A_TOKEN, FORMS, MODELS, TOKENS, Case, cases
 from chunkft.kernels import Blocks, expert_wgrad, grouped_wgrad, measured, wgrad
 from chunkft.kernels.heuristics import (
     Config,
@@ -36,6 +34,9 @@ from chunkft.kernels.heuristics import (
     roofline,
 )
 from chunkft.kernels.targets import TARGETS, Target
+
+from . import common
+from .kernel_cases import CHUNKS, EXPERTS, EXPERTS_A_TOKEN, FORMS, MODELS, TOKENS, Case, cases
 
 Run = Callable[[], Any]
 ROUNDS = 30

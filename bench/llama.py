@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import peers
+from . import peers
 
 LR = 1e-5
 

@@ -10,14 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import common, llama, peers
+from . import common, llama, peers
 
 OUT = common.RESULTS / "memory-cpu.json"
 RESIDENT = ("gradients", "state", "masters")
@@ -145,7 +145,7 @@ def in_fresh_process(variant: dict[str, Any], tiny: bool, threads: int) -> dict[
     command = [
         sys.executable,
         "-m",
-        "bench.memory",
+        f"{common.PACKAGE}.memory",
         "--child",
         json.dumps(variant),
         "--threads",
@@ -182,14 +182,14 @@ def judge(row: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.memory", description=__doc__.split("\n")[0])
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="a toy size, to try the script")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     size = llama.TINY if args.tiny else llama.Size()
     if args.child:

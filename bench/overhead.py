@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import chunkft
-from bench import common, plain_llama
 from chunkft.autograd import Slice, sliced_embedding, sliced_linear
+
+from . import common, plain_llama
 
 OUT = common.RESULTS / "overhead-cpu.json"
 LR = 1e-5

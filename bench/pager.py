@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import common, disk
 from chunkft.cli import machine
 from chunkft.streaming import HostArena, Pager
+
+from . import common, disk
 
 MIB = 1 << 20
 BETAS, LR, EPS = (0.9, 0.999), 1e-4, 1e-8
@@ -293,7 +294,7 @@ def exposed(device: Device, page: int, pages: int, busy_ms: float) -> dict[str, 
     return {"busy_ms": 1e3 * once * products, "page_ms": 1e3 * taken / pages, "exposed_share": waited / taken}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.pager", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--mib", type=int, default=64, help="size of a page (default 64)")
@@ -304,7 +305,7 @@ def main() -> None:
     )
     parser.add_argument("--dir", type=Path, help="measure files in this directory, too")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     device = Device(args.device)

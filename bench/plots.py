@@ -16,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench import common, quality
+from . import common, pictures, quality
 
 NAMES = {"adamw": "AdamW, full", "badam": "BAdam", "galore": "GaLore", "lorafa": "LoRA-FA"}
 COLOURS = {"adamw": "black", "badam": "tab:red", "galore": "tab:purple", "lorafa": "tab:brown"}
@@ -182,6 +182,8 @@ def draw(results: Path) -> None:
         ("step-cpu", step_times),
         ("step-cpu-1thread", step_times),
         ("memory-cpu", memory_bars),
+        ("peers-cpu", pictures.peers),
+        ("scaling-cpu", pictures.scaling),
     )
     for name, plot in single:
         source = results / f"{name}.json"

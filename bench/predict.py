@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import chunkft
-from bench import common, plain_llama
+
+from . import common, plain_llama
 
 OUT = common.RESULTS / "memory-predicted.json"
 PAGE_BYTES = 64 << 20
@@ -165,10 +166,10 @@ def held(model: plain_llama.PlainLlama, batch: int, tokens: int) -> list[dict[st
     return rows
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.predict", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     cases = []
     for case in CASES:
         model = shape_of(case["model"])

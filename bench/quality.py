@@ -15,14 +15,14 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import common
-from bench.quality_run import Job, load_data, train
+from . import common
+from .quality_run import Job, load_data, train
 
 RUNS = common.RESULTS / "quality-cpu" / "runs.jsonl"
 BADAM = {"blocks": 16, "active_modules": ["classifier."]}
@@ -113,7 +113,15 @@ def work(queue: Path, out: Path, until: float) -> None:
         if not open_jobs:
             return
         job = Job(**open_jobs[0]).record()
-        command = [sys.executable, "-m", "bench.quality", "run", json.dumps(job), "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            f"{common.PACKAGE}.quality",
+            "run",
+            json.dumps(job),
+            "--out",
+            str(out),
+        ]
         try:
             code = subprocess.run(command, cwd=common.REPO, timeout=max(1.0, until - time.time())).returncode
         except subprocess.TimeoutExpired:
@@ -167,7 +175,7 @@ def best(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(top.values(), key=lambda row: (row["steps"], -row["accuracy"]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.quality", description=__doc__.split("\n")[0])
     sub = parser.add_subparsers(dest="command", required=True)
     one = sub.add_parser("run", help="one run, given as JSON")
@@ -181,7 +189,7 @@ def main() -> None:
     for command in (one, many, listing, table):
         command.add_argument("--out", type=Path, default=RUNS, help="result file (default %(default)s)")
         command.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.command == "run":
         run(parse(args.job), args.out)

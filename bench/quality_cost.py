@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench import common
-from bench.quality_run import Data, Job, batches, build, load_data, load_model
+from . import common
+from .quality_run import Data, Job, batches, build, load_data, load_model
 
 OUT = common.RESULTS / "quality-cpu" / "cost.json"
 HEAD = {"interval": 1, "always_active": "head", "schedule": "random"}

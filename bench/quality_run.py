@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import common, peers
+from . import common, peers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

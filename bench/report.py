@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import common, doc_numbers, doc_tables, quality
-from bench.doc_tables import markdown
+from . import common, doc_numbers, doc_tables, quality
+from .doc_tables import markdown
 
 DOC = common.REPO / "docs" / "quality.md"
 # Pages whose figures all come from result files.

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import chunkft
-from bench import common, plain_llama
-from bench.peers import adamw
+
+from . import common, plain_llama
+from .peers import adamw
 
 LR = 1e-5
 
@@ -119,7 +121,7 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="bench.residency", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=plain_llama.SHAPES, default="1B" if gpu else "28M")
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="variants to run, by the beginning of their name")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=common.RESULTS / "residency-cpu.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if gpu else "cpu")
     results: dict[str, Any] = {}

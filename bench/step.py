@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import common, llama
+from . import common, llama
 
 OUT = common.RESULTS / "step-cpu.json"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -164,7 +164,7 @@ def line_of(name: str, figure: dict[str, Any], full: dict[str, Any]) -> str:
     return line
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.step", description=__doc__.split("\n")[0])
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--interval", type=int, default=2, help="steps a chunk stays active (default 2)")
@@ -178,7 +178,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="a toy size, to try the script")
     parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     size = llama.TINY if args.tiny else llama.Size()
     measured = measure(size, args.chunks, args.interval, args.sweeps, clock=CLOCKS[args.clock])

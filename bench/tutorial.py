@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import common
+from . import common
 
 OUT = common.RESULTS / "tutorial-cpu.json"
 LOSS = common.REPO / "docs" / "images" / "tutorial-loss.png"

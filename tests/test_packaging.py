@@ -106,6 +106,9 @@ def test_second_build_works_without_the_tools_of_the_first(source_tree, tmp_path
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"chunkft/{extension.name}", "chunkft/py.typed", "chunkft/_core.pyi"}
+    expected |= {"chunkft_bench/html_report.css"}
+    expected |= {f"chunkft_bench/{file.name}" for file in (ROOT / "bench").glob("*.py")}
+    assert [name for name in names if name.startswith("bench/") or "/results/" in name] == []
     data = source_tree / "chunkft" / "data"
     expected |= {str(file.relative_to(source_tree)) for file in data.rglob("*") if file.is_file()}
     assert expected - names == set()
@@ -305,3 +308,28 @@ def test_make_checks_for_a_compiler_before_it_downloads_anything(tmp_path):
     assert "CXX='/nonexistent/c++'" in done.stderr
     assert "apt-get install g++" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_installed_benchmarks_run_without_a_checkout(tmp_path):
+    """What an installation puts into chunkft_bench, in a place where no checkout is near."""
+    place = tmp_path / "site-packages"
+    files = [*(ROOT / "bench").glob("*.py"), ROOT / "bench" / "html_report.css"]
+    (place / "chunkft_bench").mkdir(parents=True)
+    for file in files:
+        shutil.copy2(file, place / "chunkft_bench")
+    shutil.copytree(ROOT / "chunkft", place / "chunkft", ignore=shutil.ignore_patterns("__pycache__"))
+    env = {"PYTHONPATH": str(place)}
+    out = tmp_path / "own"
+    out.mkdir()
+    command = ("bench", "memory", "--tiny", "--chunks", "4", "--threads", "1")
+    code = f"import sys; from chunkft.cli import main; sys.argv = ['chunkft', *{command}]; sys.exit(main())"
+    run_or_fail(sys.executable, "-c", code, cwd=out, env=env)
+    text = (out / "bench-results" / "memory-cpu.json").read_text()
+    assert '"command": "chunkft bench memory --tiny' in text
+    assert '"commit": "unknown"' in text
+    report = (
+        "import sys; from chunkft.cli import main; sys.exit(main(['bench', 'report', '--out', sys.argv[1]]))"
+    )
+    run_or_fail(sys.executable, "-c", report, out / "r.html", cwd=out, env=env)
+    assert "memory-cpu" in (out / "r.html").read_text()

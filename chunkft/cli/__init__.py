@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from chunkft.cli.doctor import show_doctor
 
             return show_doctor(command.doctor)
+        if command.name == "bench":
+            from chunkft.cli.bench import run_bench
+
+            return run_bench(command.bench)
         if command.name == "profile":
             from chunkft.cli.profile import show_profile
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import chunkft
+from chunkft.cli.bench import BenchSettings, bench_parser, bench_settings
 from chunkft.cli.errors import UserError
 
 __all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "ProfileSettings", "parse"]
@@ -111,6 +112,7 @@ class Command:
     plan: PlanSettings | None = None
     profile: ProfileSettings = ProfileSettings()
     doctor: DoctorSettings = DoctorSettings()
+    bench: BenchSettings | None = None
     given: frozenset[str] = frozenset()
     resume: bool = False
 
@@ -308,6 +310,11 @@ def _build() -> argparse.ArgumentParser:
         ("profile", "show where the time and the memory of a few training steps go", _profile_parser),
         ("plan", "show how a model's parameters become chunks, without training", _plan_parser),
         ("doctor", "show and measure what this machine gives to paging", _doctor_parser),
+        (
+            "bench",
+            "measure kernels, paging, step time, memory and other methods on this machine",
+            bench_parser,
+        ),
     ):
         sub = commands.add_parser(
             name, help=text, description=text, allow_abbrev=False, argument_default=argparse.SUPPRESS
@@ -375,6 +382,8 @@ def parse(argv: Sequence[str]) -> Command:
     values.pop("debug", None)
     if name == "plan":
         return Command(name=name, plan=PlanSettings(**values))
+    if name == "bench":
+        return Command(name=name, bench=bench_settings(values))
     if name == "doctor":
         return Command(name=name, doctor=DoctorSettings(**values))
     _check(values)

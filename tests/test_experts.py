@@ -310,6 +310,20 @@ def test_another_implementation_after_the_plan_was_made_stays_exact():
         assert_slices_equal_dense(model, plan, loss)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bf16_gradients_have_the_bits_of_the_dense_rows(implementation):
+    # grouped_mm takes 16-bit matrices only where their rows are multiples of 16 bytes
+    model = build("qwen3-moe", implementation, hidden_size=48, moe_intermediate_size=24).bfloat16()
+    loss = tiny_transformers.loss_of("qwen3-moe")
+    dense = dense_gradients(copy.deepcopy(model), loss)
+    seen = 0
+    for piece, gradient in chunk_gradients(model, chunkft.partition(model, 9, row_multiple=1), loss):
+        if len(piece.parameter_shape) == 3:
+            assert torch.equal(gradient, window(piece, dense[piece.name])), piece
+            seen += 1
+    assert seen > 4
+
+
 def test_gradients_are_those_of_autocast():
     model = build("mixtral", "eager")
 

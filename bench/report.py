@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import common, doc_numbers, doc_tables, quality
+from . import bench_tables, common, doc_numbers, doc_tables, quality
 from .doc_tables import markdown
 
 DOC = common.REPO / "docs" / "quality.md"
@@ -23,6 +23,7 @@ PAGES = (
         common.REPO / "docs" / f"{name}.md"
         for name in (
             "api",
+            "benchmarks",
             "cli",
             "comparison",
             "embedded-model",
@@ -177,6 +178,8 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
         ("step-1thread", "step-cpu-1thread", step_table),
         ("memory", "memory-cpu", memory_table),
         ("cost", "quality-cpu/cost", cost_table),
+        ("scaling", "scaling-cpu", bench_tables.scaling),
+        ("peers", "peers-cpu", bench_tables.peers),
     )
     for name, file, make in single:
         if (results / f"{file}.json").exists():

@@ -29,7 +29,7 @@ from .memory import gradient_tensors, resident, unique_bytes
 OUT = common.RESULTS / "scaling-cpu.json"
 LR = 1e-5
 CPU = torch.device("cpu")
-FULL_STEPS = 8  # of AdamW a sample: all of them alike
+FULL_STEPS = 8  # of AdamW a sample, all of them alike; of chunkft whole sweeps, and no fewer steps
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def measure(point: Point, rounds: int, clock: Callable[[], float] = time.process
     fresh = plain_llama.build(point.model, CPU, torch.float32)
     harness.checked({f"K={point.chunks}": lambda: check(fresh, ids, point.chunks)})
     sweep = point.chunks * point.interval
-    calls = {"adamw": min(sweep, FULL_STEPS), "chunk": sweep}
+    calls = {"adamw": FULL_STEPS, "chunk": sweep * -(-FULL_STEPS // sweep)}
     held, runs = {}, {}
     for name, steps in calls.items():
         model = plain_llama.build(point.model, CPU, torch.float32)

@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import chunkft
@@ -112,7 +112,7 @@ class Command:
     plan: PlanSettings | None = None
     profile: ProfileSettings = ProfileSettings()
     doctor: DoctorSettings = DoctorSettings()
-    bench: BenchSettings | None = None
+    bench: BenchSettings = field(default_factory=BenchSettings)
     given: frozenset[str] = frozenset()
     resume: bool = False
 

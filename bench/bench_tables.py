@@ -1,0 +1,51 @@
+"""Tables of docs/benchmarks.md from result files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .doc_tables import markdown
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Each point with its ratio to full AdamW, the theory's, and the gap."""
+    body = []
+    for row in result["points"]:
+        point, step = row["point"], row["step"]
+        body.append(
+            [
+                point["model"],
+                str(point["chunks"]),
+                str(point["interval"]),
+                f"{point['batch']} x {point['tokens']}",
+                f"{step['ratio']:.2f} ({step['low']:.2f} to {step['high']:.2f})",
+                f"{row['step_theory']:.2f}",
+                f"{100 * row['step_gap']:+.0f} %",
+                f"{row['bytes_share']['gradients']:.3f}",
+                f"{row['bytes_share']['state']:.3f}",
+                f"{row['bytes_theory']:.3f}",
+            ]
+        )
+    head = ("model", "K", "T", "tokens", "step / AdamW's", "theory", "gap", "gradients", "state", "theory")
+    return markdown(head, body)
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Each method with its figures, or with the reason why there are none."""
+    body = []
+    for name, row in result["methods"].items():
+        if "error" in row:
+            body.append([name, row["error"].replace("|", "/"), "", "", ""])
+            continue
+        over = row.get("over_base")
+        time = f"{over['ratio']:.2f} ({over['low']:.2f} to {over['high']:.2f})" if over else row["step_error"]
+        body.append(
+            [
+                name,
+                time,
+                f"{row['training_bytes'] / 2**20:.0f}",
+                f"{row['final_loss']:.3f}",
+                f"{row['rate']:g}",
+            ]
+        )
+    return markdown(("method", "step / AdamW's", "MiB of training", "final loss", "best rate"), body)

@@ -1,4 +1,4 @@
-"""Each place where the engine waits or records has a name of its own, so that tests can break the places one by one."""
+"""Every place where the engine waits or records has a name of its own, so that tests can break them singly."""
 
 import re
 from collections import Counter

@@ -275,6 +275,30 @@ TEST(a_poisoned_page_is_discarded_behind_what_its_write_back_left_under_way) {
   }
 }
 
+// The copy of a load whose record failed is under way, and nothing stands for it: who takes the slot next without a load
+// must have it recorded and wait for it.
+TEST(a_slot_with_a_load_that_was_not_recorded_is_claimed_behind_it) {
+  for (const bool fail_wait : {false, true}) {
+    SeededScheduler scheduler(5);
+    Rig rig(3, 1, &scheduler);
+    // Of copy and record, the record fails.
+    rig.control.fail_once(rig.control.calls + 1);
+    CHECK(!rig.engine->prefetch(0).ok());
+    rig.control.heal();
+    // A claim that fails at the wait, behind the record, leaves the slot as it should be for the next one.
+    if (fail_wait) rig.control.fail_once(rig.control.calls + 1);
+    if (fail_wait) CHECK(!rig.engine->acquire(1, rig.thread, false).ok());
+    rig.control.heal();
+    CHECK(rig.engine->acquire(1, rig.thread, false).ok());
+    rig.write(1, 7);
+    CHECK(rig.engine->release(1, rig.thread, true, true).ok());
+    while (rig.backend->step()) {
+    }
+    CHECK(rig.sees(1, 7));
+    CHECK(rig.engine->release(1, rig.thread, false, true).ok());
+  }
+}
+
 // Longer programs than can be gone through, in random orders, and with the host at any point behind the streams.
 TEST(random_programs_in_random_orders_show_every_use_the_newest_content) {
   const char* const kWords[] = {"a0w", "a0k", "a0r", "a0R", "a0c", "a0C", "b0w", "b0k", "b0r", "b0R",

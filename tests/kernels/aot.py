@@ -25,8 +25,18 @@ from chunkft.kernels.targets import shared_memory_limit
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 CACHE = Path(__file__).parents[2] / "build" / "aot"
-# The ptxas of Triton 3.6 keeps a few words on the stack for sm_100 and sm_120 with registers to spare.
-STACK = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 24
+NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+# The ptxas of Triton 3.6 keeps a few words of these on the stack: bytes a thread by kernel and target.
+STACK = (
+    {}
+    if NEWEST
+    else {
+        ("wgrad_kernel", 100): 24,
+        ("wgrad_kernel", 120): 8,
+        ("grouped_kernel", 100): 8,
+        ("adamw_kernel", 120): 8,
+    }
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -104,7 +114,9 @@ def compile_for(
 def check(report: Report) -> None:
     """Fails where a kernel spills or asks for more shared memory than a block of its target can have."""
     limit = shared_memory_limit(report.sm)
-    assert report.spills <= STACK, f"{report} spills {report.spills} bytes a thread"
+    assert report.spills <= STACK.get((report.kernel, report.sm), 0), (
+        f"{report} spills {report.spills} bytes a thread"
+    )
     assert report.shared <= limit, (
         f"{report} needs {report.shared} bytes of shared memory, the limit is {limit}"
     )

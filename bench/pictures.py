@@ -58,7 +58,7 @@ def scaling(result: dict[str, Any], out: Path) -> None:
         ]
         axis.errorbar(x, y, error, marker="o", color="tab:green", label="measured")
         axis.plot(x, [row["step_theory"] for row in found], "k--", label="theory")
-        axis.set(xlabel=title, ylim=(0, 1.3))
+        axis.set(xlabel=title, ylim=(0, 1.5))
         if found:
             gap = max(row["step_gap"] for row in found)
             axis.set_title(f"largest gap {gap:+.0%}", fontsize=8)

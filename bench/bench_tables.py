@@ -49,3 +49,15 @@ def peers(result: dict[str, Any]) -> str:
             ]
         )
     return markdown(("method", "step / AdamW's", "MiB of training", "final loss", "best rate"), body)
+
+
+def cross_entropy(result: dict[str, Any]) -> str:
+    """Peak memory of each loss by the logits' size, and its time by that of plain logits."""
+    body = []
+    for name, row in result["methods"].items():
+        if "error" in row:
+            body.append([name, row["error"].replace("|", "/"), "", ""])
+            continue
+        peak, share = row["peak_bytes"] / 2**20, row["share_of_logits"]
+        body.append([name, f"{peak:.1f}", f"{share:.3f}", f"{row['time_by_logits']:.2f}"])
+    return markdown(("loss and gradients by", "peak, MiB", "x the logits", "time, x plain logits"), body)

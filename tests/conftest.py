@@ -1,11 +1,28 @@
 """Fixtures that every test may use."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from file_rigs import SIZES, write_all
 from pager_rigs import missing, names, opened
 
 from chunkft.streaming import Pager
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Names the table of registers, spills and shared memory of the kernels that this run compiled."""
+    sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+    try:
+        import aot
+    except ImportError:  # no Triton here: nothing was compiled
+        return
+    finally:
+        sys.path.pop(0)
+    path = aot.write_table()
+    if path is not None:
+        terminalreporter.write_line(f"registers, spills and shared memory of every compiled kernel: {path}")
 
 
 @pytest.fixture(autouse=True)

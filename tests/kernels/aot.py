@@ -25,11 +25,12 @@ from chunkft.kernels.targets import shared_memory_limit
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 CACHE = Path(__file__).parents[2] / "build" / "aot"
-NEWEST = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-# The ptxas of Triton 3.6 keeps a few words of these on the stack: bytes a thread by kernel and target.
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+NEWEST = VERSION >= (3, 9)
+# The ptxas of Triton 3.6 keeps a few words of these on the stack: bytes a thread by kernel and target, at most.
 STACK = (
     {}
-    if NEWEST
+    if VERSION != (3, 6)
     else {
         ("wgrad_kernel", 100): 24,
         ("wgrad_kernel", 120): 8,
@@ -127,12 +128,23 @@ def table() -> str:
     rows = [json.loads(path.read_text()) for path in sorted((CACHE / "reports").glob("*.json"))]
     rows.sort(key=lambda row: (row["kernel"], row["sm"], row["setting"]))
     lines = [
-        "| kernel | sm | setting | registers | spilled bytes | shared bytes |",
-        "|---|---|---|---|---|---|",
+        "| kernel | sm | triton | setting | registers | spilled bytes | shared bytes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append("| {kernel} | {sm} | {setting} | {registers} | {spills} | {shared} |".format(**row))
+        lines.append(
+            "| {kernel} | {sm} | {triton} | {setting} | {registers} | {spills} | {shared} |".format(**row)
+        )
     return "\n".join(lines) + "\n"
+
+
+def write_table() -> Path | None:
+    """Writes `table()` beside the reports; None if nothing was compiled."""
+    if not (CACHE / "reports").is_dir():
+        return None
+    path = CACHE / "table.md"
+    path.write_text(table())
+    return path
 
 
 def _note(report: Report) -> None:
@@ -142,12 +154,15 @@ def _note(report: Report) -> None:
     row = {
         "kernel": report.kernel,
         "sm": report.sm,
+        "triton": triton.__version__,
         "setting": setting,
         "registers": report.registers,
         "spills": report.spills,
         "shared": report.shared,
     }
-    name = hashlib.sha256(f"{report.kernel}{report.sm}{setting}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{report.kernel}{report.sm}{setting}{triton.__version__}".encode()).hexdigest()[
+        :16
+    ]
     (CACHE / "reports").mkdir(parents=True, exist_ok=True)
     part = CACHE / "reports" / f"{name}.{os.getpid()}"
     part.write_text(json.dumps(row))

@@ -72,3 +72,34 @@ def scaling(result: dict[str, Any], out: Path) -> None:
     axes[4].set(xlabel="K", ylabel="bytes / AdamW's")
     axes[4].legend(fontsize=7)
     save(figure, out)
+
+
+def kernels(result: dict[str, Any], out: Path) -> None:
+    """Triton's and PyTorch's time by the roofline's over the rows of a slice: one panel a form, one colour a GPU.
+
+    Of a file of predictions, the model's times; of measurements, the measured ones.
+    """
+    from .plots import plt, save
+
+    predicted = result["kind"] == "predicted"
+    forms = list(dict.fromkeys(case["form"] for case in result["cases"]))
+    figure, axes = plt.subplots(1, len(forms), figsize=(3.2 * len(forms), 3.2), sharey=True, squeeze=False)
+    gpus = list(dict.fromkeys(case.get("gpu", result["device"]) for case in result["cases"]))
+    for axis, form in zip(axes[0], forms, strict=True):
+        for number, gpu in enumerate(gpus):
+            here = [
+                case
+                for case in result["cases"]
+                if case["form"] == form and case.get("gpu", result["device"]) == gpu
+            ]
+            here = [case for case in here if "triton_us" in case and "torch_us" in case]
+            rows = [sum(case["rows"]) for case in here]
+            ahead = [case["torch_us"] / case["triton_us"] for case in here]
+            axis.scatter(rows, ahead, s=7, alpha=0.6, color=f"C{number}", label=gpu)
+        axis.axhline(1.0, color="black", lw=0.8)
+        axis.set(xscale="log", yscale="log", title=form, xlabel="rows")
+        axis.set_yticks([0.5, 0.7, 1.0, 1.4, 2.0], ["0.5", "0.7", "1", "1.4", "2"])
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("PyTorch's time by Triton's" + (", PREDICTED" if predicted else ""))
+    axes[0][-1].legend(fontsize=7)
+    save(figure, out)

@@ -184,6 +184,8 @@ def draw(results: Path) -> None:
         ("memory-cpu", memory_bars),
         ("peers-cpu", pictures.peers),
         ("scaling-cpu", pictures.scaling),
+        ("kernels-predicted", pictures.kernels),
+        ("kernels", pictures.kernels),
     )
     for name, plot in single:
         source = results / f"{name}.json"

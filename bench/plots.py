@@ -185,6 +185,7 @@ def draw(results: Path) -> None:
         ("peers-cpu", pictures.peers),
         ("scaling-cpu", pictures.scaling),
         ("kernels-predicted", pictures.kernels),
+        ("kernels-measured", pictures.kernels),
         ("kernels", pictures.kernels),
     )
     for name, plot in single:

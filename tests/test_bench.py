@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -310,3 +312,13 @@ def test_every_place_of_state_is_measured(tmp_path, monkeypatch, capsys):
     assert len(losses) <= 2  # of full AdamW and K=1, and of two chunks
     assert result["paged K=2"]["held_bytes"]["gradients"] < result["adamw"]["held_bytes"]["gradients"]
     assert 0 <= result["stream K=2"]["exposed_share"] <= 1
+
+
+def test_kernels_run_under_pytest_benchmark(tmp_path):
+    """As the command in bench/README.md, without the timing."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable"]
+    ran = subprocess.run(
+        [*command, "bench/benchmark_kernels.py"], cwd=common.REPO, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert re.search(r"\b(5|10) passed", ran.stdout)  # PyTorch's form, and Triton's on a GPU

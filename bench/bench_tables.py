@@ -61,3 +61,24 @@ def cross_entropy(result: dict[str, Any]) -> str:
         peak, share = row["peak_bytes"] / 2**20, row["share_of_logits"]
         body.append([name, f"{peak:.1f}", f"{share:.3f}", f"{row['time_by_logits']:.2f}"])
     return markdown(("loss and gradients by", "peak, MiB", "x the logits", "time, x plain logits"), body)
+
+
+def residency(result: dict[str, Any]) -> str:
+    """Step and memory of each place that optimizer state can live in, beside full AdamW."""
+    variants = result["variants"]
+    full = variants["adamw"]["mean_ms"]
+    body = []
+    for name, row in variants.items():
+        exposed = row.get("exposed_share")
+        low, high = (quartile / full for quartile in row["quartiles_ms"])
+        body.append(
+            [
+                "full AdamW" if name == "adamw" else name,
+                f"{row['mean_ms'] / full:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['held_bytes']['gradients'] / 2**20:.1f}",
+                f"{row['held_bytes']['state'] / 2**20:.1f}",
+                "-" if exposed is None else f"{100 * exposed:.1f}",
+            ]
+        )
+    head = ("state", "mean step / AdamW's (quartiles)", "gradients, MiB", "state, MiB", "exposed, %")
+    return markdown(head, body)

@@ -47,7 +47,9 @@ def equal_time(summary: dict[str, Any], cost: dict[str, Any]) -> list[dict[str, 
         rows.append(
             {"name": name, **row, "step": None if measured is None else 1 / measured["steps_at_equal_time"]}
         )
-    best = {row["name"]: row for row in sorted(rows, key=lambda r: r["accuracy"])}  # of several learning rates
+    best = {
+        row["name"]: row for row in sorted(rows, key=lambda r: r["accuracy"])
+    }  # of several learning rates
     return sorted(best.values(), key=lambda r: -r["accuracy"])
 
 

@@ -188,6 +188,7 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
         ("cost", "quality-cpu/cost", cost_table),
         ("scaling", "scaling-cpu", bench_tables.scaling),
         ("peers", "peers-cpu", bench_tables.peers),
+        ("residency", "residency-cpu", bench_tables.residency),
         ("cross-entropy", "cross-entropy-cpu", bench_tables.cross_entropy),
     )
     for name, file, make in single:

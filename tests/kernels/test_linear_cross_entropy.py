@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.cross_entropy import peak_bytes
 from chunkft import Slice
 from chunkft.autograd.linear_cross_entropy import sliced_linear_cross_entropy
 from chunkft.kernels.linear_cross_entropy import Loss, chunk_size, linear_cross_entropy
@@ -192,20 +193,6 @@ def test_pytorchs_own_chunked_loss_agrees():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(hidden.grad, leaves[0].grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(leaf.grad, leaves[1].grad[13:41], rtol=1e-4, atol=1e-6)
-
-
-def peak_bytes(function):
-    """Most bytes that PyTorch's allocator held at any time beyond those held before, temporaries of ops included."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        function()
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -51,7 +51,12 @@ def samples(data: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any], st
         inner = f"{path}.{key}" if path else str(key)
         if isinstance(value, dict):
             for name in SAMPLES:
-                if len(value.get(name) or []) > 1:
+                found = value.get(name) or []
+                if isinstance(found, dict):  # of several variants that took turns
+                    for variant, taken in found.items():
+                        if len(taken) > 1:
+                            yield f"{inner}.{variant}", {name: taken}, name
+                elif len(found) > 1:
                     yield inner, value, name
         yield from samples(value, inner)
 

@@ -197,3 +197,27 @@ def test_tree_of_a_revision_holds_its_package_and_these_benchmarks_and_goes_away
     assert str(tree) not in listed.stdout
     with pytest.raises(RuntimeError, match="no-such-revision"), revision.tree_of("no-such-revision"):
         pass
+
+
+RESULTS = sorted(common.RESULTS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_every_committed_result_compares_with_itself_or_says_why_not(path, capsys):
+    status = compare.main([str(path), str(path)])
+    printed = capsys.readouterr()
+    if status == 2:
+        assert "no samples, bytes or rates in common" in printed.err
+    else:
+        assert status == 0
+        assert ", 0 regressions" in printed.out
+
+
+def test_compare_sees_samples_of_variants_that_took_turns():
+    old = json.loads((common.RESULTS / "scaling-cpu.json").read_text())
+    new = json.loads(json.dumps(old))
+    old["noise"] = new["noise"] = 0.01
+    slowed = new["points"][1]["samples_ms"]
+    slowed["chunk"] = [3 * taken for taken in slowed["chunk"]]
+    worse = [change.name for change in compare.compare(old, new) if change.regression]
+    assert worse == ["points.1.chunk"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
@@ -37,10 +37,7 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
     """
     if not active or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    x, weight, bias = autocast_inputs(x, weight.detach(), bias)
-    windows, leaves = split_active(active)
-    name = backward_name(active)
-    return _SlicedMatmul.apply(x, weight, bias, False, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+    return _sliced_matmul(x, weight, bias, False, active)
 
 
 def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
@@ -56,15 +53,40 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
         (..., N) tensor.
     """
     if active and torch.is_grad_enabled():
-        x, weight, bias = autocast_inputs(x, weight.detach(), bias)
-        windows, leaves = split_active(active)
-        name = backward_name(active)
-        return _SlicedMatmul.apply(x, weight, bias, True, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+        return _sliced_matmul(x, weight, bias, True, active)
     return _conv1d(x, weight, bias)
 
 
+def _sliced_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool, active: Active
+) -> Tensor:
+    x, weight, bias = autocast_inputs(x, weight.detach(), bias)
+    windows, leaves = split_active(active)
+    return _apply(x, weight, bias, input_major, windows, leaves, backward_name(active))
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_major: bool,
+    windows: tuple[Window, ...],
+    leaves: Sequence[Tensor],
+    name: str,
+) -> Tensor:
+    wanted = [window for window, leaf in zip(windows, leaves, strict=True) if leaf.requires_grad]
+    # Here, and not inside of the function, so that second derivatives find their way from the columns to x.
+    whole, kept = kept_inputs(x, weight, wanted, input_major)
+    columns = [] if whole else kept
+    options = input_major, windows, whole, name
+    return _SlicedMatmul.apply(x, weight, bias, options, *leaves, *columns)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _SlicedMatmul(Function):
-    """Shared by both weight layouts; ``input_major`` says that weight rows are input features."""
+    """Shared by both weight layouts; ``input_major`` says that weight rows are input features.
+
+    After the leaves come the columns of the input that were kept, unless all of it is (``whole``).
+    """
 
     @staticmethod
     def forward(
@@ -72,26 +94,20 @@ class _SlicedMatmul(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        input_major: bool,
-        windows: tuple[Window, ...],
-        name: str,
-        *leaves: Tensor,
+        options: tuple[bool, tuple[Window, ...], bool, str],
+        *tensors: Tensor,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[6:]
-        wanted = [w for w, need in zip(windows, needed, strict=True) if need]
-        whole, kept = kept_inputs(x, weight, wanted, input_major)
-        ctx.whole = whole
+        ctx.input_major, ctx.windows, ctx.whole, ctx.name = options
+        ctx.leaves = leaves = tensors[: len(ctx.windows)]
+        columns = tensors[len(leaves) :]
         ctx.input_shape = x.shape
         ctx.column_major = _is_column_major(x)
-        ctx.input_major = input_major
-        ctx.windows = windows
-        ctx.name = name
-        ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
+        ctx.unused = (None,) * len(columns)
+        kept = (x,) if ctx.whole else columns
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        return linear_output(x, weight, bias, input_major)
+        return own_tensor(linear_output(x, weight, bias, ctx.input_major))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         with tracing.span("backward %s", ctx.name):
             return _SlicedMatmul._gradients(ctx, dy)
@@ -99,25 +115,48 @@ class _SlicedMatmul(Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *kept = ctx.saved_tensors
+        twice = differentiated_again()
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             matrix = weight.t() if ctx.input_major else weight
-            # PyTorch keeps the gradient of a transposed input transposed; so do we, for the sake of its bits.
-            dx = matrix.t().mm(dy.t()).t() if ctx.column_major else dy.mm(matrix)
+            if twice:
+                # dX = dY W is a product of the other layout, with the same slices
+                dx = _apply(dy, weight, None, not ctx.input_major, ctx.windows, ctx.leaves, "")
+            elif ctx.column_major:
+                # PyTorch keeps the gradient of a transposed input transposed; so do we, for the sake of its bits.
+                dx = matrix.t().mm(dy.t()).t()
+            else:
+                dx = dy.mm(matrix)
             dx = dx.reshape(ctx.input_shape)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         grads: list[Tensor | None] = []
         inputs = iter(kept)
-        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[6:], strict=True):
-            if not need:
+        width = ctx.input_shape[-1]
+        backend = "torch" if twice else "auto"
+        needed = ctx.needs_input_grad[4:]
+        for number, (window, leaf) in enumerate(zip(ctx.windows, ctx.leaves, strict=True)):
+            if not needed[number]:
                 grads.append(None)
                 continue
             x = kept[0] if ctx.whole else next(inputs)
-            width = ctx.input_shape[-1]
-            grads.append(slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major).to(dtype))
-        return (dx, None, dbias, None, None, None, *grads)
+            gradient = slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major, backend)
+            grads.append(gradient.to(leaf.dtype))
+        return (dx, None, dbias, None, *grads, *ctx.unused)
+
+
+def differentiated_again() -> bool:
+    """Whether the backward pass that runs is recorded (``create_graph=True``), so that it needs derivatives too."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def own_tensor(result: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view, which a function has to return if it may be changed in place."""
+    if result.dim() == 2:
+        return result  # a product as it came
+    own: Tensor = torch.ops.aten._unsafe_view(result, result.shape)
+    return own
 
 
 def kept_spans(
@@ -143,7 +182,7 @@ def kept_inputs(
 
 
 def slice_gradient(
-    dy: Tensor, x: Tensor, window: Window, width: int, whole: bool, input_major: bool
+    dy: Tensor, x: Tensor, window: Window, width: int, whole: bool, input_major: bool, backend: str = "auto"
 ) -> Tensor:
     """Gradient of one slice from dY as a matrix and what ``kept_inputs`` kept of an input of ``width`` columns."""
     dim, start, stop = window
@@ -155,9 +194,9 @@ def slice_gradient(
             low = 0
         start, stop = start - low, stop - low
     bounds = slice(start, stop)
-    if input_major:
-        return wgrad(x, dy, rows=bounds) if dim == 0 else wgrad(x, dy, cols=bounds)
-    return wgrad(dy, x, rows=bounds) if dim == 0 else wgrad(dy, x, cols=bounds)
+    left, right = (x, dy) if input_major else (dy, x)
+    rows, cols = (bounds, None) if dim == 0 else (None, bounds)
+    return wgrad(left, right, rows, cols, backend=backend)
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:
@@ -185,7 +224,7 @@ def _is_column_major(x: Tensor) -> bool:
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = flat.mm(weight) if bias is None else torch.addmm(bias, flat, weight)
-    return y.view(*x.shape[:-1], weight.shape[1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[1])
 
 
 def backward_name(active: Active) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from chunkft import tracing
 from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradient
+from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
 
 # CUDA graphs replay kernels without the Python code that looks up what is active.
@@ -107,7 +108,7 @@ def _matmul_gradients(
             x = parts[0] if whole else parts[position]
             _accumulate(leaf, slice_gradient(flat, x, window, width, whole, input_major))
     bias = owner.module._parameters.get("bias")
-    if bias is not None and bias.requires_grad:
+    if bias is not None and records(bias):
         _accumulate(bias, flat.sum(0))
     dx = dy.new_empty(0)
     if need_dx:

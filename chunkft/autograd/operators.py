@@ -20,6 +20,7 @@ from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
 from chunkft.autograd.reentrant import move_checks
 from chunkft.autograd.slices import Slice, traced_name
+from chunkft.autograd.trained import records
 
 Active = Sequence[tuple[Slice, Tensor]]
 
@@ -79,8 +80,9 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
 class SlicedForward:
     """The forward of a module while slices of it are active; set on the instance, so the class stays as it is.
 
-    ``verify`` is called first and lets the owner notice that the weight was moved. ``attribute`` is the name of the
-    weight, for operators with several; ``parts`` holds what is active of each.
+    ``verify`` is called first and lets the owner notice that the weight was moved; False says that the module is to
+    compute by itself in this call, with whatever it holds. ``attribute`` is the name of the weight, for operators with
+    several; ``parts`` holds what is active of each.
     """
 
     # no __dict__: functools.update_wrapper would copy it into whatever is put around this forward
@@ -91,7 +93,7 @@ class SlicedForward:
         module: nn.Module,
         operator: SlicedOperator,
         active: Active,
-        verify: Callable[[nn.Module], None] | None,
+        verify: Callable[[nn.Module], bool] | None,
         attribute: str | None = None,
     ) -> None:
         self.module = module
@@ -102,8 +104,9 @@ class SlicedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         for _, verify in self.parts.values():
-            if verify is not None:
-                verify(self.module)
+            if verify is not None and not verify(self.module):
+                result: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+                return result
         if not self.operator.weights:
             return self.operator.forward(self.module, self.active, *args, **kwargs)
         active = {attribute: active for attribute, (active, _) in self.parts.items()}
@@ -123,7 +126,8 @@ class SlicedForward:
         return SlicedForward(copy.deepcopy(self.module, memo), self.operator, (), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SlicedForward, (self.module, self.operator, (), None)
+        # A module that was pickled is not attached: it has the forward of its class.
+        return getattr, (self.module, "forward")
 
 
 class CompiledForward(Anchored):
@@ -145,7 +149,7 @@ class CompiledForward(Anchored):
         """Active windows with their leaves; the weight itself where it is trained as a whole."""
         weight = self.module._parameters[self.weight_name]
         if self.current is None:
-            whole = weight is not None and weight.requires_grad
+            whole = weight is not None and records(weight)
             return [((0, 0, weight.shape[0]), weight)] if whole and weight is not None else []
         if self.current.verify is not None:
             self.current.verify(self.module)

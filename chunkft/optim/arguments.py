@@ -208,8 +208,6 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
             attachments[id(found)] = found
             members.append(parameter)
         groups.append({**entry, "params": members})
-    for found in attachments.values():
-        _check_unused(found)
     if len(attachments) != 1:
         raise ValueError(
             "parameter groups must be of one attached model and hold trainable parameters, got those of "
@@ -254,7 +252,7 @@ def _check_trainable(attachment: Attachment, groups: list[dict[str, Any]]) -> No
 
 
 def _check_unused(attachment: Attachment) -> None:
-    if attachment.active():
+    if any(part.in_use for part in (attachment, *attachment.shares)):
         raise ValueError(
             "model is attached to another optimizer of chunkft already; detach() that one first, or "
             "chunkft.attach(model).detach() if it is gone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -120,14 +121,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_schedule(schedule)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
-        self._attachment = attachment
-        self._frozen = [
-            spec.name
-            for spec in attachment.specs
-            if not attachment.model.get_parameter(spec.name).requires_grad
-        ]
         try:
             self._specs = specs = trained_specs(attachment, groups)
+            self._attachment = attachment = attachment.share({spec.name for spec in specs})
+        except BaseException:
+            if owned:
+                attachment.detach()
+            raise
+        try:
             defaults = probe_base(base, groups, base_kwargs)
             plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
             self._modes = {
@@ -149,6 +150,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.grad_norm: Tensor | None = None
             self._interval_index = 0
             self._generation = 0
+            self._warned_unreached = False
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
@@ -218,11 +220,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
         average_gradients(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
+            self._pass_unreached()
             return
         if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
             self._residency.step(self._noise_seed())
+            self._attachment.gather()
             self._residency.show(self.state)
             self._count_update()
         else:
@@ -230,6 +234,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for leaf in leaves:
             leaf.grad = None
         self._attachment.hide_gradients()
+        self._attachment.called = False
         advance_if_due(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -348,13 +353,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         attachment = self._attachment
         if self._is_attached():
             if keep_attached:
-                attachment.deactivate()
-                attachment.unfreeze()
+                attachment.release()
             else:
                 attachment.detach()
-            for name, parameter in attachment.model.named_parameters():
-                if name in self._frozen:
-                    parameter.requires_grad_(False)
         if not self._ready:
             return
         self._ready = False
@@ -365,7 +366,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             group["params"] = []
 
     def _is_attached(self) -> bool:
-        return self._attachment.model.__dict__.get("_chunkft") is self._attachment
+        return self._attachment.is_attached
 
     def _check_attached(self, method: str) -> None:
         if not self._ready or not self._is_attached():
@@ -380,6 +381,25 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
+
+    def _pass_unreached(self) -> None:
+        """A step whose loss did not depend on the active slices: nothing changes, and the interval goes on.
+
+        A step before which the model was not called is no step.
+        """
+        if not self._attachment.called:
+            return
+        self._attachment.called = False
+        if not self._warned_unreached:
+            self._warned_unreached = True
+            warnings.warn(
+                f"no parameter of chunk {self.active} had a gradient in this step: the loss did not depend on them, or "
+                "they were cleared or frozen. As in dense training they stay as they are, and the interval goes on "
+                "(said once)",
+                stacklevel=4,
+            )
+        self.interval_position += 1
+        advance_if_due(self)
 
     def _count_update(self) -> None:
         self.updates += 1

@@ -19,8 +19,11 @@ def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> N
     """``step()`` for slices that were updated in the backward pass."""
     check_backward_step(getattr(optimizer, "grad_scale", None))
     if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
+        optimizer._pass_unreached()
         return
+    optimizer._attachment.called = False
     residency.step(optimizer._noise_seed())
+    optimizer._attachment.gather()
     if residency.dropped:
         optimizer.skipped += 1
     else:

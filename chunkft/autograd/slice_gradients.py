@@ -87,6 +87,27 @@ class SliceGradients(Gradients):
             part = piece.of(dense)
             leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
 
+    def dense(self) -> Tensor:
+        """The gradients where they belong in the weight, zeros elsewhere."""
+        owner = self._owner()
+        assert owner is not None  # the weight holds the view, and its owner the weight
+        result = torch.zeros_like(owner.parameter, requires_grad=False)
+        for piece, leaf in owner.pairs:
+            if leaf.grad is not None:
+                piece.of(result).copy_(leaf.grad)
+        return result
+
+    @torch.no_grad()
+    def replace(self, dense: Tensor) -> None:
+        """Set the gradients to their parts of a dense one; one that does not exist stays so if its part is zero."""
+        owner = self._sliced()
+        for piece, leaf in owner.pairs if owner is not None else ():
+            part = piece.of(dense)
+            if leaf.grad is not None:
+                leaf.grad.copy_(part)
+            elif bool(part.any()):
+                leaf.grad = part.clone(memory_format=torch.contiguous_format)
+
     def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
         """Joint norm of the leaves' gradients, without those of an id in ``beside``."""
         return joint_norm([grad for grad in self._present() if id(grad) not in beside], order, dtype)

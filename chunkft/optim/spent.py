@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -84,6 +84,17 @@ class SpentGradients(Gradients):
             "in the backward pass: switch the clipping off (max_grad_norm=0 in transformers.TrainingArguments), or use "
             "update='step'"
         )
+
+    def dense(self) -> NoReturn:
+        """Raises RuntimeError: there is nothing left."""
+        raise RuntimeError(
+            "the gradients cannot be read with update='backward', which has used them to update the weights in the "
+            "backward pass and freed them: their joint norm is left. Use update='step' to read or change them"
+        )
+
+    def replace(self, dense: Tensor) -> NoReturn:
+        """Raises RuntimeError: the update is done."""
+        self.dense()
 
     def add(self, dense: Tensor) -> None:
         """Give the gradient of a whole weight to the slices of that weight."""

@@ -222,7 +222,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if not leaves:
             self._pass_unreached()
             return
-        if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
+        # A scaler that saw an infinity skips the step, also if somebody made the gradients finite since.
+        skipped = bool(getattr(self, "found_inf", None) or 0)
+        if not skipped and all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
             self._residency.step(self._noise_seed())

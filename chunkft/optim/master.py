@@ -49,16 +49,20 @@ def resolve_master(master: str, dtype: torch.dtype) -> str:
 class WorkingWeight:
     """The tensor that the base optimizer updates in place of one leaf.
 
-    With mode ``none`` that is the leaf itself; otherwise an fp32 parameter, which exists between ``open`` and
-    ``close`` only, unless it is the stored master.
+    With mode ``none`` that is the leaf itself, or a contiguous copy of it for a base optimizer that may take every
+    parameter as contiguous; otherwise an fp32 parameter. Both exist between ``open`` and ``close`` only, unless the
+    latter is the stored master.
     """
 
-    def __init__(self, piece: Slice, leaf: nn.Parameter, mode: str, state: dict[str, Any]) -> None:
+    def __init__(
+        self, piece: Slice, leaf: nn.Parameter, mode: str, state: dict[str, Any], contiguous: bool = False
+    ) -> None:
         self.piece = piece
         self.leaf = leaf
         self.mode = mode
         self.extra: dict[str, Tensor] = {}
-        if mode == "none":
+        self._in_place = mode == "none" and (leaf.is_contiguous() or not contiguous)
+        if self._in_place:
             self.parameter = leaf
             return
         key = STATE_KEYS.get(mode)
@@ -70,16 +74,19 @@ class WorkingWeight:
             self.extra["residual"] = torch.zeros(leaf.shape, dtype=torch.int16, device=leaf.device)
             if residual is not None:
                 self.extra["residual"] = residual
-        self.parameter = nn.Parameter(torch.empty(0, device=leaf.device), requires_grad=False)
+        dtype = leaf.dtype if mode == "none" else torch.float32
+        self.parameter = nn.Parameter(torch.empty(0, device=leaf.device, dtype=dtype), requires_grad=False)
         self.parameter.requires_grad_(True)
         assert key is None or key in self.extra
 
     def open(self) -> None:
         """Make the fp32 value, and the gradient if there is one, available to the base optimizer."""
-        if self.mode == "none":
+        if self._in_place:
             return
         weight = self.leaf.detach()
-        if self.mode == "fp32":
+        if self.mode == "none":
+            self.parameter.data = weight.clone(memory_format=torch.contiguous_format)
+        elif self.mode == "fp32":
             master = self.extra["master"]
             # A weight that was changed by others (loaded, clamped) wins over its master.
             torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
@@ -92,19 +99,24 @@ class WorkingWeight:
         else:
             self.parameter.data = self.leaf.detach().float()
         if self.leaf.grad is not None:
-            self.parameter.grad = self.leaf.grad.float()
+            self.parameter.grad = self.leaf.grad.to(self.parameter.dtype).contiguous()
 
     def close(self, seed: str | None) -> None:
         """Write the updated value back into the leaf (not if ``seed`` is None) and let go of the fp32 copy."""
-        if self.mode == "none":
+        if self._in_place:
             return
         value = self.parameter.data
         self.parameter.grad = None
-        self.parameter.data = torch.empty(0, device=self.leaf.device)
+        self.parameter.data = torch.empty(0, device=self.leaf.device, dtype=self.parameter.dtype)
         if seed is None or self.leaf.grad is None:
             return
-        if self.mode == "fp32":
+        if self.mode == "none":
             self.leaf.detach().copy_(value)
+        elif self.mode == "fp32":
+            self.leaf.detach().copy_(value)
+            master = self.extra["master"]
+            if value.data_ptr() != master.data_ptr():  # the base optimizer assigned .data
+                master.copy_(value)
         elif self.mode == "residual":
             weight, residual = split_residual(value)
             self.leaf.detach().copy_(weight)

@@ -31,8 +31,9 @@ class StreamResidency:
         self.rule = rule
         self._store = store
         self._units: list[Pairs] = []  # the pairs of one page each; a slice without a page is one by itself
-        self._before: Groups | None = None
-        self._after: dict[int, dict[str, Any]] = {}
+        self._changed: dict[
+            tuple[int, str], tuple[int, str, Any, Any]
+        ] = {}  # values before a page and after it
 
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now."""
@@ -74,18 +75,13 @@ class StreamResidency:
         try:
             for piece, leaf in unit:
                 states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
-            if self._before is None:
-                self._before = self.rule.values()
-            # Some optimizers count steps in their groups: every page starts from the values before the step.
-            self._set_values(dict(enumerate(self._before)))
+            before = self.rule.values()
             active = make_slices(unit, states, self.rule, self._store.home)
             if isinstance(active, KernelSlices):
                 active.step(seed, found_inf)
             else:
                 active.step(seed)
-            values = self.rule.values()
-            for number in {self.rule.group_of[piece.name] for piece in pieces}:
-                self._after[number] = values[number]
+            self._put_back(before)
             self._store.close(pieces, {piece: state for piece, state in active.states().items() if state})
         except BaseException:
             self._store.abandon(pieces)
@@ -93,10 +89,11 @@ class StreamResidency:
 
     def finish(self) -> None:
         """All pages of this step are done."""
-        if self._before is not None:
-            self._set_values({**dict(enumerate(self._before)), **self._after})
-        self._before = None
-        self._after = {}
+        for number, key, before, after in self._changed.values():
+            group = self.rule.groups[number]
+            if not _differs(group.get(key), before):  # else it was set since, and that counts
+                group[key] = after
+        self._changed = {}
 
     def prefetch(self, pieces: Sequence[Slice]) -> None:
         """Nothing to do long before: the first pages are fetched when the slices become active."""
@@ -153,6 +150,14 @@ class StreamResidency:
         for unit in units:
             self._store.prefetch([piece for piece, _ in unit])
 
-    def _set_values(self, values: dict[int, dict[str, Any]]) -> None:
-        for number, entries in values.items():
-            self.rule.groups[number].update(entries)
+    def _put_back(self, before: Groups) -> None:
+        """Some optimizers count steps in their groups: every page starts from the values before the step."""
+        for number, (group, values) in enumerate(zip(self.rule.groups, before, strict=True)):
+            for key, value in values.items():
+                if _differs(group[key], value):
+                    self._changed[number, key] = (number, key, value, group[key])
+                    group[key] = value
+
+
+def _differs(a: Any, b: Any) -> bool:
+    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b))

@@ -194,6 +194,15 @@ class Attachment:
         self._guard.called = called
 
     @property
+    def unfinished(self) -> Callable[[], Callable[[], None] | None] | None:
+        """Weak reference to what has to be done before the next forward pass, or None."""
+        return self._guard.unfinished
+
+    @unfinished.setter
+    def unfinished(self, reference: Callable[[], Callable[[], None] | None] | None) -> None:
+        self._guard.unfinished = reference
+
+    @property
     def computes(self) -> bool:
         """Whether a forward pass of the model runs."""
         return self._guard.running

@@ -176,10 +176,8 @@ class GradientView(Tensor):
         array.flags.writeable = False
         return array
 
-    def __array__(self, dtype: Any = None) -> Any:  # type: ignore[override]
-        return (
-            self.gradients.dense().__array__() if dtype is None else self.gradients.dense().__array__(dtype)
-        )
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     def tolist(self) -> Any:
         """The dense gradient as nested lists."""

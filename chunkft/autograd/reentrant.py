@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -23,12 +24,14 @@ class ReentrantGuard:
     Attributes:
         running: whether a forward pass of the model runs.
         called: whether one began in grad mode since somebody set this to False.
+        unfinished: weak reference to what is to be done before the next forward pass, or None.
     """
 
     def __init__(self) -> None:
         self._without_grad = False
         self.running = False
         self.called = False
+        self.unfinished: Callable[[], Callable[[], None] | None] | None = None
         self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._checked: list[Any] = []
@@ -109,6 +112,9 @@ class _Hook:
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.guard is not None:
+            finish = None if self.guard.unfinished is None else self.guard.unfinished()
+            if finish is not None:
+                finish()
             self.guard._without_grad = not torch.is_grad_enabled()
             self.guard.running = True
             if torch.is_grad_enabled():

@@ -35,7 +35,7 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
-from chunkft.optim.switch import activate, advance_if_due, bind, close_backward
+from chunkft.optim.switch import activate, advance_if_due, bind, close_backward, finish_switch
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -151,6 +151,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._interval_index = 0
             self._generation = 0
             self._warned_unreached = False
+            self._switch_to: int | None = None  # the interval that an unfinished switch leads to
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
@@ -185,6 +186,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient."""
+        self._settle()
         return iter(self._attachment.active())
 
     @torch.no_grad()
@@ -373,6 +375,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _check_attached(self, method: str) -> None:
         if not self._ready or not self._is_attached():
             raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
+        if method != "load_state_dict":  # which puts everything in its place
+            self._settle()
+
+    def _settle(self) -> None:
+        """Finish a switch that was interrupted."""
+        finish_switch(self)
 
     def _check_between_steps(self, method: str) -> None:
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:

@@ -50,6 +50,8 @@ def build_memory(
 
     stream = choice.residency == "stream"
     devices = {device_of(piece.name).type for piece in plan.slices()}
+    # The directory is that of now, wherever the process goes later.
+    state_dir = None if choice.state_dir is None else os.path.abspath(choice.state_dir)
     paged = stream or choice.state_dir is not None or choice.state_device == "paged"
     if not paged and (choice.state_device != "auto" or devices == {"cpu"}):
         store = StateStore(in_arena=choice.state_device != "device")
@@ -60,9 +62,7 @@ def build_memory(
     page_bytes = choice.page_bytes if stream else None
     if page_bytes is not None:
         plan = fitted(plan, probe, page_bytes)
-    pages = PagedStore(
-        plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=choice.state_dir
-    )
+    pages = PagedStore(plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=state_dir)
     if not stream:
         return plan, pages, ChunkResidency(rule, pages)
     kind = BackwardResidency if backward else StreamResidency

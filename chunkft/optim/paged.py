@@ -320,7 +320,7 @@ class PagedStore(StateStore):
 
     def _host(self, number: int) -> Tensor:
         pager, local = self._pager(number)
-        if pager.state(local) in ("DIRTY", "STORING"):
+        if not pager.is_host_current(local):  # its changes are on their way, behind a load even
             pager.flush()
         return pager.host(local)
 

@@ -33,13 +33,13 @@ class ChunkResidency:
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now; those that were so before keep their state where it is."""
         carried = self._carried if self._active is None else self._active.states()
-        self._carried = {}
-        self._active = None
+        self._carried, self._active = carried, None  # kept until the new ones are there
         opened = self._store.open([(piece, leaf) for piece, leaf in pairs if piece not in carried])
         states = {piece: carried[piece] if piece in carried else opened[piece] for piece, _ in pairs}
         for piece, leaf in pairs:
             states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
         self._active = make_slices(pairs, states, self.rule, self._store.home)
+        self._carried = {}
 
     def use(self, store: StateStore) -> None:
         """Work with another store from now on."""
@@ -54,8 +54,13 @@ class ChunkResidency:
         self._store.prefetch(pieces)
 
     def stash(self, always: Sequence[Slice], keep_state: bool) -> None:
-        """Put the state of the active slices into the store, or drop it; that of ``always`` stays."""
-        active = self._slices()
+        """Put the state of the active slices into the store, or drop it; that of ``always`` stays.
+
+        May be repeated after it was interrupted.
+        """
+        if self._active is None:
+            return
+        active = self._active
         states = active.states()
         self._carried = {piece: states.pop(piece) for piece in always}
         opened = list(states)
@@ -100,7 +105,8 @@ class ChunkResidency:
         return state + self._store.spare_nbytes, masters
 
     def _slices(self) -> ActiveSlices | KernelSlices:
-        assert self._active is not None  # the optimizer checks that it is attached before
+        if self._active is None:
+            raise RuntimeError("no state is in use: the optimizer is detached, or a switch was interrupted")
         return self._active
 
 

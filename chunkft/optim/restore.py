@@ -68,6 +68,8 @@ def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
     Paged state is read only now, into memory that was given back for it. If the system fails at that, there is no way
     back: the model is detached as it is.
     """
+    optimizer._switch_to = None
+    optimizer._attachment.unfinished = None
     optimizer._residency.forget()
     optimizer.state.clear()
     optimizer._store.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -44,15 +45,32 @@ def advance_if_due(optimizer: ChunkOptimizer) -> None:
 
 def _advance(optimizer: ChunkOptimizer) -> None:
     before, after = optimizer.active, optimizer._chunk_of(optimizer._interval_index + 1)
-    with tracing.span("switch %d->%d", before, after):
-        changes = after != before or not optimizer._keep_state
-        if changes:
-            optimizer._residency.stash(optimizer.plan.always, optimizer._keep_state)
-            optimizer.state.clear()
+    if after == before and optimizer._keep_state:
         optimizer._interval_index += 1
         optimizer.interval_position = 0
-        if changes:
-            activate(optimizer)
+        return
+    optimizer._switch_to = optimizer._interval_index + 1
+    optimizer._attachment.unfinished = weakref.WeakMethod(optimizer._settle)
+    with tracing.span("switch %d->%d", before, after):
+        finish_switch(optimizer)
+
+
+def finish_switch(optimizer: ChunkOptimizer) -> None:
+    """Do what is left of a switch that has begun, or nothing.
+
+    An interrupt or an error may end a switch at any point. It is finished before anything else is done with the model
+    or the optimizer: every part of it may be repeated.
+    """
+    if optimizer._switch_to is None:
+        return
+    if optimizer._interval_index != optimizer._switch_to:
+        optimizer._residency.stash(optimizer.plan.always, optimizer._keep_state)
+        optimizer.state.clear()
+        optimizer.interval_position = 0
+        optimizer._interval_index = optimizer._switch_to
+    activate(optimizer)
+    optimizer._switch_to = None
+    optimizer._attachment.unfinished = None
 
 
 def activate(optimizer: ChunkOptimizer) -> None:

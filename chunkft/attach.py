@@ -194,6 +194,15 @@ class Attachment:
         self._guard.called = called
 
     @property
+    def averages(self) -> bool:
+        """Whether gradients are averaged over the processes of a group."""
+        return self._guard.averages
+
+    @averages.setter
+    def averages(self, averages: bool) -> None:
+        self._guard.averages = averages
+
+    @property
     def unfinished(self) -> Callable[[], Callable[[], None] | None] | None:
         """Weak reference to what has to be done before the next forward pass, or None."""
         return self._guard.unfinished

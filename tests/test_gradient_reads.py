@@ -190,5 +190,5 @@ def test_nothing_is_left_to_read_after_updates_in_the_backward_pass() -> None:
     (grad,) = [p.grad for p in model.parameters() if p.grad is not None]
     assert float(grad.norm()) > 0
     for use in (lambda: grad.abs(), lambda: grad.mul_(MASK), lambda: grad[0]):
-        with pytest.raises(RuntimeError, match="update='backward'.*update='step'"):
+        with pytest.raises(RuntimeError, match=r"update='backward'.*update='step'"):
             use()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd.reach import reached
@@ -24,6 +25,7 @@ class ReentrantGuard:
     Attributes:
         running: whether a forward pass of the model runs.
         called: whether one began in grad mode since somebody set this to False.
+        averages: whether the optimizer averages gradients over processes.
         unfinished: weak reference to what is to be done before the next forward pass, or None.
     """
 
@@ -31,6 +33,7 @@ class ReentrantGuard:
         self._without_grad = False
         self.running = False
         self.called = False
+        self.averages = False
         self.unfinished: Callable[[], Callable[[], None] | None] | None = None
         self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
@@ -115,10 +118,22 @@ class _Enter(_Hook):
             finish = None if self.guard.unfinished is None else self.guard.unfinished()
             if finish is not None:
                 finish()
+            _check_replicas(self.guard)
             self.guard._without_grad = not torch.is_grad_enabled()
             self.guard.running = True
             if torch.is_grad_enabled():
                 self.guard.called = True
+
+
+def _check_replicas(guard: ReentrantGuard) -> None:
+    """Raise RuntimeError in a wrapper that promises equal replicas and cannot keep it."""
+    wrapper: Any = DistributedDataParallel._active_ddp_module
+    if wrapper is not None and not guard.averages and wrapper.process_group.size() > 1:
+        raise RuntimeError(
+            "DistributedDataParallel cannot average the gradients of active slices, which are no parameters of the "
+            "model when it is wrapped, so the replicas would drift apart: build the optimizer with "
+            "process_group=torch.distributed.group.WORLD, which averages them in step(), and do not wrap the model"
+        )
 
 
 class _Leave(_Hook):

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
+from chunkft.optim.distributed import world_size
 from chunkft.plan import ParameterSpec
 
 ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
@@ -37,7 +37,13 @@ def check_choices(
 
 
 def check_memory(
-    residency: Any, update: Any, state_device: Any, page_bytes: Any, state_dir: Any, max_grad_norm: Any
+    residency: Any,
+    update: Any,
+    state_device: Any,
+    page_bytes: Any,
+    state_dir: Any,
+    max_grad_norm: Any,
+    process_group: Any,
 ) -> None:
     """Raise ValueError that names the first argument about the place of state that is not allowed."""
     for name, value, allowed in (
@@ -70,24 +76,19 @@ def check_memory(
             f"max_grad_norm={max_grad_norm!r} cannot be combined with update='backward': the norm is known only "
             "when all gradients are there; use update='step', or None"
         )
-    _check_one_process()
+    if world_size(process_group) > 1:
+        raise ValueError(
+            f"process_group of {world_size(process_group)} processes cannot be combined with update='backward': "
+            "gradients would be averaged after their update; use update='step'"
+        )
 
 
 def check_backward_step(grad_scale: Any) -> None:
     """Raise RuntimeError for what ``update="backward"`` cannot honour, since the update is done by now."""
-    _check_one_process()
     if grad_scale is not None:
         raise RuntimeError(
             "update='backward' cannot be used with a GradScaler: slices were updated with scaled gradients; use "
             "bfloat16 without a scaler, or update='step'"
-        )
-
-
-def _check_one_process() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"update='backward' works in one process, got world_size={dist.get_world_size()}: gradients would be "
-            "averaged after their update; use update='step'"
         )
 
 

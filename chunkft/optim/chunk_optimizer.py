@@ -24,7 +24,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import average_gradients
+from chunkft.optim.distributed import anywhere, average_gradients, check_process_group, check_same, world_size
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -72,6 +72,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
+        process_group: the ``torch.distributed`` group over which ``step()`` averages gradients, for replicas that see
+            different batches; None sends nothing, whatever is initialised.
         seed: of the random schedule and of stochastic rounding.
         **base_kwargs: passed to ``base``.
 
@@ -112,12 +114,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
         update: str = "step",
         page_bytes: int = DEFAULT_PAGE_BYTES,
         state_dir: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
         check_base(base)
         check_choices(interval, max_grad_norm, keep_state, seed)
-        check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
+        check_process_group(process_group)
+        check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm, process_group)
         check_schedule(schedule)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
@@ -151,6 +155,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._interval_index = 0
             self._generation = 0
             self._warned_unreached = False
+            self._process_group = process_group
+            self._same_everywhere = world_size(process_group) == 1
             self._switch_to: int | None = None  # the interval that an unfinished switch leads to
             self.interval_position = 0
             super().__init__(groups, defaults)
@@ -163,6 +169,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
+            attachment.averages = process_group is not None
             attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
         except BaseException:
@@ -219,13 +226,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
         leaves = [leaf for _, leaf in self._attachment.active()]
         self._memory.observe_gradients(leaves)
         unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
-        average_gradients(leaves)
+        self._average(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
             self._pass_unreached()
             return
         # A scaler that saw an infinity skips the step, also if somebody made the gradients finite since.
-        skipped = bool(getattr(self, "found_inf", None) or 0)
+        found = getattr(self, "found_inf", None)
+        skipped = found is not None and anywhere(bool(found), self._process_group, leaves[0].device)
         if not skipped and all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
@@ -391,6 +399,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
+
+    def _average(self, leaves: list[nn.Parameter]) -> None:
+        if not self._same_everywhere:
+            schedule = self._schedule if isinstance(self._schedule, str) else "callable"
+            cursor = schedule, self._seed, self.interval, self._interval_index, self.interval_position
+            check_same(f"{self.plan.to_dict()} {cursor}", self._process_group, leaves[0].device)
+            self._same_everywhere = True
+        average_gradients(leaves, self._process_group)
 
     def _pass_unreached(self) -> None:
         """A step whose loss did not depend on the active slices: nothing changes, and the interval goes on.

@@ -23,7 +23,9 @@ from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
 
 # CUDA graphs replay kernels without the Python code that looks up what is active.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
+# Two calls with the same inputs are two calls: each adds to the gradients, so that none may be left out or merged. That
+# is what compilers take an operator for that draws random numbers.
+_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.nondeterministic_seeded)
 _numbers = itertools.count()
 _anchored: weakref.WeakValueDictionary[int, Anchored] = weakref.WeakValueDictionary()
 
@@ -39,6 +41,7 @@ class Anchored(ABC):
         # On the CPU: reading it waits for no device.
         self.number = torch.tensor(number)
         self.anchor = torch.zeros((), requires_grad=True)
+        self.accumulator = torch.autograd.graph.get_gradient_edge(self.anchor).node
         _anchored[number] = self
 
     @abstractmethod
@@ -98,9 +101,13 @@ def sliced_matmul_backward(
 def _matmul_gradients(
     owner: Anchored, dy: Tensor, kept: Tensor, width: int, input_major: bool, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    pairs = owner.pairs()
+    accumulates = _accumulates(owner)
+    pairs = owner.pairs() if accumulates else []
     flat = dy.reshape(-1, dy.shape[-1])
     weight, _ = _weight_and_bias(owner, dy.dtype)
+    dx = dy.new_empty(0)
+    if need_dx:  # first: a leaf may be updated as soon as it has its gradient
+        dx = flat.mm(weight.t() if input_major else weight).view(*dy.shape[:-1], width)
     if pairs:
         windows = [window for window, _ in pairs]
         whole, parts = _unpack(kept, weight, windows, flat.shape[0], width, input_major, owner)
@@ -108,11 +115,8 @@ def _matmul_gradients(
             x = parts[0] if whole else parts[position]
             _accumulate(leaf, slice_gradient(flat, x, window, width, whole, input_major))
     bias = owner.module._parameters.get("bias")
-    if bias is not None and records(bias):
+    if accumulates and bias is not None and records(bias):
         _accumulate(bias, flat.sum(0))
-    dx = dy.new_empty(0)
-    if need_dx:
-        dx = flat.mm(weight.t() if input_major else weight).view(*dy.shape[:-1], width)
     return dx, torch.zeros(())
 
 
@@ -160,7 +164,7 @@ def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor
     owner = _anchored[int(number)]
     table: Any = owner.module
     with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
-        for (dim, start, stop), leaf in owner.pairs():
+        for (dim, start, stop), leaf in owner.pairs() if _accumulates(owner) else ():
             rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
             settings = table.padding_idx, table.scale_grad_by_freq
             _accumulate(leaf, embedding_grad(dy, ids, table.num_embeddings, rows, cols, *settings))
@@ -193,6 +197,14 @@ def _weight(owner: Anchored) -> Tensor:
 def _weight_and_bias(owner: Anchored, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     bias = owner.module._parameters.get("bias")
     return _weight(owner).to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+def _accumulates(owner: Anchored) -> bool:
+    """Whether this backward pass adds gradients to leaves: not in autograd.grad(), nor for other inputs alone."""
+    try:
+        return bool(torch._C._will_engine_execute_node(owner.accumulator))
+    except RuntimeError:  # what it says of a leaf in autograd.grad()
+        return False
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:

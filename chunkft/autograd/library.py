@@ -23,9 +23,7 @@ from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
 
 # CUDA graphs replay kernels without the Python code that looks up what is active.
-# Two calls with the same inputs are two calls: each adds to the gradients, so that none may be left out or merged. That
-# is what compilers take an operator for that draws random numbers.
-_TAGS = (torch.Tag.cudagraph_unsafe, torch.Tag.nondeterministic_seeded)
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 _numbers = itertools.count()
 _anchored: weakref.WeakValueDictionary[int, Anchored] = weakref.WeakValueDictionary()
 
@@ -146,20 +144,26 @@ sliced_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
 
 
 @torch.library.custom_op("chunkft::sliced_embedding", mutates_args=(), tags=_TAGS)
-def sliced_embedding(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of the table of the ``Anchored`` of this number: (...) ids to (..., width) of ``dtype``."""
+def sliced_embedding(
+    ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows of the table of the ``Anchored`` of this number: (...) ids to (..., width) of ``dtype``; and a ticket.
+
+    The ticket is empty. To a compiler its size is unknown, so that no two calls look alike to it.
+    """
     owner = _anchored[int(number)]
     owner.pairs()  # binds the leaves anew if the weight was moved
-    return F.embedding(ids, _weight(owner))
+    return F.embedding(ids, _weight(owner)), ids.new_empty(0)
 
 
 @sliced_embedding.register_fake
-def _(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty((*ids.shape, width), dtype=dtype)
+def _(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty((*ids.shape, width), dtype=dtype), ids.new_empty((size,))
 
 
 @torch.library.custom_op("chunkft::sliced_embedding_backward", mutates_args=(), tags=_TAGS)
-def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor:
+def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor, ticket: Tensor) -> Tensor:
     """The gradient of the anchor; those of the active slices are added to the leaves."""
     owner = _anchored[int(number)]
     table: Any = owner.module
@@ -172,16 +176,17 @@ def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor
 
 
 @sliced_embedding_backward.register_fake
-def _(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor:
+def _(dy: Tensor, ids: Tensor, number: Tensor, ticket: Tensor) -> Tensor:
     return torch.empty((), device="cpu")
 
 
-def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ids, _, number, _, _ = inputs
-    ctx.save_for_backward(ids, number)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(ids, number, output[1])
 
 
-def _embedding_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _embedding_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return None, sliced_embedding_backward(dy, *ctx.saved_tensors), None, None, None
 
 

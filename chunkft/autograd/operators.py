@@ -324,7 +324,7 @@ def _compiled_matmul(owner: CompiledForward, x: Tensor, output_dim: int) -> Tens
 
 def _compiled_embedding(owner: CompiledForward, input: Tensor) -> Tensor:
     width, dtype = owner.weight_shape[1], owner.weight_dtype
-    y: Tensor = library_embedding(input, owner.anchor, owner.number, width, dtype)
+    y: Tensor = library_embedding(input, owner.anchor, owner.number, width, dtype)[0]
     return y
 
 

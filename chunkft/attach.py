@@ -304,8 +304,8 @@ class Attachment:
                     self.verify()
                 self._guard.check(owner)
 
+            bound.modules.append(module)  # first: what may have been put must be taken out again
             put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
-            bound.modules.append(module)
 
     def _cutter(self, name: str, bound: _Bound) -> Callable[[Tensor], None]:
         """Hook that hands the gradient of a whole weight, from who read it without its module, to the leaves."""

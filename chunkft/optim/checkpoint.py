@@ -27,6 +27,7 @@ from chunkft.optim.serialize import (
     states_by_parameter,
 )
 from chunkft.optim.state import State
+from chunkft.optim.switch import settle
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -58,6 +59,8 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     Raises:
         OSError: if it cannot be written (names the file and its size); ``path`` is as it was before.
     """
+    optimizer._check_attached("save_checkpoint")
+    settle(optimizer)
     optimizer._check_between_steps("save_checkpoint")
     path = Path(path)
     entries, header = _layout(optimizer)

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from chunkft import tracing
 from chunkft.activations import saved_activations
@@ -34,7 +35,7 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
-from chunkft.optim.switch import activate, advance_if_due, bind, close_backward
+from chunkft.optim.switch import Switch, activate, advance_if_due, bind, close_backward, settle, watch
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -149,6 +150,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.grad_norm: Tensor | None = None
             self._interval_index = 0
             self._generation = 0
+            self._switch: Switch | None = None  # while one is under way
+            self._switch_hook: RemovableHandle | None = None
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
@@ -183,6 +186,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient."""
+        if self._ready:
+            settle(self)
         return iter(self._attachment.active())
 
     @torch.no_grad()
@@ -208,6 +213,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._check_attached("step")
+        settle(self)
         self._follow_weights()
         if isinstance(self._residency, BackwardResidency):
             close_backward(self, self._residency)
@@ -249,6 +255,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             window, ``gradients``.
         """
         self._check_attached("state_dict")
+        settle(self)
         self._check_between_steps("state_dict")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -294,6 +301,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             host memory, or files, of all chunks that have been active (on a CPU the active chunk uses its part of
             it in place), with paging of all chunks from the start.
         """
+        if self._ready:
+            settle(self)
         weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
         leaves = [leaf for _, leaf in self._attachment.active()]
         state, master = self._residency.nbytes()
@@ -316,6 +325,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         report, and what full fine-tuning would hold.
         """
         self._check_attached("memory_report")
+        settle(self)
         return self._memory.report(self)
 
     def paging(self) -> PagingReport | None:
@@ -358,6 +368,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if not self._ready:
             return
         self._ready = False
+        self._switch = None
+        if self._switch_hook is not None:
+            self._switch_hook.remove()
+            self._switch_hook = None
         self._residency.forget()
         self._store.clear()
         self.state.clear()
@@ -382,8 +396,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return f"{self._seed}/{self.updates}"
 
     def _count_update(self) -> None:
-        self.updates += 1
-        self.interval_position += 1
+        if self.interval_position + 1 >= self.interval:
+            watch(self)
+        self.updates, self.interval_position = self.updates + 1, self.interval_position + 1
         if self.interval_position == 1:  # from now on it does not change until the switch
             self._memory.observe_state(self)
 

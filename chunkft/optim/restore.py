@@ -16,7 +16,7 @@ from chunkft.optim.recut import Origins, merged, new_state, recut
 from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.serialize import FORMAT
 from chunkft.optim.state import State, StateStore, detached
-from chunkft.optim.switch import activate
+from chunkft.optim.switch import Switch, settle, watch
 from chunkft.plan import ChunkPlan, check_plan
 from chunkft.schedule import active_chunk
 
@@ -68,30 +68,36 @@ def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
     Paged state is read only now, into memory that was given back for it. If the system fails at that, there is no way
     back: the model is detached as it is.
     """
-    optimizer._residency.forget()
-    optimizer.state.clear()
-    optimizer._store.clear()
-    optimizer._store = restored.store
     try:
-        optimizer._store.realise()
+        _exchange(optimizer, restored)
     except BaseException as error:
         error.add_note("the optimizer gave up its state for the one to load and is detached; build a new one")
         optimizer.detach()
         raise
+    settle(optimizer)
+    for piece, leaf in optimizer._attachment.active():
+        if piece in restored.gradients:
+            leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
+    optimizer._attachment.show_gradients()
+
+
+def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:
+    optimizer._residency.forget()
+    optimizer.state.clear()
+    optimizer._store.clear()
+    optimizer._store = restored.store
+    optimizer._store.realise()
     optimizer._meter = PagingMeter()
     optimizer._residency.use(optimizer._store)
     optimizer.plan = restored.plan
     for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
         group.update(loaded)
-    optimizer._interval_index = restored.interval_index
-    optimizer.interval_position = restored.interval_position
     optimizer.updates = restored.updates
     optimizer.skipped = restored.skipped
-    activate(optimizer)
-    for piece, leaf in optimizer._attachment.active():
-        if piece in restored.gradients:
-            leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
-    optimizer._attachment.show_gradients()
+    watch(optimizer)
+    optimizer._switch = Switch(
+        restored.interval_index, restored.interval_position, changes=True, stashed=True
+    )
 
 
 def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import struct
 import zlib
 from collections.abc import Iterator
@@ -65,9 +66,10 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     path = Path(path)
     entries, header = _layout(optimizer)
     size = sum(entry.nbytes for entry in entries)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A name of its own: other threads and processes, on other machines too, may write the same checkpoint.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             _write_header(file, entries, header)
             for entry in entries:
                 entry.write(file)

@@ -12,7 +12,7 @@ from torch import Tensor
 from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
 from chunkft.optim.paging import PagingMeter
-from chunkft.optim.recut import Origins, merged, new_state, recut
+from chunkft.optim.recut import Origins, merged, new_state, recut, renamed
 from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.serialize import FORMAT
 from chunkft.optim.state import State, StateStore, detached
@@ -54,6 +54,7 @@ def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
             f"state_dict has format {found!r}; allowed is {FORMAT!r}, made by state_dict() of chunkft"
         )
     try:
+        saved = renamed(saved, [piece.name for piece in optimizer.plan.slices()])
         _check_header(optimizer, saved)
         return _read(optimizer, saved)
     except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -143,3 +143,11 @@ def test_save_that_was_interrupted_leaves_the_old_checkpoint(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     chunkft.save_checkpoint(optimizer, tmp_path / "state")
     assert (tmp_path / "state").read_bytes() != before
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_plan_of_a_wrapped_model_fits_the_plain_one_and_back(wrap):
+    plain, wrapped = mlp(), WRAPS[wrap](mlp())
+    ours, theirs = chunkft.partition(plain, chunks=3), chunkft.partition(wrapped, chunks=3)
+    assert chunkft.partition(plain, chunks=None, by=theirs) == ours
+    assert chunkft.partition(wrapped, chunks=None, by=ours) == theirs

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
+from chunkft.optim.damage import check_groups, check_structure, check_values
 from chunkft.optim.paging import PagingMeter
 from chunkft.optim.recut import Origins, merged, new_state, recut, renamed
 from chunkft.optim.resident import ChunkResidency
@@ -54,6 +55,7 @@ def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
             f"state_dict has format {found!r}; allowed is {FORMAT!r}, made by state_dict() of chunkft"
         )
     try:
+        check_structure(saved["state"])
         saved = renamed(saved, [piece.name for piece in optimizer.plan.slices()])
         _check_header(optimizer, saved)
         return _read(optimizer, saved)
@@ -123,6 +125,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         detached({key: value for key, value in entry.items() if key != "params"})
         for entry in saved["param_groups"]
     ]
+    check_groups(optimizer, groups)
     probe_base(
         optimizer._base_class,
         [{**ours, **theirs} for ours, theirs in zip(optimizer.param_groups, groups, strict=True)],
@@ -131,6 +134,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     updates, skipped = _count(position, "updates"), _count(position, "skipped")
     for piece, entry in origins.items():
         _check_range(saved["state"][piece.name], entry)
+    check_values(optimizer, saved["state"], groups)
     store = optimizer._store.successor(plan)
     try:
         for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):

@@ -19,7 +19,7 @@ BLOCK = 1 << 22  # elements that are looked at together
 # Means of squares or of magnitudes: never negative, and infinite where finite gradients are squared.
 POSITIVE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta", "row_var", "col_var"}
 POSITIVE |= {"variance", "step_size"}
-# Kept only with some hyper-parameters, which may have changed since; no base needs them to be there.
+# Kept only with some hyper-parameters, which may have changed since; no harm if they are left over.
 OPTIONAL = {"max_exp_avg_sq", "momentum_buffer", "grad_avg"}
 
 
@@ -66,6 +66,11 @@ def check_groups(optimizer: ChunkOptimizer, groups: list[dict[str, Any]]) -> Non
                     f"state_dict has {key}={value!r} in parameter group {number}; needs a value like "
                     f"{ours.get(key)!r}, which this optimizer has"
                 )
+        placed = {parameter.device.type for parameter in ours["params"]}
+        if theirs.get("capturable") and "cpu" in placed:
+            raise ValueError(
+                f"state_dict has capturable=True in parameter group {number}; needs False for parameters on a CPU"
+            )
 
 
 def check_values(optimizer: ChunkOptimizer, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
@@ -88,7 +93,9 @@ def check_values(optimizer: ChunkOptimizer, state: dict[str, Any], groups: list[
             present = {*found["elementwise"], *found["values"]}
             where = f"{name}[{found['start']}:{found['stop']}]"
             if present - own:
-                missing, other = probe.keys() - present - OPTIONAL, present - probe.keys() - own - OPTIONAL
+                # SGD begins a momentum whenever it is asked for one.
+                begun = OPTIONAL if issubclass(optimizer._base_class, torch.optim.SGD) else set()
+                missing, other = probe.keys() - present - begun, present - probe.keys() - own - OPTIONAL
                 if missing:
                     raise _damaged(where, "keys", sorted(present), f"{sorted(missing)[0]!r} beside them")
                 if probe and other:

@@ -203,15 +203,6 @@ class Attachment:
         self._guard.averages = averages
 
     @property
-    def unfinished(self) -> Callable[[], Callable[[], None] | None] | None:
-        """Weak reference to what has to be done before the next forward pass, or None."""
-        return self._guard.unfinished
-
-    @unfinished.setter
-    def unfinished(self, reference: Callable[[], Callable[[], None] | None] | None) -> None:
-        self._guard.unfinished = reference
-
-    @property
     def computes(self) -> bool:
         """Whether a forward pass of the model runs."""
         return self._guard.running
@@ -543,8 +534,8 @@ class Attachment:
                     return False
                 return True
 
+            bound.modules.append(module)  # first: what may have been put must be taken out again
             put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
-            bound.modules.append(module)
 
     def _watch(self, name: str, bound: _Bound) -> RemovableHandle:
         cut = self._cutter(name, bound)

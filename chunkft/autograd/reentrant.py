@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -26,7 +25,6 @@ class ReentrantGuard:
         running: whether a forward pass of the model runs.
         called: whether one began in grad mode since somebody set this to False.
         averages: whether the optimizer averages gradients over processes.
-        unfinished: weak reference to what is to be done before the next forward pass, or None.
     """
 
     def __init__(self) -> None:
@@ -34,7 +32,6 @@ class ReentrantGuard:
         self.running = False
         self.called = False
         self.averages = False
-        self.unfinished: Callable[[], Callable[[], None] | None] | None = None
         self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._checked: list[Any] = []
@@ -115,9 +112,6 @@ class _Hook:
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.guard is not None:
-            finish = None if self.guard.unfinished is None else self.guard.unfinished()
-            if finish is not None:
-                finish()
             _check_replicas(self.guard)
             self.guard._without_grad = not torch.is_grad_enabled()
             self.guard.running = True

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from chunkft import tracing
 from chunkft.activations import saved_activations
@@ -35,7 +36,7 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
-from chunkft.optim.switch import activate, advance_if_due, bind, close_backward, finish_switch
+from chunkft.optim.switch import Switch, activate, advance_if_due, bind, close_backward, settle, watch
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -157,7 +158,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._warned_unreached = False
             self._process_group = process_group
             self._same_everywhere = world_size(process_group) == 1
-            self._switch_to: int | None = None  # the interval that an unfinished switch leads to
+            self._switch: Switch | None = None  # while one is under way
+            self._switch_hook: RemovableHandle | None = None
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
@@ -193,7 +195,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient."""
-        self._settle()
+        if self._ready:
+            settle(self)
         return iter(self._attachment.active())
 
     @torch.no_grad()
@@ -219,6 +222,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._check_attached("step")
+        settle(self)
         self._follow_weights()
         if isinstance(self._residency, BackwardResidency):
             close_backward(self, self._residency)
@@ -266,6 +270,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             window, ``gradients``.
         """
         self._check_attached("state_dict")
+        settle(self)
         self._check_between_steps("state_dict")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -311,6 +316,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             host memory, or files, of all chunks that have been active (on a CPU the active chunk uses its part of
             it in place), with paging of all chunks from the start.
         """
+        if self._ready:
+            settle(self)
         weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
         leaves = [leaf for _, leaf in self._attachment.active()]
         state, master = self._residency.nbytes()
@@ -333,6 +340,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         report, and what full fine-tuning would hold.
         """
         self._check_attached("memory_report")
+        settle(self)
         return self._memory.report(self)
 
     def paging(self) -> PagingReport | None:
@@ -371,6 +379,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if not self._ready:
             return
         self._ready = False
+        self._switch = None
+        if self._switch_hook is not None:
+            self._switch_hook.remove()
+            self._switch_hook = None
         self._residency.forget()
         self._store.clear()
         self.state.clear()
@@ -383,12 +395,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _check_attached(self, method: str) -> None:
         if not self._ready or not self._is_attached():
             raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
-        if method != "load_state_dict":  # which puts everything in its place
-            self._settle()
-
-    def _settle(self) -> None:
-        """Finish a switch that was interrupted."""
-        finish_switch(self)
 
     def _check_between_steps(self, method: str) -> None:
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:
@@ -424,12 +430,15 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 "(said once)",
                 stacklevel=4,
             )
+        if self.interval_position + 1 >= self.interval:
+            watch(self)
         self.interval_position += 1
         advance_if_due(self)
 
     def _count_update(self) -> None:
-        self.updates += 1
-        self.interval_position += 1
+        if self.interval_position + 1 >= self.interval:
+            watch(self)
+        self.updates, self.interval_position = self.updates + 1, self.interval_position + 1
         if self.interval_position == 1:  # from now on it does not change until the switch
             self._memory.observe_state(self)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from chunkft import tracing
-from chunkft.autograd.linear import backward_name
+from chunkft.autograd.linear import backward_name, placed, wants_weight
 from chunkft.autograd.slices import Slice
 from chunkft.kernels import embedding_grad
 
@@ -47,7 +47,14 @@ def sliced_embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _SlicedEmbedding.apply(  # type: ignore[no-any-return, no-untyped-call]
-        ids, weight.detach(), padding_idx, scale_grad_by_freq, tuple(windows), backward_name(active), *leaves
+        ids,
+        weight.detach(),
+        weight,
+        padding_idx,
+        scale_grad_by_freq,
+        tuple(windows),
+        backward_name(active),
+        *leaves,
     )
 
 
@@ -57,6 +64,7 @@ class _SlicedEmbedding(Function):
         ctx: Any,
         ids: Tensor,
         weight: Tensor,
+        parameter: Tensor,
         padding_idx: int | None,
         scale_grad_by_freq: bool,
         windows: tuple[tuple[int, int, int], ...],
@@ -65,6 +73,7 @@ class _SlicedEmbedding(Function):
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.num_embeddings = weight.shape[0]
+        ctx.parameter_shape = parameter.shape
         ctx.options = padding_idx, scale_grad_by_freq
         ctx.windows = windows
         ctx.name = name
@@ -80,11 +89,14 @@ class _SlicedEmbedding(Function):
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
         grads: list[Tensor | None] = []
-        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[6:], strict=True):
+        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[7:], strict=True):
             if not need:
                 grads.append(None)
             elif dim == 0:
                 grads.append(embedding_grad(dy, ids, ctx.num_embeddings, (start, stop), None, *ctx.options))
             else:
                 grads.append(embedding_grad(dy, ids, ctx.num_embeddings, None, (start, stop), *ctx.options))
-        return (None, None, None, None, None, None, *grads)
+        whole = None
+        if ctx.needs_input_grad[2] and wants_weight(ctx, 2, 7):
+            whole = placed(grads, ctx.windows, ctx.parameter_shape)
+        return (None, None, whole, None, None, None, None, *grads)

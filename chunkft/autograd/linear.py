@@ -37,10 +37,11 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
     """
     if not active or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
+    whole = weight
     x, weight, bias = autocast_inputs(x, weight.detach(), bias)
     windows, leaves = split_active(active)
     name = backward_name(active)
-    return _SlicedMatmul.apply(x, weight, bias, False, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+    return _SlicedMatmul.apply(x, weight, bias, whole, False, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
@@ -56,15 +57,20 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
         (..., N) tensor.
     """
     if active and torch.is_grad_enabled():
+        whole = weight
         x, weight, bias = autocast_inputs(x, weight.detach(), bias)
         windows, leaves = split_active(active)
         name = backward_name(active)
-        return _SlicedMatmul.apply(x, weight, bias, True, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+        return _SlicedMatmul.apply(x, weight, bias, whole, True, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
     return _conv1d(x, weight, bias)
 
 
 class _SlicedMatmul(Function):
-    """Shared by both weight layouts; ``input_major`` says that weight rows are input features."""
+    """Shared by both weight layouts; ``input_major`` says that weight rows are input features.
+
+    ``parameter`` is the weight as autograd knows it. It gets a gradient only where somebody asks for it by name
+    (``wants_weight``): that of the slices, zero elsewhere.
+    """
 
     @staticmethod
     def forward(
@@ -72,12 +78,13 @@ class _SlicedMatmul(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        parameter: Tensor,
         input_major: bool,
         windows: tuple[Window, ...],
         name: str,
         *leaves: Tensor,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[6:]
+        needed = ctx.needs_input_grad[7:]
         wanted = [w for w, need in zip(windows, needed, strict=True) if need]
         whole, kept = kept_inputs(x, weight, wanted, input_major)
         ctx.whole = whole
@@ -87,6 +94,7 @@ class _SlicedMatmul(Function):
         ctx.windows = windows
         ctx.name = name
         ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
+        ctx.parameter_shape = parameter.shape
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         return linear_output(x, weight, bias, input_major)
 
@@ -110,14 +118,49 @@ class _SlicedMatmul(Function):
             dbias = dy.sum(0)
         grads: list[Tensor | None] = []
         inputs = iter(kept)
-        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[6:], strict=True):
+        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[7:], strict=True):
             if not need:
                 grads.append(None)
                 continue
             x = kept[0] if ctx.whole else next(inputs)
             width = ctx.input_shape[-1]
             grads.append(slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major).to(dtype))
-        return (dx, None, dbias, None, None, None, *grads)
+        whole = None
+        if ctx.needs_input_grad[3] and wants_weight(ctx, 3, 7):
+            whole = placed(grads, ctx.windows, ctx.parameter_shape)
+        return (dx, None, dbias, whole, None, None, None, *grads)
+
+
+def wants_weight(ctx: Any, parameter: int, first_leaf: int) -> bool:
+    """Whether this backward pass was asked for the gradient of the weight, and not for those of its slices.
+
+    That is so in ``backward(inputs=[weight])``, and may be so in ``autograd.grad``, where it is not told.
+
+    Args:
+        ctx: of the function whose backward pass runs.
+        parameter: number of the weight among its inputs.
+        first_leaf: number of the first leaf; all further ones are leaves.
+    """
+    node = ctx.next_functions[parameter][0]
+    leaves = [edge[0] for edge in ctx.next_functions[first_leaf:] if edge[0] is not None]
+    try:
+        if any(torch._C._will_engine_execute_node(leaf) for leaf in leaves):
+            return False
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # what it says of a leaf in autograd.grad()
+        return True
+
+
+def placed(
+    gradients: Sequence[Tensor | None], windows: Sequence[Window], shape: tuple[int, ...]
+) -> Tensor | None:
+    """Gradients of windows of a weight where they belong in it, zeros elsewhere; None if there are none."""
+    whole: Tensor | None = None
+    for gradient, (dim, start, stop) in zip(gradients, windows, strict=True):
+        if gradient is not None:
+            whole = gradient.new_zeros(shape) if whole is None else whole
+            whole.narrow(dim, start, stop - start).copy_(gradient)
+    return whole
 
 
 def kept_spans(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import MutableMapping
 
-import torch
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice
@@ -31,11 +29,7 @@ class ActiveSlices:
     ) -> None:
         self._working = {
             piece: WorkingWeight(
-                piece,
-                leaf,
-                rule.modes[piece.name],
-                states[piece],
-                contiguous=not takes_strides(rule.base, rule.groups[rule.group_of[piece.name]]),
+                piece, leaf, rule.modes[piece.name], states[piece], rule.needs_contiguous(piece.name)
             )
             for piece, leaf in pairs
         }
@@ -113,11 +107,3 @@ class ActiveSlices:
         for outer, base in zip(self._groups, self._base.param_groups, strict=True):
             source, target = (outer, base) if to_base else (base, outer)
             target.update({key: value for key, value in source.items() if key != "params"})
-
-
-def takes_strides(base: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> bool:
-    """Whether a base optimizer is known to update a parameter right that is no contiguous memory (columns of a weight).
-
-    Fused kernels take the elements one after the other, and so may those of other libraries.
-    """
-    return base.__module__.startswith("torch.optim.") and not group.get("fused")

@@ -15,7 +15,7 @@ from chunkft.attach import Attachment, attach, attachment_of
 from chunkft.optim.distributed import world_size
 from chunkft.plan import ParameterSpec
 
-ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
+ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -129,6 +129,12 @@ def check_base(base: Any) -> None:
         raise TypeError(f"base must be a subclass of torch.optim.Optimizer, got {base!r}")
     if issubclass(base, torch.optim.LBFGS) or getattr(base, "chunked", False):
         raise ValueError(f"base={base.__name__} cannot be used: it does not update parameters one by one")
+    if all(callable(getattr(base, name, None)) for name in ("train", "eval")):
+        raise ValueError(
+            f"base={base.__name__} cannot be used: its train() and eval() swap all weights between two sequences "
+            "(schedule-free), and state of inactive slices is not there to swap them; use a base without them and a "
+            "learning-rate schedule"
+        )
 
 
 def probe_base(
@@ -183,7 +189,7 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
         raise TypeError(
             f"model must be a torch.nn.Module or a list of parameter groups, got {_described(model)}"
         )
-    if isinstance(entries[0], Tensor):
+    if isinstance(entries[0], Tensor) or _is_named(entries[0]):
         entries = [{"params": entries}]
     groups: list[dict[str, Any]] = []
     attachments: dict[int, Attachment] = {}
@@ -193,7 +199,7 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
                 f"parameter group {number} must be a dict with 'params', got {type(entry).__name__}"
             )
         members = []
-        for parameter in _listed(entry["params"]):
+        for parameter in _without_names(_listed(entry["params"]), number):
             if not isinstance(parameter, Tensor):
                 raise TypeError(
                     f"parameter group {number} must hold tensors, got {type(parameter).__name__} {parameter!r}"
@@ -258,6 +264,25 @@ def _check_unused(attachment: Attachment) -> None:
             "model is attached to another optimizer of chunkft already; detach() that one first, or "
             "chunkft.attach(model).detach() if it is gone"
         )
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _without_names(entries: list[Any], number: int) -> list[Any]:
+    """The parameters of ``named_parameters()``; their names are known from the model.
+
+    Raises:
+        ValueError: if some have names and others have none, as for every ``torch.optim.Optimizer``.
+    """
+    named = [_is_named(entry) for entry in entries]
+    if any(named) and not all(named):
+        raise ValueError(
+            f"parameter group {number} holds both (name, parameter) pairs and parameters alone; give all of them "
+            "names, or none"
+        )
+    return [entry[1] for entry in entries] if any(named) else entries
 
 
 def _is_number(value: Any) -> bool:

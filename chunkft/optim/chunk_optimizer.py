@@ -50,8 +50,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
     ``step()`` consumes the gradients: afterwards every ``.grad`` is None.
 
     Args:
-        model: a module, or a list of parameter groups (or parameters) of a module on which ``chunkft.attach`` was
-            called. Groups keep their hyper-parameters for life; only their ``params`` change at a switch.
+        model: a module, or a list of parameter groups (or parameters, with or without names) of a module on which
+            ``chunkft.attach`` was called. Groups keep their hyper-parameters for life; only their ``params`` change at
+            a switch.
         base: class of the optimizer that updates the active slices.
         chunks: K; see ``chunkft.partition``, also for ``partition``, ``slice_dim`` and ``always_active``.
         interval: T, optimizer steps (not micro-batches) before the next chunk becomes active.

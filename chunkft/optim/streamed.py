@@ -9,11 +9,12 @@ from torch import Tensor
 
 from chunkft import tracing
 from chunkft.autograd import Slice
+from chunkft.optim.advanced import AdvancedValues
 from chunkft.optim.kernel_slices import KernelSlices, make_slices
 from chunkft.optim.master import STATE_KEYS
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.resident import Pairs, beside_weight
-from chunkft.optim.rule import Groups, UpdateRule
+from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State, StateStore
 
 
@@ -31,9 +32,7 @@ class StreamResidency:
         self.rule = rule
         self._store = store
         self._units: list[Pairs] = []  # the pairs of one page each; a slice without a page is one by itself
-        self._changed: dict[
-            tuple[int, str], tuple[int, str, Any, Any]
-        ] = {}  # values before a page and after it
+        self._advanced = AdvancedValues(rule.groups)
 
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now."""
@@ -70,18 +69,17 @@ class StreamResidency:
 
     def _update(self, unit: Pairs, seed: str, following: Sequence[Pairs], found_inf: Tensor | None) -> None:
         pieces = [piece for piece, _ in unit]
+        states = self._store.open(unit)
+        self._fetch(following)
         try:
-            states = self._store.open(unit)
-            self._fetch(following)
             for piece, leaf in unit:
                 states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
-            before = self.rule.values()
             active = make_slices(unit, states, self.rule, self._store.home)
             if isinstance(active, KernelSlices):
                 active.step(seed, found_inf)
             else:
-                active.step(seed)
-            self._put_back(before)
+                with self._advanced.held_back({self.rule.group_of[piece.name] for piece in pieces}):
+                    active.step(seed)
             self._store.close(pieces, {piece: state for piece, state in active.states().items() if state})
         except BaseException:
             self._store.abandon(pieces)
@@ -89,11 +87,7 @@ class StreamResidency:
 
     def finish(self) -> None:
         """All pages of this step are done."""
-        for number, key, before, after in self._changed.values():
-            group = self.rule.groups[number]
-            if not _differs(group.get(key), before):  # else it was set since, and that counts
-                group[key] = after
-        self._changed = {}
+        self._advanced.apply()
 
     def prefetch(self, pieces: Sequence[Slice]) -> None:
         """Nothing to do long before: the first pages are fetched when the slices become active."""
@@ -149,15 +143,3 @@ class StreamResidency:
     def _fetch(self, units: Sequence[Pairs]) -> None:
         for unit in units:
             self._store.prefetch([piece for piece, _ in unit])
-
-    def _put_back(self, before: Groups) -> None:
-        """Some optimizers count steps in their groups: every page starts from the values before the step."""
-        for number, (group, values) in enumerate(zip(self.rule.groups, before, strict=True)):
-            for key, value in values.items():
-                if _differs(group[key], value):
-                    self._changed[number, key] = (number, key, value, group[key])
-                    group[key] = value
-
-
-def _differs(a: Any, b: Any) -> bool:
-    return a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or bool(a != b))

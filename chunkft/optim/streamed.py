@@ -69,9 +69,9 @@ class StreamResidency:
 
     def _update(self, unit: Pairs, seed: str, following: Sequence[Pairs], found_inf: Tensor | None) -> None:
         pieces = [piece for piece, _ in unit]
-        states = self._store.open(unit)
-        self._fetch(following)
         try:
+            states = self._store.open(unit)
+            self._fetch(following)
             for piece, leaf in unit:
                 states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
             active = make_slices(unit, states, self.rule, self._store.home)

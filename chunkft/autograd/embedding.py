@@ -97,6 +97,6 @@ class _SlicedEmbedding(Function):
             else:
                 grads.append(embedding_grad(dy, ids, ctx.num_embeddings, None, (start, stop), *ctx.options))
         whole = None
-        if ctx.needs_input_grad[2] and wants_weight(ctx, 2, 7):
+        if ctx.needs_input_grad[2] and wants_weight(ctx, 2):
             whole = placed(grads, ctx.windows, ctx.parameter_shape)
         return (None, None, whole, None, None, None, None, *grads)

@@ -95,6 +95,7 @@ class _SlicedMatmul(Function):
         ctx.name = name
         ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
         ctx.parameter_shape = parameter.shape
+        ctx.parameter_edge = 2 if bias is None else 3  # among the inputs that are tensors
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         return linear_output(x, weight, bias, input_major)
 
@@ -126,23 +127,22 @@ class _SlicedMatmul(Function):
             width = ctx.input_shape[-1]
             grads.append(slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major).to(dtype))
         whole = None
-        if ctx.needs_input_grad[3] and wants_weight(ctx, 3, 7):
+        if ctx.needs_input_grad[3] and wants_weight(ctx, ctx.parameter_edge):
             whole = placed(grads, ctx.windows, ctx.parameter_shape)
         return (dx, None, dbias, whole, None, None, None, *grads)
 
 
-def wants_weight(ctx: Any, parameter: int, first_leaf: int) -> bool:
+def wants_weight(ctx: Any, parameter: int) -> bool:
     """Whether this backward pass was asked for the gradient of the weight, and not for those of its slices.
 
     That is so in ``backward(inputs=[weight])``, and may be so in ``autograd.grad``, where it is not told.
 
     Args:
         ctx: of the function whose backward pass runs.
-        parameter: number of the weight among its inputs.
-        first_leaf: number of the first leaf; all further ones are leaves.
+        parameter: number of the weight among its inputs that are tensors; after it come the leaves.
     """
     node = ctx.next_functions[parameter][0]
-    leaves = [edge[0] for edge in ctx.next_functions[first_leaf:] if edge[0] is not None]
+    leaves = [edge[0] for edge in ctx.next_functions[parameter + 1 :] if edge[0] is not None]
     try:
         if any(torch._C._will_engine_execute_node(leaf) for leaf in leaves):
             return False

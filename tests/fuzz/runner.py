@@ -1,0 +1,478 @@
+"""Runs a program by chunkft and by the reference, side by side."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+
+import chunkft
+
+from .nets import FuzzNet, build, loss_of
+from .plans import make_plan
+from .programs import Program
+from .reference import Owners, Reference, saved_values
+
+TOLERANCE = 1e-9
+IN_MEMORY = {
+    "residency": "chunk",
+    "update": "step",
+    "state_device": "host",
+    "page_bytes": 1 << 20,
+    "files": False,
+}
+
+
+class Difference(AssertionError):
+    """chunkft and the reference do not agree."""
+
+
+def run(program: Program) -> dict[str, Tensor]:
+    """Run a program, then once more with all state in memory, which must give the same bits.
+
+    Returns:
+        The weights at the end.
+
+    Raises:
+        Difference: if something differs from what it should be. What chunkft raises passes through.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = Run(program)
+        weights = first.go()
+        if first.repeatable and any(memory["state_device"] != "host" for memory in first.memories):
+            twin = Run(program, plans=first.plans)
+            same = twin.go()
+            # Loading keeps the saved slices where there are no pages to cut them for: other slices, other rounding.
+            if twin.trained == first.trained:
+                for name, value in weights.items():
+                    if not torch.equal(value, same[name]):
+                        off = float((value - same[name]).abs().max())
+                        raise Difference(f"{name} has other bits than with its state in memory, by {off:.3g}")
+    return weights
+
+
+class Run:
+    """One program at work.
+
+    Args:
+        plans: those that another run had, in order; with state in memory in place of the program's choice.
+    """
+
+    def __init__(self, program: Program, plans: list[chunkft.ChunkPlan] | None = None) -> None:
+        self.program = program
+        self.features = set(program["features"])
+        self._given = None if plans is None else list(plans)
+        self.plans: list[chunkft.ChunkPlan] = []
+        self.trained: list[chunkft.ChunkPlan] = []  # with slices split by loading
+        self.memories: list[dict[str, Any]] = []
+        self.model = build(program["net"], program["seed"])
+        self.dense = copy.deepcopy(self.model)
+        self.trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self.open = False  # whether there are gradients that no step used
+        self.updated = False  # whether the reference used them already
+        self.repeatable = True  # whether the same comes out with state in memory
+        self.frozen: list[str] = []
+        self.poison: float | None = None
+        self.batches = 0
+        self._directory = tempfile.TemporaryDirectory(prefix="fuzz")
+        self.plan_spec = program["plan"]
+        self.optimizer = self._build(program["memory"])
+        base = program["base"]
+        # ASGD computes its rates in another precision over lists of tensors
+        left_out = ("fused",) if base["name"] == "ASGD" else ("fused", "foreach")
+        plain = {k: v for k, v in base["options"].items() if k not in left_out}
+        self.reference = Reference(
+            self.dense,
+            self._owners(),
+            getattr(torch.optim, base["name"]),
+            plain,
+            [dict(hyper) for hyper in self._hyper()],
+            {name: self._group(name) for name in self.trainable},
+            self._schedule(),
+            program["interval"],
+            program["seed"],
+            program["keep_state"],
+            program["max_grad_norm"],
+        )
+
+    def go(self) -> dict[str, Tensor]:
+        """Run all operations; the weights at the end."""
+        try:
+            for number, op in enumerate(self.program["ops"]):
+                try:
+                    getattr(self, f"_{op['op']}")(op)
+                    if not self._amid_updates:
+                        self._same_weights()
+                except Exception as error:
+                    error.add_note(f"at operation {number}: {op}")
+                    raise
+            self._step({})
+            self._same_weights()
+            if self._may_save():
+                self._same_state("at the end")
+            self._finish()
+        finally:
+            self.optimizer.detach()
+            self._directory.cleanup()
+        return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    # what operations do; each leaves itself out where it has no sense
+
+    def _batch(self, op: dict[str, Any]) -> None:
+        if self._in_backward and self.open:
+            self._step(op)
+        generator = torch.Generator().manual_seed(self.program["seed"] * 1000 + self.batches)
+        self.batches += 1
+        x = self.dense.batch(generator)
+        state = generator.get_state()
+        inputs = [x.clone(), x.clone()]
+        if op["input"] and x.is_floating_point():
+            for one in inputs:
+                one.requires_grad_(True)
+        scale = op["scale"]
+        if self.poison is not None:
+            scale, self.poison = self.poison, None
+        dense_loss = loss_of(self.dense(inputs[0], op["skip"]), generator) * scale
+        if not self._reaches(dense_loss) and "unreached" not in self.features:
+            return
+        if not dense_loss.requires_grad:
+            return
+        self.reference.backward(dense_loss)
+        generator.set_state(state)
+        loss = loss_of(self.model(inputs[1], op["skip"]), generator) * scale
+        close(loss, dense_loss, "the loss")
+        loss.backward()
+        if inputs[0].grad is not None:
+            if inputs[1].grad is None:
+                raise Difference("the gradient of the input is missing")
+            close(inputs[1].grad, inputs[0].grad, "the gradient of the input")
+        self.open = True
+
+    def _step(self, op: dict[str, Any]) -> None:
+        if not self.open:
+            return
+        self.open = False
+        self.trained.append(self.optimizer.plan)
+        if not self.updated:
+            self.reference.update()
+        self.updated = False
+        self.reference.close()
+        self.optimizer.step()
+        for name in ("active", "updates", "skipped"):
+            ours, theirs = getattr(self.optimizer, name), getattr(self.reference, name)
+            if ours != theirs:
+                raise Difference(f"optimizer.{name} is {ours}, should be {theirs}")
+        if self.optimizer.interval_position != self.reference.position:
+            raise Difference(
+                f"interval_position is {self.optimizer.interval_position}, should be {self.reference.position}"
+            )
+
+    def _clip(self, op: dict[str, Any]) -> None:
+        if not self.open or self._in_backward:
+            return
+        if op["how"] == "value":
+            clip_grad_value_(self.model.parameters(), op["limit"])
+            clip_grad_value_(self.dense.parameters(), op["limit"])
+        else:
+            order = float(op["order"])
+            ours = clip_grad_norm_(self.model.parameters(), op["limit"], order)
+            close(ours, clip_grad_norm_(self.dense.parameters(), op["limit"], order), "the norm at clipping")
+
+    def _norm(self, op: dict[str, Any]) -> None:
+        if self._in_backward:
+            return
+        ours, theirs = (
+            [p.grad for p in m.parameters() if p.grad is not None] for m in (self.model, self.dense)
+        )
+        if theirs:
+            close(get_total_norm(ours), get_total_norm(theirs), "the norm of all gradients")
+
+    def _drop(self, op: dict[str, Any]) -> None:
+        if not self.open or self._in_backward:
+            return
+        (self.model if op["who"] == "model" else self.optimizer).zero_grad()
+        self.dense.zero_grad()
+        self.open = False
+
+    def _lr(self, op: dict[str, Any]) -> None:
+        if self._amid_updates:
+            parameters = self.reference.parameters
+            everywhere = all(parameters[name].grad is not None for name in self.reference.names())
+            if self.updated or not everywhere or "late_lr" not in self.features:
+                return
+            self.reference.update()  # the new rate counts from the next step on
+            self.updated, self.repeatable = True, False
+        for ours, theirs, first in zip(
+            self.optimizer.param_groups, self.reference.groups, self._hyper(), strict=True
+        ):
+            ours[op["key"]] = theirs[op["key"]] = first[op["key"]] * op["factor"]
+
+    def _poison(self, op: dict[str, Any]) -> None:
+        if self._in_backward:  # what was updated before it stands, which depends on the pages
+            return
+        if op["where"] == "loss":
+            self.poison = float(op["value"])
+            return
+        for piece, leaf in self.optimizer.active_parameters():
+            dense = self.reference.parameters[piece.name].grad
+            if leaf.grad is not None and dense is not None:
+                leaf.grad[(0,) * leaf.dim()] = float(op["value"])
+                piece.of(dense)[(0,) * leaf.dim()] = float(op["value"])
+                return
+
+    def _eval(self, op: dict[str, Any]) -> None:
+        if self._amid_updates:
+            return
+        x = self.dense.batch(torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            close(self.model(x), self.dense(x), "the output")
+
+    def _functional(self, op: dict[str, Any]) -> None:
+        if self._amid_updates:
+            return
+        x = self.dense.batch(torch.Generator().manual_seed(8))
+        with torch.no_grad():
+            outputs = [
+                torch.func.functional_call(m, {n: 0.9 * p for n, p in m.named_parameters()}, (x,))
+                for m in (self.model, self.dense)
+            ]
+        close(*outputs, "the output with other parameters")
+
+    def _freeze(self, op: dict[str, Any]) -> None:
+        names = [name for name in self.reference.names() if name not in self.frozen]
+        if self.open or not names:
+            return
+        name = names[op["which"] % len(names)]
+        self.frozen.append(name)
+        self._require(name, False)
+
+    def _unfreeze(self, op: dict[str, Any]) -> None:
+        if not self.open and self.frozen:
+            self._require(self.frozen.pop(op["which"] % len(self.frozen)), True)
+
+    def _require(self, name: str, flag: bool) -> None:
+        for model in (self.model, self.dense):
+            model.get_parameter(name).requires_grad_(flag)
+
+    def _assign(self, op: dict[str, Any]) -> None:
+        if self._amid_updates:
+            return
+        factor = op["factor"]
+        if op["target"] == "leaf":
+            pairs = list(self.optimizer.active_parameters())
+            piece, leaf = pairs[op["which"] % len(pairs)]
+            leaf.data = leaf.data * factor
+            piece.of(self.reference.parameters[piece.name].data).mul_(factor)
+            return
+        names = sorted(self.trainable)
+        for name in names if op["target"] == "all" else [names[op["which"] % len(names)]]:
+            weight = self.model.get_parameter(name)
+            weight.data = weight.data * factor
+            self.reference.parameters[name].data.mul_(factor)
+
+    def _read(self, op: dict[str, Any]) -> None:
+        names = [name for name in self.reference.names() if self.reference.parameters[name].grad is not None]
+        if not names or self._in_backward:
+            return
+        name = names[op["which"] % len(names)]
+        ours, theirs = self.model.get_parameter(name).grad, self.reference.parameters[name].grad
+        if ours is None:
+            raise Difference(f"{name}.grad is None, should be a gradient")
+        for what, read in READS.items():
+            close(read(ours), read(theirs), f"{what} of {name}.grad")
+        ours.float().mul_(3.0)
+        ours.clone().zero_()
+
+    def _load(self, op: dict[str, Any]) -> None:
+        if self._amid_updates:
+            return
+        state = {key: value.clone() * op["factor"] for key, value in self.model.state_dict().items()}
+        untied = len(state) == len(list(self.model.parameters()))
+        self.dense.load_state_dict(state)
+        self.model.load_state_dict(state, assign=op["assign"] and untied and not self.open)
+
+    def _resume(self, op: dict[str, Any]) -> None:
+        if op["plan"] is not None or self._in_backward:
+            self._step(op)
+        if not self._may_save():
+            return
+        memory = self.memories[-1] if self.open else op["memory"]
+        while self.frozen:
+            if self.open:
+                return
+            self._require(self.frozen.pop(), True)
+        self._same_state("before saving")
+        old = self.optimizer
+        if op["way"] == "file":
+            path = Path(self._directory.name) / "optimizer.safetensors"
+            chunkft.save_checkpoint(old, path)
+        else:
+            buffer = io.BytesIO()
+            torch.save(old.state_dict(), buffer)
+        if op["copy"]:
+            self.model = copy.deepcopy(self.model)
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in self.trainable)
+        old.detach()
+        if op["plan"] is not None:
+            by = "user" if self.plan_spec["by"] == "user" else op["plan"]["by"]
+            if by == "layers" and self.plan_spec["slice_dim"] == 1:
+                by = "bytes"  # layers are whole rows: moments of columns cannot be cut so
+            self.plan_spec = {**self.plan_spec, **op["plan"], "by": by}
+        self.optimizer = self._build(memory)
+        self.reference.changed_plan(self._owners())
+        if op["way"] == "file":
+            chunkft.load_checkpoint(self.optimizer, path)
+        else:
+            buffer.seek(0)
+            self.optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        if self._may_save():
+            self._same_state("after loading")
+
+    # parts
+
+    def _build(self, memory: dict[str, Any]) -> chunkft.ChunkOptimizer:
+        program, base = self.program, self.program["base"]
+        if program["max_grad_norm"] is not None or self.model.head is None:
+            memory = {**memory, "update": "step"}  # refused otherwise
+        self.memories.append(memory)
+        if self._given is not None:
+            memory, plan = IN_MEMORY, self._given.pop(0)
+        else:
+            plan = make_plan(self.model, self.plan_spec, program["seed"])
+        if memory["files"] and memory["state_device"] in ("auto", "paged"):
+            directory = tempfile.mkdtemp(dir=self._directory.name)
+        else:
+            directory = None
+        model: Any = self.model
+        hyper = self._hyper()
+        options = dict(base["options"])
+        if program["groups"] == "two":
+            chunkft.attach(model)
+            names = [name for name, _ in model.named_parameters() if name in self.trainable]
+            model = [
+                {"params": [self.model.get_parameter(n) for n in names if self._group(n) == i], **values}
+                for i, values in enumerate(hyper)
+            ]
+            model = [group for group in model if group["params"]]
+        optimizer = chunkft.ChunkOptimizer(
+            model,
+            getattr(torch.optim, base["name"]),
+            chunks=None,
+            partition=plan,
+            schedule=self._schedule(),
+            interval=program["interval"],
+            keep_state=program["keep_state"],
+            max_grad_norm=program["max_grad_norm"],
+            state_device=memory["state_device"],
+            residency=memory["residency"],
+            update=memory["update"],
+            page_bytes=memory["page_bytes"],
+            state_dir=directory,
+            seed=program["seed"],
+            **hyper[0],
+            **options,
+        )
+        self.plans.append(optimizer.plan)
+        return optimizer
+
+    def _hyper(self) -> list[dict[str, float]]:
+        base = self.program["base"]
+        first = {"lr": base["lr"], "weight_decay": base["weight_decay"]}
+        groups = {self._group(name) for name in self.trainable}
+        both = [first, {"lr": 2 * base["lr"], "weight_decay": 0.0}]
+        return [both[i] for i in sorted(groups)]
+
+    def _group(self, name: str) -> int:
+        two = self.program["groups"] == "two" and {n.endswith("bias") for n in self.trainable} == {
+            True,
+            False,
+        }
+        return int(two and name.endswith("bias"))
+
+    def _schedule(self) -> Any:
+        schedule = self.program["schedule"]
+        return schedule if isinstance(schedule, str) else lambda n, k: schedule[n % len(schedule)] % k
+
+    def _owners(self) -> Owners:
+        shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        return Owners(self.optimizer.plan, shapes)
+
+    def _reaches(self, loss: Tensor) -> bool:
+        wanted = [self.reference.parameters[name] for name in self.reference.names()]
+        wanted = [p for p in wanted if p.requires_grad]
+        if not wanted or not loss.requires_grad:
+            return False
+        found = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+        return any(gradient is not None for gradient in found)
+
+    @property
+    def _in_backward(self) -> bool:
+        return self.memories[-1]["update"] == "backward"
+
+    @property
+    def _amid_updates(self) -> bool:
+        """Whether some slices may be updated and others not."""
+        return self._in_backward and self.open
+
+    def _may_save(self) -> bool:
+        memory = self.memories[-1]
+        paged = memory["residency"] == "stream" or memory["state_device"] == "paged" or memory["files"]
+        return not paged or memory["state_device"] in ("host", "device") or "paged_saves" in self.features
+
+    def _same_weights(self) -> None:
+        theirs = self.reference.parameters
+        for name, parameter in self.model.named_parameters():
+            close(parameter, theirs[name], name)
+
+    def _same_state(self, when: str) -> None:
+        ours = saved_values(self.optimizer.state_dict())
+        for values in ours.values():
+            if "step" in values:  # some bases make their state before the first step
+                unborn = values["step"] == 0
+                for value in values.values():
+                    value[unborn] = float("nan")
+        for name, values in self.reference.values.items():
+            for key in sorted(values.keys() | ours.get(name, {}).keys()):
+                empty = torch.full(self.reference.parameters[name].shape, float("nan"), dtype=torch.float64)
+                close(ours.get(name, {}).get(key, empty), values.get(key, empty), f"{key} of {name} {when}")
+
+    def _finish(self) -> None:
+        self.optimizer.detach()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad != (name in self.trainable) and name not in self.frozen:
+                raise Difference(f"after detach() {name} has requires_grad={parameter.requires_grad}")
+            if "forward" in self.model.__dict__:
+                raise Difference("after detach() the model has a forward of its own")
+
+
+READS = {
+    "isnan().any()": lambda g: g.isnan().any().double(),
+    "isfinite().all()": lambda g: g.isfinite().all().double(),
+    "abs().max()": lambda g: g.abs().max(),
+    "square sum": lambda g: (g**2).sum(),
+    "clone().norm()": lambda g: g.clone().norm(),
+    "detach().cpu().sum()": lambda g: g.detach().cpu().sum(),
+}
+
+
+def close(ours: Tensor, theirs: Tensor, what: str) -> None:
+    """Raise Difference unless both are equal up to rounding in fp64; NaN equals NaN."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    if ours.shape != theirs.shape:
+        raise Difference(f"{what} has shape {tuple(ours.shape)}, should have {tuple(theirs.shape)}")
+    same = (ours - theirs).abs() <= TOLERANCE * (1.0 + theirs.abs())
+    same |= (ours == theirs) | (ours.isnan() & theirs.isnan())
+    if not bool(same.all()):
+        worst = torch.where(same, 0.0, (ours - theirs).abs())
+        raise Difference(
+            f"{what} differs in {int((~same).sum())} of {same.numel()} elements, by up to {float(worst.max()):.3g}"
+        )

@@ -20,6 +20,7 @@ class Owners:
     def __init__(self, plan: chunkft.ChunkPlan, shapes: dict[str, torch.Size]) -> None:
         self.count = len(plan)
         self.chunk: dict[str, Tensor] = {}
+        self._dims = {piece.name: piece.dim for piece in plan.slices()}
         parts = [(-1, piece) for piece in plan.always]
         parts += [(chunk.index, piece) for chunk in plan.chunks for piece in chunk.slices]
         for index, piece in parts:
@@ -32,7 +33,8 @@ class Owners:
         assert not any(bool((owner == -2).any()) for owner in self.chunk.values()), "the plan leaves gaps"
 
     def same(self, other: Owners) -> bool:
-        return self.chunk.keys() == other.chunk.keys() and all(
+        """Whether both cut along the same dimensions and give each element the same chunk."""
+        return self._dims == other._dims and all(
             torch.equal(mine, other.chunk[name]) for name, mine in self.chunk.items()
         )
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
 import chunkft
 
-from .nets import FuzzNet, build, loss_of
+from .nets import build, loss_of
 from .plans import make_plan
 from .programs import Program
 from .reference import Owners, Reference, saved_values
@@ -170,6 +170,10 @@ class Run:
             ours, theirs = getattr(self.optimizer, name), getattr(self.reference, name)
             if ours != theirs:
                 raise Difference(f"optimizer.{name} is {ours}, should be {theirs}")
+        for ours, theirs in zip(self.optimizer.param_groups, self.reference.groups, strict=True):
+            for key in ("lr", "weight_decay"):
+                if ours[key] != theirs[key]:
+                    raise Difference(f"{key} of a group is {ours[key]}, should be {theirs[key]}")
         if self.optimizer.interval_position != self.reference.position:
             raise Difference(
                 f"interval_position is {self.optimizer.interval_position}, should be {self.reference.position}"

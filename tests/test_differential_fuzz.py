@@ -6,7 +6,8 @@ import pytest
 import torch
 from fuzz.__main__ import main
 from fuzz.programs import FEATURES, Seeded, program
-from fuzz.runner import Difference, run
+from fuzz.rig import Difference
+from fuzz.runner import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -12,7 +12,8 @@ import chunkft
 
 def replaced():
     model = mlp()
-    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1, interval=3)
+    whole = chunkft.partition(model, 1, atomic="*")  # no sliced forward that would notice
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=None, partition=whole, interval=3)
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
     mlp_loss(model, 0).backward()
     return model, optimizer
@@ -39,7 +40,8 @@ def test_a_save_inside_of_an_accumulation_window_has_gradients_of_the_new_weight
     model, optimizer = replaced()
     chunkft.save_checkpoint(optimizer, tmp_path / "state.safetensors")
     other = copy.deepcopy(model)
-    resumed = chunkft.ChunkAdamW(other, lr=1e-2, chunks=1, interval=3)
+    whole = chunkft.partition(other, 1, atomic="*")
+    resumed = chunkft.ChunkAdamW(other, lr=1e-2, chunks=None, partition=whole, interval=3)
     chunkft.load_checkpoint(resumed, tmp_path / "state.safetensors")
     optimizer.step()
     resumed.step()

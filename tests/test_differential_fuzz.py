@@ -73,7 +73,8 @@ def gradient_lost(optimizer):
 
 def element_touched(optimizer):
     with torch.no_grad():
-        next(iter(optimizer.active_parameters()))[1].view(-1)[0] += 1e-6
+        leaf = next(iter(optimizer.active_parameters()))[1]
+        leaf[(0,) * leaf.dim()] += 1e-6
 
 
 @pytest.mark.parametrize("fault", [lr_of_another, gradient_lost, element_touched])

@@ -214,7 +214,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             return
         leaves = [leaf for _, leaf in self._attachment.active()]
         self._memory.observe_gradients(leaves)
-        unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        unscale(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         average_gradients(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> None:
     """``step()`` for slices that were updated in the backward pass."""
-    check_backward_step(getattr(optimizer, "grad_scale", None))
+    scale = getattr(optimizer, "grad_scale", None)  # None after scaler.unscale_(optimizer)
+    check_backward_step(getattr(optimizer, "found_inf", None) if scale is None else scale)
     if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
         return
     residency.step(optimizer._noise_seed())

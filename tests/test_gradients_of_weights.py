@@ -12,7 +12,7 @@ from residencies import MODES
 from torch import nn
 
 import chunkft
-from chunkft.autograd import GradientView
+from chunkft.autograd import GradientView, SliceGradients
 
 SHAPE = (33, 12)
 NAME = "1.weight"
@@ -408,3 +408,20 @@ def test_gradients_that_were_used_up_say_so(use):
         use(carrier.grad)
     model.double().float()
     optimizer.step()
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+def test_clipping_makes_no_dense_gradient(foreach, monkeypatch):
+    model, _, _ = build("several slices")
+
+    def fill(*args):
+        raise AssertionError("a dense gradient was made")
+
+    monkeypatch.setattr(SliceGradients, "fill", fill)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01, foreach=foreach)
+    nn.utils.clip_grad_value_(model.parameters(), 0.001, foreach=foreach)
+    nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=foreach)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.nan_to_num_().data.mul_(0.5).div_(torch.tensor(2.0)).pow_(2).add_(0.1, alpha=2)
+    model.zero_grad(set_to_none=False)

@@ -1,38 +1,26 @@
 """What ``weight.grad`` is while slices of the weight are active: their gradients, without memory of its own.
 
-Code that knows nothing of slices clips, zeroes and reads gradients by way of ``model.parameters()``. A view answers for
-the gradients that are there. It is a tensor of the weight's shape, dtype and device whose operations are redirected
-(``__torch_dispatch__``). Norms, scaling, clamping by numbers and zeroing act on the slices where they are; for
-everything else the dense gradient, zero outside of the slices, is made for the moment, and what an operation in place
-wrote into it goes back to the slices.
+Code that knows nothing of slices reads, clips and zeroes by way of ``model.parameters()``. A view answers for the
+gradients that are there. It is a tensor of the weight's shape, dtype and device whose operations are redirected
+(``__torch_dispatch__``): to the gradients themselves where each element counts alone, and else to the dense gradient,
+zero outside of the slices, which is made for the one operation and whose changes inside of the slices are kept.
 """
 
 from __future__ import annotations
 
-import copy
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 _aten: Any = torch.ops.aten
 
-_IN_PLACE = {
-    _aten.mul_.Tensor,
-    _aten.mul_.Scalar,
-    _aten.div_.Tensor,
-    _aten.div_.Scalar,
-    _aten.clamp_.default,
-    _aten.clamp_min_.default,
-    _aten.clamp_max_.default,
-    _aten.nan_to_num_.default,
-    _aten.zero_.default,
-}
+# In-place operations on each element alone that have no tag that says so.
+_ELEMENTWISE = {_aten.zero_.default, _aten.fill_.Scalar, _aten.fill_.Tensor, _aten.abs_.default}
 _FOREACH = {
     _aten._foreach_mul_.Tensor,
     _aten._foreach_mul_.Scalar,
@@ -45,68 +33,64 @@ _FOREACH = {
 
 
 class Gradients(ABC):
-    """What a view stands for."""
+    """What a view stands for.
+
+    Attributes:
+        readable: whether ``fill`` can be done at all.
+    """
+
+    readable = True
 
     @abstractmethod
     def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
         """Their joint norm as a scalar, or None if there are none; without those of an id in ``beside``."""
 
     @abstractmethod
-    def tensors(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor] | None:
-        """Those that an elementwise in-place operation is to change, or None if they have no memory of their own.
+    def tensors(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
+        """Those that an elementwise in-place operation is to change; raises RuntimeError if it cannot be done."""
 
-        Raises RuntimeError if it cannot be done.
-        """
+    @abstractmethod
+    def fill(self, dense: Tensor) -> None:
+        """Write them into their places of a tensor of the weight's shape; raises RuntimeError if they are gone."""
+
+    @abstractmethod
+    def take(self, dense: Tensor) -> None:
+        """Change them to what is in their places of a tensor of the weight's shape."""
 
     @abstractmethod
     def add(self, dense: Tensor) -> None:
         """Take a gradient of the whole weight, from who reads it without its module, in."""
 
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """A new tensor of the weight's shape that holds them, and zeros elsewhere."""
 
-    @abstractmethod
-    def replace(self, dense: Tensor) -> None:
-        """Set them to their parts of a tensor of the weight's shape; the rest of it is dropped."""
+class _Step(NamedTuple):
+    """One view operation, and which of its results is meant."""
 
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | None  # in a list of results
 
-class _Part(Gradients):
-    """What a view of a view stands for: ``view[:4]``, ``view.t()``, whose changes are changes of the gradients."""
-
-    def __init__(self, whole: Gradients, cut: Callable[[Tensor], Tensor]) -> None:
-        self._whole = whole
-        self._cut = cut
-
-    def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
-        norm: Tensor = torch.linalg.vector_norm(self.dense(), order, dtype=dtype)
-        return norm
-
-    def tensors(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor] | None:
-        return None
-
-    def add(self, dense: Tensor) -> None:
-        self.replace(self.dense() + dense)
-
-    def dense(self) -> Tensor:
-        return self._cut(self._whole.dense())
-
-    def replace(self, dense: Tensor) -> None:
-        whole = self._whole.dense()
-        self._cut(whole).copy_(dense)
-        self._whole.replace(whole)
+    def of(self, tensor: Tensor) -> Tensor:
+        views = self.func(tensor, *self.args, **self.kwargs)
+        part: Tensor = views if self.place is None else views[self.place]
+        return part
 
 
 class GradientView(Tensor):
-    """Stands for the gradients of the active slices of one weight.
+    """Stands for the gradients of the active slices of one weight, or for a part of them (``weight.grad[:4]``).
 
-    ``torch.nn.utils.clip_grad_norm_``, ``clip_grad_value_``, ``get_total_norm``, ``norm()``, scaling by a number,
-    in-place clamping and zeroing act on them, once, also where the gradients themselves are in the same list.
-    Anything else behaves as on the dense gradient that is zero outside of the slices, and is made for it; results are
-    ordinary tensors, and what is written outside of the slices is dropped.
+    It reads as the dense gradient that is zero outside of the active slices. What is changed in place, also through
+    views of it, changes the gradients; what would lie outside of the slices is dropped. Clipping, norms over all
+    elements and scaling by numbers make no dense gradient, and count once also where the gradients themselves are in
+    the same list.
+
+    Raises:
+        RuntimeError: by whatever would change its shape or memory, and if the gradients are gone.
     """
 
     gradients: Gradients
+    whole: GradientView | None  # what the steps start from, if there are any
+    steps: tuple[_Step, ...]
 
     @staticmethod
     def __new__(
@@ -115,16 +99,21 @@ class GradientView(Tensor):
         gradients: Gradients,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        whole: GradientView | None = None,
+        steps: tuple[_Step, ...] = (),
     ) -> GradientView:
         view: GradientView = torch.Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             strides=like.stride(),
+            storage_offset=like.storage_offset() if steps else 0,
             dtype=dtype or like.dtype,
             device=device or like.device,
             storage_size=0,  # who asks for the memory itself finds none, rather than a null pointer to some
         )
         view.gradients = gradients
+        view.whole = whole
+        view.steps = steps
         return view
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -136,61 +125,82 @@ class GradientView(Tensor):
         kwargs = kwargs or {}
         subject = args[0] if args else None
         if isinstance(subject, GradientView):
-            gradients = subject.gradients
-            if func in _IN_PLACE and not kwargs and _numbers(args[1:]):
-                parts = gradients.tensors(func, args[1:])
-                if parts is not None:
-                    beside = _handled_by(sys._getframe(1))
-                    for gradient in parts:
-                        if id(gradient) not in beside:
-                            func(gradient, *args[1:])
-                    return subject
-            if func is _aten.linalg_vector_norm.default and (len(args) < 3 or not args[2]) and not args[3:]:
-                order = args[1] if len(args) > 1 else 2.0
-                return _norm(subject, order, kwargs.get("dtype"), _handled_by(sys._getframe(1)))
-            if func is _aten.add_.Tensor and not kwargs and _is_whole(args[1], subject):
-                gradients.add(args[1])
+            if not subject.steps:
+                done = _directly(subject, func, args, kwargs)
+                if done is not None:
+                    return done
+            if func is _aten.detach_.default:
                 return subject
-            if func is _aten.detach.default:
-                return GradientView(subject, gradients)
+            if _makes_views(func):
+                return _parts(subject, func, args, kwargs)
         elif isinstance(subject, list | tuple):
             beside = {id(one) for one in subject}
-            if func in _FOREACH and not kwargs and _numbers(args[1:]):
-                expanded = _expanded(subject, func, args[1:], beside)
-                if expanded is not None:
-                    func(expanded, *args[1:])
-                    return None
+            if func in _FOREACH and _numbers(args[1:]) and not any(_is_part(one) for one in subject):
+                func(list(_expanded(subject, func, args[1:], beside)), *args[1:], **kwargs)
+                return None
             if func is _aten._foreach_norm.Scalar:
                 order, dtype = args[1] if len(args) > 1 else 2.0, (args[2] if len(args) > 2 else None)
                 return [
                     _norm(one, order, dtype, beside)
-                    if isinstance(one, GradientView)
+                    if isinstance(one, GradientView) and not one.steps and order >= 0
                     else torch.linalg.vector_norm(one, order, dtype=dtype)
                     for one in subject
                 ]
+        if torch.Tag.inplace_view in func.tags:
+            _refuse(str(func))
         return _densely(func, args, kwargs)
 
+    @property
+    def data(self) -> Tensor:
+        """Itself, for autograd; values that are assigned change the gradients."""
+        return self.detach()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        if values.shape != self.shape:
+            raise RuntimeError(
+                f".data of the .grad of a weight that is trained in slices must keep the shape {tuple(self.shape)}, "
+                f"got {tuple(values.shape)}"
+            )
+        if (
+            isinstance(values, GradientView)
+            and values.gradients is self.gradients
+            and not values.gradients.readable
+        ):
+            Tensor.data.__set__(self, values)  # type: ignore[attr-defined]  # the model moves: there are no values
+        else:
+            self.copy_(values)
+
     def numpy(self, *, force: bool = False) -> Any:
-        """A copy as an array that cannot be written to: what is written there would be lost."""
-        array = self.gradients.dense().numpy(force=force)
+        """A copy that cannot be written to, since nothing that is written there would reach the gradients."""
+        array = torch.clone(self).numpy(force=force)
         array.flags.writeable = False
         return array
 
     def __array__(self, dtype: Any = None) -> Any:
-        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+        array = self.numpy()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
     def tolist(self) -> Any:
-        """The dense gradient as nested lists."""
-        return self.gradients.dense().tolist()
+        """The values as nested lists of numbers."""
+        return torch.clone(self).tolist()
 
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"GradientView(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse("sharing its memory (DLPack)")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return copy.deepcopy(self.gradients.dense(), memo)
+        if id(self) not in memo:
+            memo[id(self)] = torch.clone(self)
+        copied: Tensor = memo[id(self)]
+        return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.gradients.dense().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return torch.clone(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self.gradients.readable:
+            return f"GradientView({torch.clone(self)!r})"
+        return f"GradientView(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
 
 def joint_norm(gradients: Sequence[Tensor], order: float, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -207,55 +217,131 @@ def total_norm(norms: Sequence[Tensor], order: float) -> Tensor | None:
     return parts.sum() if order == 0 else torch.linalg.vector_norm(parts, order)
 
 
-def _norm(view: GradientView, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor:
-    norm = view.gradients.norm(float(order), dtype, beside)
-    return torch.zeros((), dtype=dtype or view.dtype, device=view.device) if norm is None else norm
+def _directly(view: GradientView, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What needs no dense gradient; None if this is not such an operation."""
+    if _is_elementwise(func) and _numbers(args[1:]) and _numbers(kwargs.values()):
+        beside = _handled_by(sys._getframe(2))
+        for gradient in view.gradients.tensors(func, args[1:]):
+            if id(gradient) not in beside:
+                func(gradient, *args[1:], **kwargs)
+        return view
+    if func is _aten.linalg_vector_norm.default and not any(args[2:]):
+        order = args[1] if len(args) > 1 else 2.0
+        if order >= 0:  # else the zeros outside of the slices count
+            return _norm(view, order, kwargs.get("dtype"), _handled_by(sys._getframe(2)))
+    if (
+        func is _aten.add_.Tensor
+        and torch._C._current_graph_task_id() != -1  # autograd accumulates
+        and not kwargs
+        and not isinstance(args[1], GradientView)
+        and args[1].shape == view.shape
+    ):
+        view.gradients.add(args[1])
+        return view
+    if func is _aten._to_copy.default and not view.gradients.readable:
+        # there is no value that a copy could share, and model.to() must pass
+        return GradientView(view, view.gradients, kwargs.get("dtype"), kwargs.get("device"))
+    return None
+
+
+def _is_elementwise(func: Any) -> bool:
+    tags = func.tags
+    return func in _ELEMENTWISE or (
+        torch.Tag.pointwise in tags
+        and torch.Tag.inplace in tags
+        and torch.Tag.nondeterministic_seeded not in tags
+    )
+
+
+def _makes_views(func: Any) -> bool:
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+def _is_part(tensor: Any) -> bool:
+    return isinstance(tensor, GradientView) and bool(tensor.steps)
+
+
+def _parts(view: GradientView, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The views that an operation makes of a view."""
+    if func in (_aten.detach.default, _aten.alias.default):
+        return GradientView(view, view.gradients, whole=view.whole, steps=view.steps)
+    like = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device="meta")
+    whole = view if view.whole is None else view.whole
+
+    def part(shown: Tensor, place: int | None) -> GradientView:
+        steps = (*view.steps, _Step(func, tuple(args[1:]), kwargs, place))
+        return GradientView(shown, view.gradients, device=view.device, whole=whole, steps=steps)
+
+    shown = func(like, *args[1:], **kwargs)
+    if isinstance(shown, Tensor):
+        return part(shown, None)
+    return [part(one, place) for place, one in enumerate(shown)]
 
 
 def _densely(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The operation on dense gradients in place of the views, with what it writes handed back to them."""
-    dense: dict[int, Tensor] = {}  # of the gradients of each view
-    views: dict[int, GradientView] = {}  # by the tensor that stands for it
+    """Do an operation on dense gradients, and keep what it changed in the slices."""
+    wholes: dict[int, Tensor] = {}  # views of the same gradients are views of one tensor
+    made: dict[int, tuple[GradientView, Tensor]] = {}
 
-    def stand_in(value: Any) -> Any:
-        if not isinstance(value, GradientView):
-            return value
-        key = id(value.gradients)
-        if key not in dense:
-            dense[key] = value.gradients.dense()
-        views[id(dense[key])] = value
-        return dense[key]
+    def dense(thing: Any) -> Any:
+        if isinstance(thing, list | tuple):
+            return type(thing)(dense(one) for one in thing)
+        if not isinstance(thing, GradientView):
+            return thing
+        if id(thing) not in made:
+            key = id(thing.gradients)
+            if key not in wholes:
+                wholes[key] = _filled(thing)
+            tensor = wholes[key]
+            for step in thing.steps:
+                tensor = step.of(tensor)
+            made[id(thing)] = thing, tensor
+        return made[id(thing)][1]
 
-    plain_args, plain_kwargs = tree_map(stand_in, (list(args), kwargs))
-    result = func(*plain_args, **plain_kwargs)
-    formals = func._schema.arguments
-    given = [(formal, value) for formal, value in zip(formals, plain_args, strict=False)]
-    given += [(formal, plain_kwargs[formal.name]) for formal in formals if formal.name in plain_kwargs]
-    for formal, value in given:
-        if formal.alias_info is not None and formal.alias_info.is_write:
-            for one in value if isinstance(value, list | tuple) else [value]:
-                if id(one) in views:
-                    views[id(one)].gradients.replace(one)
-    shares = any(
-        returned.alias_info is not None and not returned.alias_info.is_write
-        for returned in func._schema.returns
-    )
-    if shares and isinstance(result, Tensor) and views and id(result) not in views:
-        (view,) = views.values()
-        rest, named = list(plain_args[1:]), dict(plain_kwargs)
-        return GradientView(result, _Part(view.gradients, lambda whole: func(whole, *rest, **named)))
-    if shares and isinstance(result, list | tuple) and views:
-        (view,) = views.values()
-        rest, named = list(plain_args[1:]), dict(plain_kwargs)
-        return [
-            GradientView(one, _Part(view.gradients, lambda whole, n=n: func(whole, *rest, **named)[n]))  # type: ignore[misc]
-            for n, one in enumerate(result)
-        ]
-    return tree_map(lambda one: views.get(id(one), one), result)
+    result = func(*dense(args), **{name: dense(value) for name, value in kwargs.items()})
+    changed: dict[int, Gradients] = {}
+    for view in _written(func, args, kwargs):
+        tensor = made[id(view)][1]
+        if tensor.shape != view.shape:
+            raise RuntimeError(
+                f"out= must have the shape {tuple(tensor.shape)} of the result, got the .grad of a weight that is "
+                f"trained in slices with shape {tuple(view.shape)}"
+            )
+        changed[id(view.gradients)] = view.gradients
+    for key, gradients in changed.items():
+        gradients.take(wholes[key])
+    back = {id(tensor): view for view, tensor in made.values()}
+
+    def given(thing: Any) -> Any:
+        if isinstance(thing, list | tuple) and type(thing) in (list, tuple):
+            return type(thing)(given(one) for one in thing)
+        return back.get(id(thing), thing)
+
+    return given(result)
 
 
-def _is_whole(value: Any, view: GradientView) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, GradientView) and value.shape == view.shape
+def _filled(view: GradientView) -> Tensor:
+    """The whole dense gradient, zero outside of the slices."""
+    like = view if view.whole is None else view.whole
+    dense = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device).zero_()
+    view.gradients.fill(dense)
+    return dense
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterable[GradientView]:
+    """The views among the arguments that an operation changes."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, GradientView):
+                yield one
+
+
+def _norm(view: GradientView, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor:
+    norm = view.gradients.norm(float(order), dtype, beside)
+    return torch.zeros((), dtype=dtype or view.dtype, device=view.device) if norm is None else norm
 
 
 def _expanded(
@@ -263,18 +349,13 @@ def _expanded(
     operation: Callable[..., Any],
     arguments: Sequence[Any],
     beside: Collection[int],
-) -> list[Tensor] | None:
-    """The tensors with those that views stand for in their place; None if a view is a part of one."""
-    result: list[Tensor] = []
+) -> Iterable[Tensor]:
     for tensor in tensors:
         if isinstance(tensor, GradientView):
             parts = tensor.gradients.tensors(operation, arguments)
-            if parts is None:
-                return None
-            result.extend(part for part in parts if id(part) not in beside)
+            yield from (part for part in parts if id(part) not in beside)
         else:
-            result.append(tensor)
-    return result
+            yield tensor
 
 
 def _handled_by(frame: FrameType | None) -> Collection[int]:
@@ -290,4 +371,14 @@ def _handled_by(frame: FrameType | None) -> Collection[int]:
 
 def _numbers(arguments: Iterable[Any]) -> bool:
     """Whether no argument has elements of its own for every element of the gradient."""
-    return all(not isinstance(argument, Tensor) or argument.dim() == 0 for argument in arguments)
+    return all(
+        not isinstance(argument, Tensor) or (argument.dim() == 0 and not isinstance(argument, GradientView))
+        for argument in arguments
+    )
+
+
+def _refuse(operation: str) -> NoReturn:
+    raise RuntimeError(
+        f"{operation} is not possible on the .grad of a weight that is trained in slices, which has no memory of its "
+        "own: use .grad.clone() for a dense copy; the gradients themselves are those of optimizer.active_parameters()"
+    )

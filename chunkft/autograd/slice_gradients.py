@@ -68,8 +68,14 @@ class SliceGradients(Gradients):
     def settle(self) -> None:
         """Do to the leaves what was done to ``weight.grad``: clear them, or take a dense gradient in its place."""
         owner = self._sliced()
-        if owner is None or isinstance(owner.parameter.grad, GradientView):
+        if owner is None:
             return
+        grad = owner.parameter.grad
+        if isinstance(grad, GradientView):
+            if not grad.gradients.readable or (grad.gradients is self and not grad.steps):
+                return
+            # the view of another weight, or of a part of this one: its values count from now on, as a gradient
+            owner.parameter.grad = grad.clone()
         if self._shown:
             self._shown = False
             for _, leaf in owner.pairs:
@@ -84,29 +90,8 @@ class SliceGradients(Gradients):
         owner = self._sliced()
         dense = dense.to_dense() if dense.is_sparse else dense
         for piece, leaf in owner.pairs if owner is not None else ():
-            part = piece.of(dense)
+            part = piece.of(dense).to(leaf.device, leaf.dtype)  # the weight may have moved, the leaf not yet
             leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
-
-    def dense(self) -> Tensor:
-        """The gradients where they belong in the weight, zeros elsewhere."""
-        owner = self._owner()
-        assert owner is not None  # the weight holds the view, and its owner the weight
-        result = torch.zeros_like(owner.parameter, requires_grad=False)
-        for piece, leaf in owner.pairs:
-            if leaf.grad is not None:
-                piece.of(result).copy_(leaf.grad)
-        return result
-
-    @torch.no_grad()
-    def replace(self, dense: Tensor) -> None:
-        """Set the gradients to their parts of a dense one; one that does not exist stays so if its part is zero."""
-        owner = self._sliced()
-        for piece, leaf in owner.pairs if owner is not None else ():
-            part = piece.of(dense)
-            if leaf.grad is not None:
-                leaf.grad.copy_(part)
-            elif bool(part.any()):
-                leaf.grad = part.clone(memory_format=torch.contiguous_format)
 
     def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
         """Joint norm of the leaves' gradients, without those of an id in ``beside``."""
@@ -116,11 +101,33 @@ class SliceGradients(Gradients):
         """The leaves' gradients."""
         return self._present()
 
+    @torch.no_grad()
+    def fill(self, dense: Tensor) -> None:
+        """Copy the leaves' gradients into their places."""
+        for piece, leaf in self._pairs():
+            if leaf.grad is not None:
+                piece.of(dense).copy_(leaf.grad)
+
+    @torch.no_grad()
+    def take(self, dense: Tensor) -> None:
+        """Copy the places of the leaves' gradients back; nothing happens once they are cleared."""
+        if not self._present():
+            return
+        for piece, leaf in self._pairs():
+            part = piece.of(dense)
+            if leaf.grad is None:
+                leaf.grad = part.contiguous().clone()
+            else:
+                leaf.grad.copy_(part)
+
+    def _pairs(self) -> list[tuple[Slice, nn.Parameter]]:
+        owner = self._sliced()
+        return [] if owner is None else owner.pairs
+
     def _sliced(self) -> Sliced | None:
         """The weight, unless it is gone or active as a whole, through ordinary autograd."""
         owner = self._owner()
         return None if owner is None or not owner.pairs or owner.pairs[0][0].dim is None else owner
 
     def _present(self) -> list[Tensor]:
-        owner = self._sliced()
-        return [] if owner is None else [leaf.grad for _, leaf in owner.pairs if leaf.grad is not None]
+        return [leaf.grad for _, leaf in self._pairs() if leaf.grad is not None]

@@ -25,7 +25,6 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import anywhere, average_gradients, check_process_group, check_same, world_size
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -230,16 +229,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
             return
         leaves = [leaf for _, leaf in self._attachment.active()]
         self._memory.observe_gradients(leaves)
-        unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        unscale(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self._average(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
             self._pass_unreached()
             return
-        # A scaler that saw an infinity skips the step, also if somebody made the gradients finite since.
-        found = getattr(self, "found_inf", None)
-        skipped = found is not None and anywhere(bool(found), self._process_group, leaves[0].device)
-        if not skipped and all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
+        if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
             self._residency.step(self._noise_seed())

@@ -44,15 +44,6 @@ def check_same(what: str, process_group: Any, device: torch.device) -> None:
         )
 
 
-def anywhere(flag: bool, process_group: Any, device: torch.device) -> bool:
-    """Whether the flag is set on some process of the group."""
-    if world_size(process_group) == 1:
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=process_group)
-    return bool(value)
-
-
 def average_gradients(leaves: Sequence[nn.Parameter], process_group: Any) -> None:
     """Average the gradients of the active leaves over a process group; does nothing without one.
 

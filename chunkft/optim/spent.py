@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,8 +34,10 @@ class SpentGradients(Gradients):
     """Gradients of which only the norm is left.
 
     The ``.grad`` of one weight, the carrier, tells the Euclidean norm of all of them, so that a trainer can log it and
-    a limit that would not have been reached is honoured. A scaling by anything else than 1 raises.
+    a limit that would not have been reached is honoured. A scaling by anything else than 1, and reading, raise.
     """
+
+    readable = False
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = weakref.ref(keeper)
@@ -85,16 +87,16 @@ class SpentGradients(Gradients):
             "update='step'"
         )
 
-    def dense(self) -> NoReturn:
-        """Raises RuntimeError: there is nothing left."""
+    def fill(self, dense: Tensor) -> None:
+        """Raise, since there is nothing left to read."""
         raise RuntimeError(
-            "the gradients cannot be read with update='backward', which has used them to update the weights in the "
-            "backward pass and freed them: their joint norm is left. Use update='step' to read or change them"
+            "gradients cannot be read or changed with update='backward', which has used them to update the weights in "
+            "the backward pass: only their norm is left; use update='step'"
         )
 
-    def replace(self, dense: Tensor) -> NoReturn:
-        """Raises RuntimeError: the update is done."""
-        self.dense()
+    def take(self, dense: Tensor) -> None:
+        """Raise, since there is nothing left to change."""
+        self.fill(dense)
 
     def add(self, dense: Tensor) -> None:
         """Give the gradient of a whole weight to the slices of that weight."""

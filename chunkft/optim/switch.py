@@ -40,7 +40,8 @@ class Switch:
 
 def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> None:
     """``step()`` for slices that were updated in the backward pass."""
-    check_backward_step(getattr(optimizer, "grad_scale", None))
+    scale = getattr(optimizer, "grad_scale", None)  # None after scaler.unscale_(optimizer)
+    check_backward_step(getattr(optimizer, "found_inf", None) if scale is None else scale)
     if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
         optimizer._pass_unreached()
         return

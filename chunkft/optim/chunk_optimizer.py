@@ -25,6 +25,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.distributed import average_gradients, check_process_group, check_same, world_size
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from chunkft import tracing
-from chunkft.autograd.linear import backward_name, placed, wants_weight
+from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor, placed, wants_weight
 from chunkft.autograd.slices import Slice
 from chunkft.kernels import embedding_grad
 
@@ -77,10 +77,9 @@ class _SlicedEmbedding(Function):
         ctx.options = padding_idx, scale_grad_by_freq
         ctx.windows = windows
         ctx.name = name
-        return F.embedding(ids, weight, padding_idx)
+        return own_tensor(F.embedding(ids, weight, padding_idx))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         with tracing.span("backward %s", ctx.name):
             return _SlicedEmbedding._gradients(ctx, dy)
@@ -88,15 +87,17 @@ class _SlicedEmbedding(Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
+        backend = "torch" if differentiated_again() else "auto"  # PyTorch's has derivatives of its own
         grads: list[Tensor | None] = []
         for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[7:], strict=True):
             if not need:
                 grads.append(None)
-            elif dim == 0:
-                grads.append(embedding_grad(dy, ids, ctx.num_embeddings, (start, stop), None, *ctx.options))
-            else:
-                grads.append(embedding_grad(dy, ids, ctx.num_embeddings, None, (start, stop), *ctx.options))
+                continue
+            rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
+            grads.append(
+                embedding_grad(dy, ids, ctx.num_embeddings, rows, cols, *ctx.options, backend=backend)
+            )
         whole = None
-        if ctx.needs_input_grad[2] and wants_weight(ctx, 2):
+        if ctx.needs_input_grad[2] and wants_weight(ctx, 2, len(ctx.windows)):
             whole = placed(grads, ctx.windows, ctx.parameter_shape)
         return (None, None, whole, None, None, None, None, *grads)

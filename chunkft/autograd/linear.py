@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
@@ -37,11 +37,7 @@ def sliced_linear(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
     """
     if not active or not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    whole = weight
-    x, weight, bias = autocast_inputs(x, weight.detach(), bias)
-    windows, leaves = split_active(active)
-    name = backward_name(active)
-    return _SlicedMatmul.apply(x, weight, bias, whole, False, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+    return _sliced_matmul(x, weight, bias, False, active)
 
 
 def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active) -> Tensor:
@@ -57,19 +53,43 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
         (..., N) tensor.
     """
     if active and torch.is_grad_enabled():
-        whole = weight
-        x, weight, bias = autocast_inputs(x, weight.detach(), bias)
-        windows, leaves = split_active(active)
-        name = backward_name(active)
-        return _SlicedMatmul.apply(x, weight, bias, whole, True, windows, name, *leaves)  # type: ignore[no-any-return, no-untyped-call]
+        return _sliced_matmul(x, weight, bias, True, active)
     return _conv1d(x, weight, bias)
+
+
+def _sliced_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool, active: Active
+) -> Tensor:
+    parameter = weight
+    x, weight, bias = autocast_inputs(x, weight.detach(), bias)
+    windows, leaves = split_active(active)
+    return _apply(x, weight, bias, parameter, input_major, windows, leaves, backward_name(active))
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parameter: Tensor,
+    input_major: bool,
+    windows: tuple[Window, ...],
+    leaves: Sequence[Tensor],
+    name: str,
+) -> Tensor:
+    wanted = [window for window, leaf in zip(windows, leaves, strict=True) if leaf.requires_grad]
+    # Here, and not inside of the function, so that second derivatives find their way from the columns to x.
+    whole, kept = kept_inputs(x, weight, wanted, input_major)
+    columns = [] if whole else kept
+    options = input_major, windows, whole, name
+    return _SlicedMatmul.apply(x, weight, bias, parameter, options, *leaves, *columns)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SlicedMatmul(Function):
     """Shared by both weight layouts; ``input_major`` says that weight rows are input features.
 
-    ``parameter`` is the weight as autograd knows it. It gets a gradient only where somebody asks for it by name
-    (``wants_weight``): that of the slices, zero elsewhere.
+    After the leaves come the columns of the input that were kept, unless all of it is (``whole``). ``parameter`` is the
+    weight as autograd knows it. It gets a gradient only where somebody asks for it by name (``wants_weight``): that of
+    the slices, zero elsewhere.
     """
 
     @staticmethod
@@ -79,28 +99,22 @@ class _SlicedMatmul(Function):
         weight: Tensor,
         bias: Tensor | None,
         parameter: Tensor,
-        input_major: bool,
-        windows: tuple[Window, ...],
-        name: str,
-        *leaves: Tensor,
+        options: tuple[bool, tuple[Window, ...], bool, str],
+        *tensors: Tensor,
     ) -> Tensor:
-        needed = ctx.needs_input_grad[7:]
-        wanted = [w for w, need in zip(windows, needed, strict=True) if need]
-        whole, kept = kept_inputs(x, weight, wanted, input_major)
-        ctx.whole = whole
+        ctx.input_major, ctx.windows, ctx.whole, ctx.name = options
+        ctx.leaves = leaves = tensors[: len(ctx.windows)]
+        columns = tensors[len(leaves) :]
         ctx.input_shape = x.shape
         ctx.column_major = _is_column_major(x)
-        ctx.input_major = input_major
-        ctx.windows = windows
-        ctx.name = name
-        ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
-        ctx.parameter_shape = parameter.shape
+        ctx.unused = (None,) * len(columns)
+        ctx.parameter = parameter
         ctx.parameter_edge = 2 if bias is None else 3  # among the inputs that are tensors
+        kept = (x,) if ctx.whole else columns
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
-        return linear_output(x, weight, bias, input_major)
+        return own_tensor(linear_output(x, weight, bias, ctx.input_major))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         with tracing.span("backward %s", ctx.name):
             return _SlicedMatmul._gradients(ctx, dy)
@@ -108,31 +122,41 @@ class _SlicedMatmul(Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         weight, *kept = ctx.saved_tensors
+        twice = differentiated_again()
         dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             matrix = weight.t() if ctx.input_major else weight
-            # PyTorch keeps the gradient of a transposed input transposed; so do we, for the sake of its bits.
-            dx = matrix.t().mm(dy.t()).t() if ctx.column_major else dy.mm(matrix)
+            if twice:
+                # dX = dY W is a product of the other layout, with the same slices
+                dx = _apply(dy, weight, None, ctx.parameter, not ctx.input_major, ctx.windows, ctx.leaves, "")
+            elif ctx.column_major:
+                # PyTorch keeps the gradient of a transposed input transposed; so do we, for the sake of its bits.
+                dx = matrix.t().mm(dy.t()).t()
+            else:
+                dx = dy.mm(matrix)
             dx = dx.reshape(ctx.input_shape)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         grads: list[Tensor | None] = []
         inputs = iter(kept)
-        for window, dtype, need in zip(ctx.windows, ctx.dtypes, ctx.needs_input_grad[7:], strict=True):
-            if not need:
+        width = ctx.input_shape[-1]
+        backend = "torch" if twice else "auto"
+        needed = ctx.needs_input_grad[5:]
+        for number, (window, leaf) in enumerate(zip(ctx.windows, ctx.leaves, strict=True)):
+            if not needed[number]:
                 grads.append(None)
                 continue
             x = kept[0] if ctx.whole else next(inputs)
-            width = ctx.input_shape[-1]
-            grads.append(slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major).to(dtype))
-        whole = None
-        if ctx.needs_input_grad[3] and wants_weight(ctx, ctx.parameter_edge):
-            whole = placed(grads, ctx.windows, ctx.parameter_shape)
-        return (dx, None, dbias, whole, None, None, None, *grads)
+            gradient = slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major, backend)
+            grads.append(gradient.to(leaf.dtype))
+        asked = None
+        if ctx.needs_input_grad[3] and wants_weight(ctx, ctx.parameter_edge, len(ctx.leaves)):
+            asked = placed(grads, ctx.windows, ctx.parameter.shape)
+        return (dx, None, dbias, asked, None, *grads, *ctx.unused)
 
 
-def wants_weight(ctx: Any, parameter: int) -> bool:
+def wants_weight(ctx: Any, parameter: int, leaves: int) -> bool:
     """Whether this backward pass was asked for the gradient of the weight, and not for those of its slices.
 
     That is so in ``backward(inputs=[weight])``, and may be so in ``autograd.grad``, where it is not told.
@@ -140,11 +164,12 @@ def wants_weight(ctx: Any, parameter: int) -> bool:
     Args:
         ctx: of the function whose backward pass runs.
         parameter: number of the weight among its inputs that are tensors; after it come the leaves.
+        leaves: how many there are.
     """
     node = ctx.next_functions[parameter][0]
-    leaves = [edge[0] for edge in ctx.next_functions[parameter + 1 :] if edge[0] is not None]
+    of_leaves = [edge[0] for edge in ctx.next_functions[parameter + 1 : parameter + 1 + leaves]]
     try:
-        if any(torch._C._will_engine_execute_node(leaf) for leaf in leaves):
+        if any(leaf is not None and torch._C._will_engine_execute_node(leaf) for leaf in of_leaves):
             return False
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # what it says of a leaf in autograd.grad()
@@ -161,6 +186,19 @@ def placed(
             whole = gradient.new_zeros(shape) if whole is None else whole
             whole.narrow(dim, start, stop - start).copy_(gradient)
     return whole
+
+
+def differentiated_again() -> bool:
+    """Whether the backward pass that runs is recorded (``create_graph=True``), so that it needs derivatives too."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def own_tensor(result: Tensor) -> Tensor:
+    """The same memory as a tensor that is no view, which a function has to return if it may be changed in place."""
+    if result.dim() == 2:
+        return result  # a product as it came
+    own: Tensor = torch.ops.aten._unsafe_view(result, result.shape)
+    return own
 
 
 def kept_spans(
@@ -186,7 +224,7 @@ def kept_inputs(
 
 
 def slice_gradient(
-    dy: Tensor, x: Tensor, window: Window, width: int, whole: bool, input_major: bool
+    dy: Tensor, x: Tensor, window: Window, width: int, whole: bool, input_major: bool, backend: str = "auto"
 ) -> Tensor:
     """Gradient of one slice from dY as a matrix and what ``kept_inputs`` kept of an input of ``width`` columns."""
     dim, start, stop = window
@@ -198,9 +236,10 @@ def slice_gradient(
             low = 0
         start, stop = start - low, stop - low
     bounds = slice(start, stop)
-    if input_major:
-        return wgrad(x, dy, rows=bounds) if dim == 0 else wgrad(x, dy, cols=bounds)
-    return wgrad(dy, x, rows=bounds) if dim == 0 else wgrad(dy, x, cols=bounds)
+    left, right = (x, dy) if input_major else (dy, x)
+    if dim == 0:
+        return wgrad(left, right, rows=bounds, backend=backend)
+    return wgrad(left, right, cols=bounds, backend=backend)
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:

@@ -58,6 +58,7 @@ def register_operator(module_type: type[nn.Module], operator: SlicedOperator) ->
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")
     _OPERATORS[module_type] = operator
+    _FORWARDS[module_type] = module_type.forward
 
 
 def operator_for(module: nn.Module) -> SlicedOperator | None:
@@ -70,11 +71,16 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     if not _is_known(module):
         return None
     for module_type, operator in _OPERATORS.items():
-        if isinstance(module, module_type) and type(module).forward is module_type.forward:
+        if isinstance(module, module_type) and type(module).forward is _FORWARDS[module_type]:
             present = any(module._parameters.get(name) is not None for name in operator.names)
             accepted = operator.accepts is None or operator.accepts(module)
             return operator if present and accepted else None
     return _EXPERTS if has_sliceable_experts(module) else None
+
+
+def _original(operator: SlicedOperator) -> Callable[..., Any] | None:
+    """The forward function that an operator stands for, of the class it was registered for; None if of many."""
+    return next((_FORWARDS[kind] for kind, known in _OPERATORS.items() if known is operator), None)
 
 
 class SlicedForward:
@@ -86,7 +92,7 @@ class SlicedForward:
     """
 
     # no __dict__: functools.update_wrapper would copy it into whatever is put around this forward
-    __slots__ = ("__weakref__", "active", "module", "operator", "parts", "verify")
+    __slots__ = ("__weakref__", "active", "module", "operator", "parts", "stands_for", "verify")
 
     def __init__(
         self,
@@ -100,12 +106,16 @@ class SlicedForward:
         self.operator = operator
         self.active = active
         self.verify = verify
+        self.stands_for = _original(operator)
         self.parts = {attribute or operator.names[0]: (active, verify)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        # A class whose forward was replaced since computes as it says, and its weight gets a gradient as a whole.
+        own = type(self.module).forward
+        patched = self.stands_for is not None and own is not self.stands_for
         for _, verify in self.parts.values():
-            if verify is not None and not verify(self.module):
-                result: Tensor = type(self.module).forward(self.module, *args, **kwargs)
+            if verify is not None and (not verify(self.module) or patched):
+                result: Tensor = own(self.module, *args, **kwargs)
                 return result
         if not self.operator.weights:
             return self.operator.forward(self.module, self.active, *args, **kwargs)
@@ -340,11 +350,13 @@ def _register_loaded_libraries() -> None:
     library = sys.modules.get("transformers.pytorch_utils")
     conv1d = getattr(library, "Conv1D", None)
     if conv1d is not None and conv1d not in _OPERATORS:
-        _OPERATORS[conv1d] = SlicedOperator(_conv1d, compiled=_compiled_conv1d)
+        register_operator(conv1d, SlicedOperator(_conv1d, compiled=_compiled_conv1d))
 
 
 _OPERATORS: dict[type[nn.Module], SlicedOperator] = {
     nn.Linear: SlicedOperator(_linear, compiled=_compiled_linear),
     nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows, compiled=_compiled_embedding),
 }
+# As they were when the operators were registered: code may replace the forward of a class, for the whole process.
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _OPERATORS}
 _EXPERTS = SlicedOperator(sliced_experts, weights=EXPERT_WEIGHTS, dims=(0,))

@@ -87,6 +87,7 @@ class _SlicedEmbedding(Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
+        padding_idx, by_frequency = ctx.options
         backend = "torch" if differentiated_again() else "auto"  # PyTorch's has derivatives of its own
         grads: list[Tensor | None] = []
         for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[7:], strict=True):
@@ -95,7 +96,7 @@ class _SlicedEmbedding(Function):
                 continue
             rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
             grads.append(
-                embedding_grad(dy, ids, ctx.num_embeddings, rows, cols, *ctx.options, backend=backend)
+                embedding_grad(dy, ids, ctx.num_embeddings, rows, cols, padding_idx, by_frequency, backend)
             )
         whole = None
         if ctx.needs_input_grad[2] and wants_weight(ctx, 2, len(ctx.windows)):

@@ -222,8 +222,8 @@ class _GroupedMatmul(Function):
 class _Matrices(Function):
     """The matrices of a leaf, one an expert; the backward pass stacks their gradients, once for all of them.
 
-    They are no views to autograd: views share one count of changes with all other slices of the weight, one of which may
-    be updated in place while the backward pass still needs these.
+    They are no views to autograd: views share one count of changes with all other slices of the weight, one of which
+    may be updated in place while the backward pass still needs these.
     """
 
     @staticmethod

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
@@ -70,24 +70,14 @@ def check_memory(
             f"max_grad_norm={max_grad_norm!r} cannot be combined with update='backward': the norm is known only "
             "when all gradients are there; use update='step', or None"
         )
-    _check_one_process()
 
 
 def check_backward_step(grad_scale: Any) -> None:
     """Raise RuntimeError for what ``update="backward"`` cannot honour, since the update is done by now."""
-    _check_one_process()
     if grad_scale is not None:
         raise RuntimeError(
             "update='backward' cannot be used with a GradScaler: slices were updated with scaled gradients; use "
             "bfloat16 without a scaler, or update='step'"
-        )
-
-
-def _check_one_process() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"update='backward' works in one process, got world_size={dist.get_world_size()}: gradients would be "
-            "averaged after their update; use update='step'"
         )
 
 
@@ -168,6 +158,8 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
         TypeError: if ``model`` is neither a module nor parameter groups.
         ValueError: if the groups are not of one attached model, or the model has an optimizer already.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     if isinstance(model, nn.Module):
         existing = model.__dict__.get("_chunkft")
         if existing is not None:

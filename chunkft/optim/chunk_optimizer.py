@@ -23,7 +23,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import average_gradients
+from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -71,6 +71,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
+        process_group: the processes that train replicas and average their gradients in ``step()``: a
+            ``torch.distributed.ProcessGroup``, or ``"default"``. None: this process trains by itself, unless the
+            model is wrapped in ``DistributedDataParallel``, whose group it is then.
         seed: of the random schedule and of stochastic rounding.
         **base_kwargs: passed to ``base``.
 
@@ -111,6 +114,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         update: str = "step",
         page_bytes: int = DEFAULT_PAGE_BYTES,
         state_dir: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -118,6 +122,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_choices(interval, max_grad_norm, keep_state, seed)
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
+        group = resolve_group(process_group)
+        check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
         self._attachment = attachment
@@ -162,6 +168,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             attachment.freeze()
             attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
+            self._replicas = Replicas(self, group)
         except BaseException:
             self._release(keep_attached=not owned)
             raise
@@ -215,7 +222,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         leaves = [leaf for _, leaf in self._attachment.active()]
         self._memory.observe_gradients(leaves)
         unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
-        average_gradients(leaves)
+        self._replicas.finish(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
             return
@@ -273,6 +280,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         restore(self, read_state(self, state_dict))
+        self._replicas.forget_agreement()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -346,6 +354,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _release(self, keep_attached: bool) -> None:
         """Take everything out of the model again, and let go of all state."""
         attachment = self._attachment
+        replicas = getattr(self, "_replicas", None)
+        if replicas is not None:
+            replicas.close()
         if self._is_attached():
             if keep_attached:
                 attachment.deactivate()

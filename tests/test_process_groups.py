@@ -223,7 +223,7 @@ def test_a_wrapper_whose_optimizer_is_gone_refuses_to_train_unaveraged(results):
 @pytest.mark.parametrize("value", [1, "gloo", object, True, "default"])
 def test_other_values_are_refused_by_name(value):
     model = tiny_net()
-    with pytest.raises(ValueError, match="^process_group="):
+    with pytest.raises(ValueError, match=r"^process_group="):
         chunkft.ChunkAdamW(model, process_group=value)
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not model._forward_pre_hooks

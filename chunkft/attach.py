@@ -84,6 +84,10 @@ class Attachment:
         for spec in self.specs:
             self._names[model.get_parameter(spec.name)] = spec.name
 
+    def hold(self, handles: Iterable[RemovableHandle]) -> None:
+        """Take these hooks out again with our own, and out of copies of the model."""
+        self._guard.hold(handles)
+
     def name_of(self, parameter: Tensor) -> str | None:
         """Name of a parameter that was trainable when the model was attached, or None."""
         name: str | None = self._names.get(parameter)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -30,6 +31,10 @@ class ReentrantGuard:
         if not self._model_hooks:
             self._model_hooks.append(model.register_forward_pre_hook(_Enter(self)))
             self._model_hooks.append(model.register_forward_hook(_Leave(self), always_call=True))
+
+    def hold(self, handles: Iterable[RemovableHandle]) -> None:
+        """Treat hooks of others as ours of the model: gone after ``remove``, and listed in ``hook_ids``."""
+        self._model_hooks.extend(handles)
 
     def guard(self, module: nn.Module) -> None:
         """Check at every call of a module that has active parameters."""

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -105,10 +104,9 @@ class Replicas:
                     "unwrapped modules, and wrap the whole model if at all"
                 )
         self._root = weakref.ref(root)
-        self._handles: list[RemovableHandle] = [
-            root.register_forward_pre_hook(_Enter(self)),
-            root.register_forward_hook(_Leave(self)),
-        ]
+        optimizer._attachment.hold(
+            [root.register_forward_pre_hook(_Enter(self)), root.register_forward_hook(_Leave(self))]
+        )
 
     def finish(self, leaves: Sequence[nn.Parameter]) -> None:
         """Average in ``step()`` what no backward pass averaged."""
@@ -121,10 +119,8 @@ class Replicas:
         self._agreed = None
 
     def close(self) -> None:
-        """Take the hooks out again; a wrapper that we averaged for refuses to train from then on."""
+        """End averaging; a wrapper that we averaged for refuses to train from then on."""
         self.closed = True
-        for handle in self._handles:
-            handle.remove()
 
     def entered(self) -> None:
         """Note before a forward pass whether its backward pass is to end with an average."""

@@ -139,6 +139,25 @@ def refusals(rank):
     return found
 
 
+def compiled(rank, order):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = chunkft.ChunkOptimizer(model, torch.optim.SGD, lr=0.1, chunks=2, interval=1)
+    if order == "compiled, then wrapped":
+        wrapped = DistributedDataParallel(torch.compile(model, backend="eager"))
+    elif order == "wrapped, then compiled":
+        wrapped = torch.compile(DistributedDataParallel(model), backend="eager")
+    else:
+        wrapped = DistributedDataParallel(model)
+    for step in range(4):
+        wrapped(torch.full((2, 8), 1.0 + rank + step)).square().mean().backward()
+        optimizer.step()
+    return weights(model)
+
+
+COMPILED = ("compiled, then wrapped", "wrapped, then compiled")
+
+
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -153,6 +172,8 @@ def worker(rank, port, folder):
         for name, options in WRAPPED.items():
             result[name], wrapped = train_wrapped(rank, **options)
         result["after detach"] = message_of(lambda: loss_of(wrapped, 0))
+        for order in ("plain", *COMPILED):
+            result[order] = compiled(rank, order)
         result["plan"] = different(rank, chunks=2 + rank)
         result["seed"] = different(rank, seed=rank, schedule="random")
         result["schedule"] = different(rank, schedule=("cyclic", "reverse")[rank], interval=1 + rank)
@@ -192,6 +213,14 @@ def test_wrapped_replicas_stay_bit_identical_and_take_the_steps_of_the_joined_ba
     for key, expected in train_joined(**options).items():
         assert torch.equal(results[0][name][key], results[1][name][key])
         torch.testing.assert_close(results[0][name][key], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", COMPILED)
+def test_compiled_replicas_take_the_steps_of_plain_ones(results, order):
+    for rank in range(2):
+        for name, value in results[0]["plain"].items():
+            torch.testing.assert_close(results[rank][order][name], value)
+            assert torch.equal(results[rank][order][name], results[0][order][name])
 
 
 @pytest.mark.parametrize("aspect", ["plan", "seed", "schedule"])

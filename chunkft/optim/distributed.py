@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # that of torch.compiler imports the compiler at once
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ class Replicas:
         """End averaging; a wrapper that we averaged for refuses to train from then on."""
         self.closed = True
 
+    @_disable_dynamo
     def entered(self) -> None:
         """Note before a forward pass whether its backward pass is to end with an average."""
         wrapper: Any = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
@@ -135,6 +137,7 @@ class Replicas:
             self._queued = False
             self._synced = wrapper is not None and bool(wrapper.require_backward_grad_sync)
 
+    @_disable_dynamo
     def left(self, output: Any) -> None:
         """Watch for the backward pass of an output."""
         if not (self._synced and torch.is_grad_enabled()):

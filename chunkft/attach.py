@@ -148,6 +148,10 @@ class Attachment:
         for spec in self.specs:
             self._names[model.get_parameter(spec.name)] = spec.name
 
+    def hold(self, handles: Iterable[RemovableHandle]) -> None:
+        """Take these hooks out again with our own, and out of copies of the model."""
+        self._guard.hold(handles)
+
     def name_of(self, parameter: Tensor) -> str | None:
         """Name of a parameter that was trainable when the model was attached, or None."""
         name: str | None = self._names.get(parameter)  # type: ignore[no-untyped-call]
@@ -192,15 +196,6 @@ class Attachment:
     @called.setter
     def called(self, called: bool) -> None:
         self._guard.called = called
-
-    @property
-    def averages(self) -> bool:
-        """Whether gradients are averaged over the processes of a group."""
-        return self._guard.averages
-
-    @averages.setter
-    def averages(self, averages: bool) -> None:
-        self._guard.averages = averages
 
     @property
     def computes(self) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd.reach import reached
@@ -24,14 +24,12 @@ class ReentrantGuard:
     Attributes:
         running: whether a forward pass of the model runs.
         called: whether one began in grad mode since somebody set this to False.
-        averages: whether the optimizer averages gradients over processes.
     """
 
     def __init__(self) -> None:
         self._without_grad = False
         self.running = False
         self.called = False
-        self.averages = False
         self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._checked: list[Any] = []
@@ -43,6 +41,10 @@ class ReentrantGuard:
             self._model_hooks.append(
                 model.register_forward_hook(_Leave(self), with_kwargs=True, always_call=True)
             )
+
+    def hold(self, handles: Iterable[RemovableHandle]) -> None:
+        """Treat hooks of others as ours of the model: gone after ``remove``, and listed in ``hook_ids``."""
+        self._model_hooks.extend(handles)
 
     def guard(self, module: nn.Module) -> None:
         """Check at every call of a module that has active parameters."""
@@ -112,22 +114,10 @@ class _Hook:
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.guard is not None:
-            _check_replicas(self.guard)
             self.guard._without_grad = not torch.is_grad_enabled()
             self.guard.running = True
             if torch.is_grad_enabled():
                 self.guard.called = True
-
-
-def _check_replicas(guard: ReentrantGuard) -> None:
-    """Raise RuntimeError in a wrapper that promises equal replicas and cannot keep it."""
-    wrapper: Any = DistributedDataParallel._active_ddp_module
-    if wrapper is not None and not guard.averages and wrapper.process_group.size() > 1:
-        raise RuntimeError(
-            "DistributedDataParallel cannot average the gradients of active slices, which are no parameters of the "
-            "model when it is wrapped, so the replicas would drift apart: build the optimizer with "
-            "process_group=torch.distributed.group.WORLD, which averages them in step(), and do not wrap the model"
-        )
 
 
 class _Leave(_Hook):

@@ -8,6 +8,8 @@ Python code sees, which is kept by the parameter's owner.
 
 from __future__ import annotations
 
+import os
+import sys
 import weakref
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# DistributedDataParallel waits for a gradient of each parameter that autograd records.
+_WRAPPER = os.path.join("nn", "parallel", "distributed.py")
 _recorded: Any = torch._C.TensorBase.requires_grad
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to a weak reference to its owner
 
@@ -43,7 +47,8 @@ class TrainedParameter(nn.Parameter):
     @property
     def requires_grad(self) -> bool:
         owner = _owner(self)
-        if owner is None or owner.computes or TracingContext.try_get() is not None:
+        wrapping = sys._getframe(1).f_code.co_filename.endswith(_WRAPPER)
+        if owner is None or owner.computes or wrapping or TracingContext.try_get() is not None:
             return records(self)
         return owner.is_trained(self)
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
-from chunkft.optim.distributed import world_size
 from chunkft.plan import ParameterSpec
 
 ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -43,7 +43,6 @@ def check_memory(
     page_bytes: Any,
     state_dir: Any,
     max_grad_norm: Any,
-    process_group: Any,
 ) -> None:
     """Raise ValueError that names the first argument about the place of state that is not allowed."""
     for name, value, allowed in (
@@ -75,11 +74,6 @@ def check_memory(
         raise ValueError(
             f"max_grad_norm={max_grad_norm!r} cannot be combined with update='backward': the norm is known only "
             "when all gradients are there; use update='step', or None"
-        )
-    if world_size(process_group) > 1:
-        raise ValueError(
-            f"process_group of {world_size(process_group)} processes cannot be combined with update='backward': "
-            "gradients would be averaged after their update; use update='step'"
         )
 
 
@@ -175,6 +169,8 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
         TypeError: if ``model`` is neither a module nor parameter groups.
         ValueError: if the groups are not of one attached model, or the model has an optimizer already.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     if isinstance(model, nn.Module):
         existing = model.__dict__.get("_chunkft")
         if existing is not None:

@@ -25,7 +25,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import average_gradients, check_process_group, check_same, world_size
+from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -74,8 +74,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
-        process_group: the ``torch.distributed`` group over which ``step()`` averages gradients, for replicas that see
-            different batches; None sends nothing, whatever is initialised.
+        process_group: the processes that train replicas and average their gradients in ``step()``: a
+            ``torch.distributed.ProcessGroup``, or ``"default"``. None: this process trains by itself, unless the
+            model is wrapped in ``DistributedDataParallel``, whose group it is then.
         seed: of the random schedule and of stochastic rounding.
         **base_kwargs: passed to ``base``.
 
@@ -122,9 +123,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
     ) -> None:
         check_base(base)
         check_choices(interval, max_grad_norm, keep_state, seed)
-        check_process_group(process_group)
-        check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm, process_group)
+        check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
+        group = resolve_group(process_group)
+        check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
         try:
@@ -157,8 +159,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._interval_index = 0
             self._generation = 0
             self._warned_unreached = False
-            self._process_group = process_group
-            self._same_everywhere = world_size(process_group) == 1
             self._switch: Switch | None = None  # while one is under way
             self._switch_hook: RemovableHandle | None = None
             self.interval_position = 0
@@ -172,9 +172,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
-            attachment.averages = process_group is not None
             attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
+            self._replicas = Replicas(self, group)
         except BaseException:
             self._release(keep_attached=not owned)
             raise
@@ -232,7 +232,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self._memory.observe_gradients(leaves)
         grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
         unscale(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        self._average(leaves)
+        self._replicas.finish(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
             self._pass_unreached()
@@ -296,6 +296,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         restore(self, read_state(self, state_dict))
+        self._replicas.forget_agreement()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -372,6 +373,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _release(self, keep_attached: bool) -> None:
         """Take everything out of the model again, and let go of all state."""
         attachment = self._attachment
+        replicas = getattr(self, "_replicas", None)
+        if replicas is not None:
+            replicas.close()
         if self._is_attached():
             if keep_attached:
                 attachment.release()
@@ -406,14 +410,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
-
-    def _average(self, leaves: list[nn.Parameter]) -> None:
-        if not self._same_everywhere:
-            schedule = self._schedule if isinstance(self._schedule, str) else "callable"
-            cursor = schedule, self._seed, self.interval, self._interval_index, self.interval_position
-            check_same(f"{self.plan.to_dict()} {cursor}", self._process_group, leaves[0].device)
-            self._same_everywhere = True
-        average_gradients(leaves, self._process_group)
 
     def _pass_unreached(self) -> None:
         """A step whose loss did not depend on the active slices: nothing changes, and the interval goes on.

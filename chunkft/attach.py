@@ -357,7 +357,8 @@ class Attachment:
             if self.name_of(parameter) is None:  # it was replaced
                 self._names[parameter] = name
                 _attachments[parameter] = weakref.ref(self._primary())
-                (self._untrained.discard if parameter.requires_grad else self._untrained.add)(name)
+                if records(parameter):  # else it is trained if that was which it replaces
+                    self._untrained.discard(name)
                 own(parameter, self)
             if bound is None:
                 if records(parameter):
@@ -549,7 +550,8 @@ class Attachment:
             active.gradients.settle()
             if owner.shows_gradients:
                 active.gradients.show()
-            if not active.has_hooks():
+            # Calls of the module end here too, with nothing for the weight itself.
+            if active.gradients.take_arrival() and not active.has_hooks():
                 owner._warn_reader(name)
 
         return cut

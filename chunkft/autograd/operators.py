@@ -71,7 +71,9 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     if not _is_known(module):
         return None
     for module_type, operator in _OPERATORS.items():
-        if isinstance(module, module_type) and type(module).forward is _FORWARDS[module_type]:
+        if isinstance(module, module_type) and type(module).forward is _FORWARDS.get(
+            module_type, module_type.forward
+        ):
             present = any(module._parameters.get(name) is not None for name in operator.names)
             accepted = operator.accepts is None or operator.accepts(module)
             return operator if present and accepted else None
@@ -80,7 +82,9 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
 
 def _original(operator: SlicedOperator) -> Callable[..., Any] | None:
     """The forward function that an operator stands for, of the class it was registered for; None if of many."""
-    return next((_FORWARDS[kind] for kind, known in _OPERATORS.items() if known is operator), None)
+    return next(
+        (_FORWARDS.get(kind, kind.forward) for kind, known in _OPERATORS.items() if known is operator), None
+    )
 
 
 class SlicedForward:

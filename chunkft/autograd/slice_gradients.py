@@ -31,6 +31,7 @@ class SliceGradients(Gradients):
         # Hooks and the .grad of a weight live in C++, out of sight of the garbage collector: they hold nobody.
         self._owner = weakref.ref(owner)
         self._shown = False
+        self._arrived = False
 
     def watch(self, leaf: Tensor) -> None:
         """Show the gradient of a leaf as soon as it has one."""
@@ -87,11 +88,17 @@ class SliceGradients(Gradients):
     @torch.no_grad()
     def add(self, dense: Tensor) -> None:
         """Cut a gradient of the whole weight and add its parts to the leaves."""
+        self._arrived = True
         owner = self._sliced()
         dense = dense.to_dense() if dense.is_sparse else dense
         for piece, leaf in owner.pairs if owner is not None else ():
             part = piece.of(dense).to(leaf.device, leaf.dtype)  # the weight may have moved, the leaf not yet
             leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
+
+    def take_arrival(self) -> bool:
+        """Whether a gradient of the whole weight came since this was asked last."""
+        arrived, self._arrived = self._arrived, False
+        return arrived
 
     def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
         """Joint norm of the leaves' gradients, without those of an id in ``beside``."""

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# DistributedDataParallel waits for a gradient of each parameter that autograd records.
-_WRAPPER = os.path.join("nn", "parallel", "distributed.py")
+# DistributedDataParallel waits for a gradient of each parameter that autograd records, and what a module puts in the
+# place of a parameter (``load_state_dict(assign=True)``) is to be recorded as that one was.
+_MACHINERY = (os.path.join("nn", "parallel", "distributed.py"), os.path.join("nn", "modules", "module.py"))
 _recorded: Any = torch._C.TensorBase.requires_grad
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to a weak reference to its owner
 
@@ -47,8 +48,8 @@ class TrainedParameter(nn.Parameter):
     @property
     def requires_grad(self) -> bool:
         owner = _owner(self)
-        wrapping = sys._getframe(1).f_code.co_filename.endswith(_WRAPPER)
-        if owner is None or owner.computes or wrapping or TracingContext.try_get() is not None:
+        inside = sys._getframe(1).f_code.co_filename.endswith(_MACHINERY)
+        if owner is None or owner.computes or inside or TracingContext.try_get() is not None:
             return records(self)
         return owner.is_trained(self)
 

@@ -311,7 +311,9 @@ class Attachment:
         for bound in self._bound.values():
             if bound.pairs[0][0].dim is not None:
                 return bound.parameter, bound.gradients
-        return next(((p, None) for p in self.model.parameters() if not records(p)), None)
+        taken = {id(bound.parameter) for bound in self._bound.values()}
+        rest = (p for p in self.model.parameters() if not records(p) and id(p) not in taken)
+        return next(((p, None) for p in rest), None)
 
     def hide_gradients(self) -> None:
         """Set the ``weight.grad`` that stand for gradients of slices to None."""

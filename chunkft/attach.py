@@ -282,6 +282,7 @@ class Attachment:
 
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
+        self.gather()
         for bound in self._bound.values():
             bound.gradients.settle()
         leaves = {piece: leaf for bound in self._bound.values() for piece, leaf in bound.pairs}

@@ -136,7 +136,9 @@ class GradientView(Tensor):
         elif isinstance(subject, list | tuple):
             beside = {id(one) for one in subject}
             if func in _FOREACH and _numbers(args[1:]) and not any(_is_part(one) for one in subject):
-                func(list(_expanded(subject, func, args[1:], beside)), *args[1:], **kwargs)
+                expanded = list(_expanded(subject, func, args[1:], beside))
+                if expanded:
+                    func(expanded, *args[1:], **kwargs)
                 return None
             if func is _aten._foreach_norm.Scalar:
                 order, dtype = args[1] if len(args) > 1 else 2.0, (args[2] if len(args) > 2 else None)

@@ -226,6 +226,9 @@ class Run(Rig):
             piece, leaf = pairs[op["which"] % len(pairs)]
             leaf.data = leaf.data * factor
             piece.of(self.reference.parameters[piece.name].data).mul_(factor)
+            list(
+                self.optimizer.active_parameters()
+            )  # takes it into the weight, as the next forward pass would
             return
         names = sorted(self.trainable)
         for name in names if op["target"] == "all" else [names[op["which"] % len(names)]]:
@@ -279,8 +282,8 @@ class Run(Rig):
         old.detach()
         if op["plan"] is not None:
             by = "user" if self.plan_spec["by"] == "user" else op["plan"]["by"]
-            if by == "layers" and self.plan_spec["slice_dim"] == 1:
-                by = "bytes"  # layers are whole rows: moments of columns cannot be cut so
+            if self.plan_spec["slice_dim"] == 1 and (by == "layers") != (self.plan_spec["by"] == "layers"):
+                by = self.plan_spec["by"]  # layers are whole rows: moments of columns cannot be cut so
             self.plan_spec = {**self.plan_spec, **op["plan"], "by": by}
         self.optimizer = self._build(memory)
         self.reference.changed_plan(self._owners())

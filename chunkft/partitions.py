@@ -11,11 +11,25 @@ from typing import Any
 from torch import nn
 
 from chunkft.autograd import Slice
+from chunkft.names import matched
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec, check_plan, parameter_specs
 
 Groups = Sequence[Sequence[str | Slice]]
 Partition = str | ChunkPlan | Groups | Callable[[list[ParameterSpec]], Groups]
 PARTITIONS = ("bytes", "layers", "interleaved")
+
+
+def _renamed(plan: ChunkPlan, specs: Sequence[ParameterSpec]) -> ChunkPlan:
+    """The plan with the names of this model, if it was made for one that was wrapped in another way."""
+    names = matched([piece.name for piece in plan.slices()], [spec.name for spec in specs], "plan")
+    if names is None or all(name == other for name, other in names.items()):
+        return plan
+
+    def part(pieces: Sequence[Slice]) -> tuple[Slice, ...]:
+        return tuple(replace(piece, name=names[piece.name]) for piece in pieces)
+
+    chunks = tuple(Chunk(chunk.index, part(chunk.slices)) for chunk in plan.chunks)
+    return ChunkPlan(chunks, part(plan.always), plan.by)
 
 
 def partition(
@@ -95,6 +109,7 @@ def make_plan(
                 f"always_active={always_active!r} cannot be combined with a ChunkPlan, which has its own: "
                 f"{[str(piece) for piece in by.always]}"
             )
+        by = _renamed(by, specs)
         check_plan(by, specs)
         return by
     always_names = _always_active(model, specs, always_active)

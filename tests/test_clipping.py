@@ -1,6 +1,5 @@
 """Clipping and clearing by way of the weights, as code does that knows nothing of slices."""
 
-import copy
 import gc
 import math
 import weakref
@@ -8,7 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import holds_memory, small, small_loss, walk
+from helpers import holds_memory, small, small_loss
 from residencies import MODES
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
@@ -207,29 +206,6 @@ def test_a_run_that_ends_within_a_window_leaves_nothing_behind():
     del model, optimizer
     gc.collect()
     assert [reference() for reference in references] == [None] * len(references)
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda view: view + 1,
-        lambda view: view.abs(),
-        lambda view: view.norm(dim=0),
-        lambda view: view.mul_(torch.ones(view.shape)),
-        lambda view: view.tolist(),
-        lambda view: copy.deepcopy(view),
-        lambda view: torch.save(view, "/dev/null"),
-    ],
-)
-def test_what_needs_the_dense_gradient_is_refused(use):
-    model = small()
-    optimizer = chunkft.ChunkAdamW(model, chunks=1)
-    small_loss(model).backward()
-    with pytest.raises(
-        RuntimeError, match=r"optimizer\.active_parameters\(\)|not supported for tensor subclasses"
-    ):
-        use(model[1].weight.grad)
-    walk(optimizer, model, 1)
 
 
 def test_a_model_that_moves_within_a_window_still_clips():

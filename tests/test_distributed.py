@@ -45,6 +45,7 @@ def build(model: nn.Module) -> chunkft.ChunkAdamW:
         max_grad_norm=0.5,
         always_active="head",
         seed=2,
+        process_group="default" if dist.is_initialized() else None,
     )
 
 
@@ -62,7 +63,9 @@ def worker(rank: int, port: int, folder: str) -> None:
         result = {"weights": weights(model), "skipped": optimizer.skipped, "active": optimizer.active}
 
         scaled = tiny_net()
-        with_scaler = chunkft.ChunkAdamW(scaled, lr=1e-2, chunks=3, interval=2)
+        with_scaler = chunkft.ChunkAdamW(
+            scaled, lr=1e-2, chunks=3, interval=2, process_group=dist.group.WORLD
+        )
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (4 + 3 * rank))
         for step in range(5):
             loss = share_of(rank, step, scaled)
@@ -73,7 +76,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         result["scaled skipped"] = with_scaler.skipped
 
         gated = Gated()
-        plain = chunkft.ChunkOptimizer(gated, torch.optim.SGD, lr=0.5, chunks=1)
+        plain = chunkft.ChunkOptimizer(gated, torch.optim.SGD, lr=0.5, chunks=1, process_group="default")
         gated(torch.full((2, 5), 1.0 + rank), rank).sum().backward()
         plain.step()
         result["gated"] = weights(gated)

@@ -18,6 +18,7 @@ from chunkft.autograd.operators import (
 from chunkft.autograd.reentrant import ReentrantGuard
 from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
+from chunkft.autograd.trained import disown, own, record, records
 
 __all__ = [
     "GradientView",
@@ -28,9 +29,13 @@ __all__ = [
     "SlicedForward",
     "SlicedOperator",
     "compilable",
+    "disown",
     "joint_norm",
     "operator_for",
+    "own",
     "put_forward",
+    "record",
+    "records",
     "register_operator",
     "sliced_conv1d",
     "sliced_embedding",

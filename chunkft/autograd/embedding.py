@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from chunkft import tracing
-from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor
+from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor, placed, wants_weight
 from chunkft.autograd.slices import Slice
 from chunkft.kernels import embedding_grad
 
@@ -47,7 +47,14 @@ def sliced_embedding(
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _SlicedEmbedding.apply(  # type: ignore[no-any-return, no-untyped-call]
-        ids, weight.detach(), padding_idx, scale_grad_by_freq, tuple(windows), backward_name(active), *leaves
+        ids,
+        weight.detach(),
+        weight,
+        padding_idx,
+        scale_grad_by_freq,
+        tuple(windows),
+        backward_name(active),
+        *leaves,
     )
 
 
@@ -57,6 +64,7 @@ class _SlicedEmbedding(Function):
         ctx: Any,
         ids: Tensor,
         weight: Tensor,
+        parameter: Tensor,
         padding_idx: int | None,
         scale_grad_by_freq: bool,
         windows: tuple[tuple[int, int, int], ...],
@@ -65,6 +73,7 @@ class _SlicedEmbedding(Function):
     ) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.num_embeddings = weight.shape[0]
+        ctx.parameter_shape = parameter.shape
         ctx.options = padding_idx, scale_grad_by_freq
         ctx.windows = windows
         ctx.name = name
@@ -78,15 +87,18 @@ class _SlicedEmbedding(Function):
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
+        padding_idx, by_frequency = ctx.options
         backend = "torch" if differentiated_again() else "auto"  # PyTorch's has derivatives of its own
         grads: list[Tensor | None] = []
-        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[6:], strict=True):
+        for (dim, start, stop), need in zip(ctx.windows, ctx.needs_input_grad[7:], strict=True):
             if not need:
                 grads.append(None)
                 continue
             rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
-            padding_idx, by_frequency = ctx.options
             grads.append(
                 embedding_grad(dy, ids, ctx.num_embeddings, rows, cols, padding_idx, by_frequency, backend)
             )
-        return (None, None, None, None, None, None, *grads)
+        whole = None
+        if ctx.needs_input_grad[2] and wants_weight(ctx, 2, len(ctx.windows)):
+            whole = placed(grads, ctx.windows, ctx.parameter_shape)
+        return (None, None, whole, None, None, None, None, *grads)

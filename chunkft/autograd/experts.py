@@ -18,7 +18,7 @@ from torch.autograd.function import Function, once_differentiable
 from torch.utils._pytree import tree_map
 
 from chunkft import tracing
-from chunkft.autograd.linear import backward_name
+from chunkft.autograd.linear import backward_name, own_tensor
 from chunkft.autograd.slices import Slice
 
 Active = Sequence[tuple[Slice, Tensor]]
@@ -114,11 +114,10 @@ class ExpertWeight:
             return self._whole()[index]
         expert = operator.index(index)
         if self._matrices is None:
-            # unbind: its backward pass stacks the gradients of the experts, once for all of them
             self._matrices = {
                 expert: (number, matrix)
                 for number, (piece, leaf) in enumerate(self.active)
-                for expert, matrix in enumerate(leaf.unbind(0), piece.start)
+                for expert, matrix in enumerate(_Matrices.apply(leaf), piece.start)  # type: ignore[no-untyped-call]
             }
         number, matrix = self._matrices.get(expert, (None, None))
         if number is None or matrix is None:
@@ -220,6 +219,26 @@ class _GroupedMatmul(Function):
             return (dx, None, None, None, None, None, *grads)
 
 
+class _Matrices(Function):
+    """The matrices of a leaf, one an expert; the backward pass stacks their gradients, once for all of them.
+
+    They are no views to autograd: views share one count of changes with all other slices of the weight, one of which
+    may be updated in place while the backward pass still needs these.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.like = leaf.shape[1:], leaf.dtype, leaf.device
+        return tuple(torch.ops.aten._unsafe_view(matrix, matrix.shape) for matrix in leaf.unbind(0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
+        shape, dtype, device = ctx.like
+        zero = torch.zeros(shape, dtype=dtype, device=device)
+        return torch.stack([zero if gradient is None else gradient for gradient in gradients])
+
+
 class _Idle(Function):
     """The input as it is; leaves that took no part get gradients of zeros."""
 
@@ -227,7 +246,7 @@ class _Idle(Function):
     def forward(ctx: Any, output: Tensor, *leaves: Tensor) -> Tensor:
         ctx.save_for_backward()
         ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-        return output.view_as(output)
+        return own_tensor(output)
 
     @staticmethod
     @once_differentiable

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from chunkft import tracing
 from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradient
+from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
 
 # CUDA graphs replay kernels without the Python code that looks up what is active.
@@ -38,6 +39,7 @@ class Anchored(ABC):
         # On the CPU: reading it waits for no device.
         self.number = torch.tensor(number)
         self.anchor = torch.zeros((), requires_grad=True)
+        self.accumulator = torch.autograd.graph.get_gradient_edge(self.anchor).node
         _anchored[number] = self
 
     @abstractmethod
@@ -97,9 +99,13 @@ def sliced_matmul_backward(
 def _matmul_gradients(
     owner: Anchored, dy: Tensor, kept: Tensor, width: int, input_major: bool, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    pairs = owner.pairs()
+    accumulates = _accumulates(owner)
+    pairs = owner.pairs() if accumulates else []
     flat = dy.reshape(-1, dy.shape[-1])
     weight, _ = _weight_and_bias(owner, dy.dtype)
+    dx = dy.new_empty(0)
+    if need_dx:  # first: a leaf may be updated as soon as it has its gradient
+        dx = flat.mm(weight.t() if input_major else weight).view(*dy.shape[:-1], width)
     if pairs:
         windows = [window for window, _ in pairs]
         whole, parts = _unpack(kept, weight, windows, flat.shape[0], width, input_major, owner)
@@ -107,11 +113,8 @@ def _matmul_gradients(
             x = parts[0] if whole else parts[position]
             _accumulate(leaf, slice_gradient(flat, x, window, width, whole, input_major))
     bias = owner.module._parameters.get("bias")
-    if bias is not None and bias.requires_grad:
+    if accumulates and bias is not None and records(bias):
         _accumulate(bias, flat.sum(0))
-    dx = dy.new_empty(0)
-    if need_dx:
-        dx = flat.mm(weight.t() if input_major else weight).view(*dy.shape[:-1], width)
     return dx, torch.zeros(())
 
 
@@ -141,25 +144,31 @@ sliced_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
 
 
 @torch.library.custom_op("chunkft::sliced_embedding", mutates_args=(), tags=_TAGS)
-def sliced_embedding(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of the table of the ``Anchored`` of this number: (...) ids to (..., width) of ``dtype``."""
+def sliced_embedding(
+    ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Rows of the table of the ``Anchored`` of this number: (...) ids to (..., width) of ``dtype``; and a ticket.
+
+    The ticket is empty. To a compiler its size is unknown, so that no two calls look alike to it.
+    """
     owner = _anchored[int(number)]
     owner.pairs()  # binds the leaves anew if the weight was moved
-    return F.embedding(ids, _weight(owner))
+    return F.embedding(ids, _weight(owner)), ids.new_empty(0)
 
 
 @sliced_embedding.register_fake
-def _(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    return ids.new_empty((*ids.shape, width), dtype=dtype)
+def _(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return ids.new_empty((*ids.shape, width), dtype=dtype), ids.new_empty((size,))
 
 
 @torch.library.custom_op("chunkft::sliced_embedding_backward", mutates_args=(), tags=_TAGS)
-def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor:
+def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor, ticket: Tensor) -> Tensor:
     """The gradient of the anchor; those of the active slices are added to the leaves."""
     owner = _anchored[int(number)]
     table: Any = owner.module
     with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
-        for (dim, start, stop), leaf in owner.pairs():
+        for (dim, start, stop), leaf in owner.pairs() if _accumulates(owner) else ():
             rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
             settings = table.padding_idx, table.scale_grad_by_freq
             _accumulate(leaf, embedding_grad(dy, ids, table.num_embeddings, rows, cols, *settings))
@@ -167,16 +176,17 @@ def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor
 
 
 @sliced_embedding_backward.register_fake
-def _(dy: Tensor, ids: Tensor, number: Tensor) -> Tensor:
+def _(dy: Tensor, ids: Tensor, number: Tensor, ticket: Tensor) -> Tensor:
     return torch.empty((), device="cpu")
 
 
-def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ids, _, number, _, _ = inputs
-    ctx.save_for_backward(ids, number)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(ids, number, output[1])
 
 
-def _embedding_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _embedding_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return None, sliced_embedding_backward(dy, *ctx.saved_tensors), None, None, None
 
 
@@ -192,6 +202,14 @@ def _weight(owner: Anchored) -> Tensor:
 def _weight_and_bias(owner: Anchored, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     bias = owner.module._parameters.get("bias")
     return _weight(owner).to(dtype), None if bias is None else bias.detach().to(dtype)
+
+
+def _accumulates(owner: Anchored) -> bool:
+    """Whether this backward pass adds gradients to leaves: not in autograd.grad(), nor for other inputs alone."""
+    try:
+        return bool(torch._C._will_engine_execute_node(owner.accumulator))
+    except RuntimeError:  # what it says of a leaf in autograd.grad()
+        return False
 
 
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:

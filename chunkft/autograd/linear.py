@@ -60,15 +60,17 @@ def sliced_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, active: Active
 def _sliced_matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool, active: Active
 ) -> Tensor:
+    parameter = weight
     x, weight, bias = autocast_inputs(x, weight.detach(), bias)
     windows, leaves = split_active(active)
-    return _apply(x, weight, bias, input_major, windows, leaves, backward_name(active))
+    return _apply(x, weight, bias, parameter, input_major, windows, leaves, backward_name(active))
 
 
 def _apply(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    parameter: Tensor,
     input_major: bool,
     windows: tuple[Window, ...],
     leaves: Sequence[Tensor],
@@ -79,13 +81,15 @@ def _apply(
     whole, kept = kept_inputs(x, weight, wanted, input_major)
     columns = [] if whole else kept
     options = input_major, windows, whole, name
-    return _SlicedMatmul.apply(x, weight, bias, options, *leaves, *columns)  # type: ignore[no-any-return, no-untyped-call]
+    return _SlicedMatmul.apply(x, weight, bias, parameter, options, *leaves, *columns)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SlicedMatmul(Function):
     """Shared by both weight layouts; ``input_major`` says that weight rows are input features.
 
-    After the leaves come the columns of the input that were kept, unless all of it is (``whole``).
+    After the leaves come the columns of the input that were kept, unless all of it is (``whole``). ``parameter`` is the
+    weight as autograd knows it. It gets a gradient only where somebody asks for it by name (``wants_weight``): that of
+    the slices, zero elsewhere.
     """
 
     @staticmethod
@@ -94,6 +98,7 @@ class _SlicedMatmul(Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        parameter: Tensor,
         options: tuple[bool, tuple[Window, ...], bool, str],
         *tensors: Tensor,
     ) -> Tensor:
@@ -103,6 +108,8 @@ class _SlicedMatmul(Function):
         ctx.input_shape = x.shape
         ctx.column_major = _is_column_major(x)
         ctx.unused = (None,) * len(columns)
+        ctx.parameter = parameter
+        ctx.parameter_edge = 2 if bias is None else 3  # among the inputs that are tensors
         kept = (x,) if ctx.whole else columns
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *kept)
         return own_tensor(linear_output(x, weight, bias, ctx.input_major))
@@ -122,7 +129,7 @@ class _SlicedMatmul(Function):
             matrix = weight.t() if ctx.input_major else weight
             if twice:
                 # dX = dY W is a product of the other layout, with the same slices
-                dx = _apply(dy, weight, None, not ctx.input_major, ctx.windows, ctx.leaves, "")
+                dx = _apply(dy, weight, None, ctx.parameter, not ctx.input_major, ctx.windows, ctx.leaves, "")
             elif ctx.column_major:
                 # PyTorch keeps the gradient of a transposed input transposed; so do we, for the sake of its bits.
                 dx = matrix.t().mm(dy.t()).t()
@@ -135,7 +142,7 @@ class _SlicedMatmul(Function):
         inputs = iter(kept)
         width = ctx.input_shape[-1]
         backend = "torch" if twice else "auto"
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         for number, (window, leaf) in enumerate(zip(ctx.windows, ctx.leaves, strict=True)):
             if not needed[number]:
                 grads.append(None)
@@ -143,7 +150,42 @@ class _SlicedMatmul(Function):
             x = kept[0] if ctx.whole else next(inputs)
             gradient = slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major, backend)
             grads.append(gradient.to(leaf.dtype))
-        return (dx, None, dbias, None, *grads, *ctx.unused)
+        asked = None
+        if ctx.needs_input_grad[3] and wants_weight(ctx, ctx.parameter_edge, len(ctx.leaves)):
+            asked = placed(grads, ctx.windows, ctx.parameter.shape)
+        return (dx, None, dbias, asked, None, *grads, *ctx.unused)
+
+
+def wants_weight(ctx: Any, parameter: int, leaves: int) -> bool:
+    """Whether this backward pass was asked for the gradient of the weight, and not for those of its slices.
+
+    That is so in ``backward(inputs=[weight])``, and may be so in ``autograd.grad``, where it is not told.
+
+    Args:
+        ctx: of the function whose backward pass runs.
+        parameter: number of the weight among its inputs that are tensors; after it come the leaves.
+        leaves: how many there are.
+    """
+    node = ctx.next_functions[parameter][0]
+    of_leaves = [edge[0] for edge in ctx.next_functions[parameter + 1 : parameter + 1 + leaves]]
+    try:
+        if any(leaf is not None and torch._C._will_engine_execute_node(leaf) for leaf in of_leaves):
+            return False
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # what it says of a leaf in autograd.grad()
+        return True
+
+
+def placed(
+    gradients: Sequence[Tensor | None], windows: Sequence[Window], shape: tuple[int, ...]
+) -> Tensor | None:
+    """Gradients of windows of a weight where they belong in it, zeros elsewhere; None if there are none."""
+    whole: Tensor | None = None
+    for gradient, (dim, start, stop) in zip(gradients, windows, strict=True):
+        if gradient is not None:
+            whole = gradient.new_zeros(shape) if whole is None else whole
+            whole.narrow(dim, start, stop - start).copy_(gradient)
+    return whole
 
 
 def differentiated_again() -> bool:
@@ -153,7 +195,7 @@ def differentiated_again() -> bool:
 
 def own_tensor(result: Tensor) -> Tensor:
     """The same memory as a tensor that is no view, which a function has to return if it may be changed in place."""
-    if result.dim() == 2:
+    if not result._is_view():
         return result  # a product as it came
     own: Tensor = torch.ops.aten._unsafe_view(result, result.shape)
     return own
@@ -195,8 +237,9 @@ def slice_gradient(
         start, stop = start - low, stop - low
     bounds = slice(start, stop)
     left, right = (x, dy) if input_major else (dy, x)
-    rows, cols = (bounds, None) if dim == 0 else (None, bounds)
-    return wgrad(left, right, rows, cols, backend=backend)
+    if dim == 0:
+        return wgrad(left, right, rows=bounds, backend=backend)
+    return wgrad(left, right, cols=bounds, backend=backend)
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:
@@ -224,7 +267,7 @@ def _is_column_major(x: Tensor) -> bool:
 def _conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     y = flat.mm(weight) if bias is None else torch.addmm(bias, flat, weight)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[1])
+    return y.view(*x.shape[:-1], weight.shape[1])
 
 
 def backward_name(active: Active) -> str:

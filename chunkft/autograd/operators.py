@@ -20,6 +20,7 @@ from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
 from chunkft.autograd.reentrant import move_checks
 from chunkft.autograd.slices import Slice, traced_name
+from chunkft.autograd.trained import records
 
 Active = Sequence[tuple[Slice, Tensor]]
 
@@ -57,6 +58,7 @@ def register_operator(module_type: type[nn.Module], operator: SlicedOperator) ->
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type must be a subclass of torch.nn.Module, got {module_type!r}")
     _OPERATORS[module_type] = operator
+    _FORWARDS[module_type] = module_type.forward
 
 
 def operator_for(module: nn.Module) -> SlicedOperator | None:
@@ -69,41 +71,56 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     if not _is_known(module):
         return None
     for module_type, operator in _OPERATORS.items():
-        if isinstance(module, module_type) and type(module).forward is module_type.forward:
+        if isinstance(module, module_type) and type(module).forward is _FORWARDS.get(
+            module_type, module_type.forward
+        ):
             present = any(module._parameters.get(name) is not None for name in operator.names)
             accepted = operator.accepts is None or operator.accepts(module)
             return operator if present and accepted else None
     return _EXPERTS if has_sliceable_experts(module) else None
 
 
+def _original(operator: SlicedOperator) -> Callable[..., Any] | None:
+    """The forward function that an operator stands for, of the class it was registered for; None if of many."""
+    return next(
+        (_FORWARDS.get(kind, kind.forward) for kind, known in _OPERATORS.items() if known is operator), None
+    )
+
+
 class SlicedForward:
     """The forward of a module while slices of it are active; set on the instance, so the class stays as it is.
 
-    ``verify`` is called first and lets the owner notice that the weight was moved. ``attribute`` is the name of the
-    weight, for operators with several; ``parts`` holds what is active of each.
+    ``verify`` is called first and lets the owner notice that the weight was moved; False says that the module is to
+    compute by itself in this call, with whatever it holds. ``attribute`` is the name of the weight, for operators with
+    several; ``parts`` holds what is active of each.
     """
 
     # no __dict__: functools.update_wrapper would copy it into whatever is put around this forward
-    __slots__ = ("__weakref__", "active", "module", "operator", "parts", "verify")
+    __slots__ = ("__weakref__", "active", "module", "operator", "parts", "stands_for", "verify")
 
     def __init__(
         self,
         module: nn.Module,
         operator: SlicedOperator,
         active: Active,
-        verify: Callable[[nn.Module], None] | None,
+        verify: Callable[[nn.Module], bool] | None,
         attribute: str | None = None,
     ) -> None:
         self.module = module
         self.operator = operator
         self.active = active
         self.verify = verify
+        self.stands_for = _original(operator)
         self.parts = {attribute or operator.names[0]: (active, verify)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        # A class whose forward was replaced since computes as it says, and its weight gets a gradient as a whole.
+        own = type(self.module).forward
+        patched = self.stands_for is not None and own is not self.stands_for
         for _, verify in self.parts.values():
-            if verify is not None:
-                verify(self.module)
+            if verify is not None and (not verify(self.module) or patched):
+                result: Tensor = own(self.module, *args, **kwargs)
+                return result
         if not self.operator.weights:
             return self.operator.forward(self.module, self.active, *args, **kwargs)
         active = {attribute: active for attribute, (active, _) in self.parts.items()}
@@ -123,7 +140,8 @@ class SlicedForward:
         return SlicedForward(copy.deepcopy(self.module, memo), self.operator, (), None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SlicedForward, (self.module, self.operator, (), None)
+        # A module that was pickled is not attached: it has the forward of its class.
+        return getattr, (self.module, "forward")
 
 
 class CompiledForward(Anchored):
@@ -145,7 +163,7 @@ class CompiledForward(Anchored):
         """Active windows with their leaves; the weight itself where it is trained as a whole."""
         weight = self.module._parameters[self.weight_name]
         if self.current is None:
-            whole = weight is not None and weight.requires_grad
+            whole = weight is not None and records(weight)
             return [((0, 0, weight.shape[0]), weight)] if whole and weight is not None else []
         if self.current.verify is not None:
             self.current.verify(self.module)
@@ -320,7 +338,7 @@ def _compiled_matmul(owner: CompiledForward, x: Tensor, output_dim: int) -> Tens
 
 def _compiled_embedding(owner: CompiledForward, input: Tensor) -> Tensor:
     width, dtype = owner.weight_shape[1], owner.weight_dtype
-    y: Tensor = library_embedding(input, owner.anchor, owner.number, width, dtype)
+    y: Tensor = library_embedding(input, owner.anchor, owner.number, width, dtype)[0]
     return y
 
 
@@ -336,11 +354,13 @@ def _register_loaded_libraries() -> None:
     library = sys.modules.get("transformers.pytorch_utils")
     conv1d = getattr(library, "Conv1D", None)
     if conv1d is not None and conv1d not in _OPERATORS:
-        _OPERATORS[conv1d] = SlicedOperator(_conv1d, compiled=_compiled_conv1d)
+        register_operator(conv1d, SlicedOperator(_conv1d, compiled=_compiled_conv1d))
 
 
 _OPERATORS: dict[type[nn.Module], SlicedOperator] = {
     nn.Linear: SlicedOperator(_linear, compiled=_compiled_linear),
     nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows, compiled=_compiled_embedding),
 }
+# As they were when the operators were registered: code may replace the forward of a class, for the whole process.
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _OPERATORS}
 _EXPERTS = SlicedOperator(sliced_experts, weights=EXPERT_WEIGHTS, dims=(0,))

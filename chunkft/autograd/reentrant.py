@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from chunkft.autograd.reach import reached
 
 
 class ReentrantGuard:
@@ -17,10 +20,16 @@ class ReentrantGuard:
     ``CheckpointFunction`` runs the forward pass without grad mode and, if none of its inputs requires grad, never
     comes back for the backward pass; with the parameters below frozen that is the usual case. Inside of a
     forward pass of ``model`` that was called without grad mode nothing can be lost, so nothing is raised.
+
+    Attributes:
+        running: whether a forward pass of the model runs.
+        called: whether one began in grad mode since somebody set this to False.
     """
 
     def __init__(self) -> None:
         self._without_grad = False
+        self.running = False
+        self.called = False
         self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._checked: list[Any] = []
@@ -29,7 +38,13 @@ class ReentrantGuard:
         """Note from now on whether the model is called without grad mode; done once, until ``remove``."""
         if not self._model_hooks:
             self._model_hooks.append(model.register_forward_pre_hook(_Enter(self)))
-            self._model_hooks.append(model.register_forward_hook(_Leave(self), always_call=True))
+            self._model_hooks.append(
+                model.register_forward_hook(_Leave(self), with_kwargs=True, always_call=True)
+            )
+
+    def hold(self, handles: Iterable[RemovableHandle]) -> None:
+        """Treat hooks of others as ours of the model: gone after ``remove``, and listed in ``hook_ids``."""
+        self._model_hooks.extend(handles)
 
     def guard(self, module: nn.Module) -> None:
         """Check at every call of a module that has active parameters."""
@@ -100,12 +115,20 @@ class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.guard is not None:
             self.guard._without_grad = not torch.is_grad_enabled()
+            self.guard.running = True
+            if torch.is_grad_enabled():
+                self.guard.called = True
 
 
 class _Leave(_Hook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.guard is not None:
-            self.guard._without_grad = False
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.guard is None:
+            return None
+        self.guard._without_grad = False
+        self.guard.running = False
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        return reached(output, (args, kwargs))
 
 
 class _Check(_Hook):

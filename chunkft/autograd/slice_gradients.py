@@ -31,6 +31,7 @@ class SliceGradients(Gradients):
         # Hooks and the .grad of a weight live in C++, out of sight of the garbage collector: they hold nobody.
         self._owner = weakref.ref(owner)
         self._shown = False
+        self._arrived = False
 
     def watch(self, leaf: Tensor) -> None:
         """Show the gradient of a leaf as soon as it has one."""
@@ -68,8 +69,14 @@ class SliceGradients(Gradients):
     def settle(self) -> None:
         """Do to the leaves what was done to ``weight.grad``: clear them, or take a dense gradient in its place."""
         owner = self._sliced()
-        if owner is None or isinstance(owner.parameter.grad, GradientView):
+        if owner is None:
             return
+        grad = owner.parameter.grad
+        if isinstance(grad, GradientView):
+            if not grad.gradients.readable or (grad.gradients is self and not grad.steps):
+                return
+            # the view of another weight, or of a part of this one: its values count from now on, as a gradient
+            owner.parameter.grad = grad.clone()
         if self._shown:
             self._shown = False
             for _, leaf in owner.pairs:
@@ -81,11 +88,17 @@ class SliceGradients(Gradients):
     @torch.no_grad()
     def add(self, dense: Tensor) -> None:
         """Cut a gradient of the whole weight and add its parts to the leaves."""
+        self._arrived = True
         owner = self._sliced()
         dense = dense.to_dense() if dense.is_sparse else dense
         for piece, leaf in owner.pairs if owner is not None else ():
-            part = piece.of(dense)
+            part = piece.of(dense).to(leaf.device, leaf.dtype)  # the weight may have moved, the leaf not yet
             leaf.grad = part.contiguous().clone() if leaf.grad is None else leaf.grad + part
+
+    def take_arrival(self) -> bool:
+        """Whether a gradient of the whole weight came since this was asked last."""
+        arrived, self._arrived = self._arrived, False
+        return arrived
 
     def norm(self, order: float, dtype: torch.dtype | None, beside: Collection[int]) -> Tensor | None:
         """Joint norm of the leaves' gradients, without those of an id in ``beside``."""
@@ -95,11 +108,33 @@ class SliceGradients(Gradients):
         """The leaves' gradients."""
         return self._present()
 
+    @torch.no_grad()
+    def fill(self, dense: Tensor) -> None:
+        """Copy the leaves' gradients into their places."""
+        for piece, leaf in self._pairs():
+            if leaf.grad is not None:
+                piece.of(dense).copy_(leaf.grad)
+
+    @torch.no_grad()
+    def take(self, dense: Tensor) -> None:
+        """Copy the places of the leaves' gradients back; nothing happens once they are cleared."""
+        if not self._present():
+            return
+        for piece, leaf in self._pairs():
+            part = piece.of(dense)
+            if leaf.grad is None:
+                leaf.grad = part.contiguous().clone()
+            else:
+                leaf.grad.copy_(part)
+
+    def _pairs(self) -> list[tuple[Slice, nn.Parameter]]:
+        owner = self._sliced()
+        return [] if owner is None else owner.pairs
+
     def _sliced(self) -> Sliced | None:
         """The weight, unless it is gone or active as a whole, through ordinary autograd."""
         owner = self._owner()
         return None if owner is None or not owner.pairs or owner.pairs[0][0].dim is None else owner
 
     def _present(self) -> list[Tensor]:
-        owner = self._sliced()
-        return [] if owner is None else [leaf.grad for _, leaf in owner.pairs if leaf.grad is not None]
+        return [leaf.grad for _, leaf in self._pairs() if leaf.grad is not None]

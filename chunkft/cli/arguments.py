@@ -50,6 +50,7 @@ class FinetuneSettings:
     batch_size: int = 8
     grad_accum: int = 1
     seq_len: int = 512
+    resize_embeddings: bool = False
     gradient_checkpointing: bool = False
     dtype: str = "auto"
     device: str = "auto"
@@ -218,6 +219,11 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=_integer(1), help="sequences per forward pass (default 8)")
     add("--grad-accum", type=_integer(1), help="forward passes per optimizer step (default 1)")
     add("--seq-len", type=_integer(8), help="longest sequence in tokens; longer data is cut (default 512)")
+    add(
+        "--resize-embeddings",
+        action="store_true",
+        help="add rows to the model's embeddings where its tokenizer has more tokens",
+    )
     add("--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass")
     add(
         "--dtype",
@@ -368,6 +374,8 @@ def _check(values: dict[str, Any]) -> None:
         raise UserError(
             f"--model {values['model']} needs --data FILE (without both, the embedded model and task run)"
         )
+    if "resize_embeddings" in values and "model" not in values:
+        raise UserError("--resize-embeddings needs --model DIR|ID; the embedded model fits its tokenizer")
     if "eval_every" in values and "model" in values and "eval_data" not in values:
         raise UserError(f"--eval-every {values['eval_every']} needs --eval-data FILE")
 

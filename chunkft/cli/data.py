@@ -40,7 +40,7 @@ Tokens = tuple[list[int], list[int]]
 @dataclass
 class DataReport:
     """What became of a data file: examples made, tokens in them, tokens that carry loss, examples cut or
-    dropped.
+    dropped, and the largest token id.
     """
 
     path: str
@@ -50,6 +50,17 @@ class DataReport:
     learned: int = 0
     cut: int = 0
     dropped: int = 0
+    largest: int = -1
+
+    def note_ids(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Keeps the largest token id; raises UserError for one that no embedding has a row for."""
+        for ids in filter(None, rows):
+            if None in ids or min(ids) < 0:
+                wrong = next(one for one in ids if one is None or one < 0)
+                raise UserError(
+                    f"{self.path}: the tokenizer gives the token id {wrong!r}, expected whole numbers from 0"
+                )
+            self.largest = max(self.largest, *ids)
 
     def __str__(self) -> str:
         share = f"{self.learned / max(self.tokens, 1):.0%}"
@@ -273,6 +284,7 @@ def _arrow(examples: Iterator[Tokens], report: DataReport) -> Any:
     for batch in _batched(examples, TOKENISE_AT_ONCE):
         report.examples += len(batch)
         report.tokens += sum(len(ids) for ids, _ in batch)
+        report.note_ids(ids for ids, _ in batch)
         report.learned += sum(label != IGNORED for _, labels in batch for label in labels)
         columns = {"input_ids": [ids for ids, _ in batch], "labels": [labels for _, labels in batch]}
         parts.append(Dataset.from_dict(columns, features=features))
@@ -368,6 +380,7 @@ def classification_dataset(
         report.cut += sum(len(row) > seq_len for row in whole)
         report.examples += len(batch)
         report.tokens += sum(map(len, ids))
+        report.note_ids(ids)
         columns = {"input_ids": ids, "labels": [labels[label] for _, _, label in batch]}
         parts.append(Dataset.from_dict(columns, features=features))
     report.learned = report.tokens
@@ -375,9 +388,9 @@ def classification_dataset(
 
 
 def label_map(names: Sequence[str], known: dict[str, int] | None) -> dict[str, int]:
-    """Numbers the labels: as the model's own label2id does if it knows every one of them, else in the order
-    of `names`.
+    """Numbers the labels: as the model's own label2id does if it knows every one of them and numbers its labels
+    from 0 without gaps, else in the order of `names`.
     """
-    if known and all(name in known for name in names):
+    if known and all(name in known for name in names) and sorted(known.values()) == list(range(len(known))):
         return dict(known)
     return {name: index for index, name in enumerate(names)}

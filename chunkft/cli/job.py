@@ -4,6 +4,8 @@ them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from math import sqrt
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ from chunkft.cli.data import (
 )
 from chunkft.cli.errors import UserError
 from chunkft.cli.models import (
+    check_positions,
     config_of,
     enable_gradient_checkpointing,
+    fit_embeddings,
     load_causal,
     load_classifier,
     load_tokenizer,
@@ -36,6 +40,7 @@ __all__ = [
     "chosen_interval",
     "classification_metrics",
     "load_job",
+    "matthews",
     "patterns_of",
     "prefer_class",
 ]
@@ -76,6 +81,12 @@ def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
         job = _causal_job(settings, tokenizer, dtype, device, pad)
     else:
         job = _classification_job(settings, config, tokenizer, dtype, device, pad)
+    check_positions(job.model, settings.model, settings.seq_len)
+    largest = max(report.largest for report in job.reports)
+    torch.manual_seed(settings.seed)  # new rows are drawn at random
+    note = fit_embeddings(job.model, settings.model, len(tokenizer), largest, pad, settings.resize_embeddings)
+    if note is not None:
+        job.notes.append(note)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(job.model)
     return job
@@ -126,9 +137,8 @@ def _classification_job(
     if new_head:
         notes.append("the classification head is new (random)")
     collator = Collator(pad, settings.seq_len, left=tokenizer.padding_side == "left")
-    return Job(
-        settings.model, model, tokenizer, train, collator, evaluation, classification_metrics, reports, notes
-    )
+    metrics = partial(classification_metrics, classes=len(labels))
+    return Job(settings.model, model, tokenizer, train, collator, evaluation, metrics, reports, notes)
 
 
 def prefer_class(logits: Any, labels: Any) -> torch.Tensor:
@@ -137,9 +147,31 @@ def prefer_class(logits: Any, labels: Any) -> torch.Tensor:
     return scores.argmax(dim=-1)
 
 
-def classification_metrics(prediction: Any) -> dict[str, float]:
-    """Accuracy of the preferred classes, 0 to 1."""
-    return {"accuracy": float((prediction.predictions == prediction.label_ids).mean())}
+def classification_metrics(prediction: Any, classes: int) -> dict[str, float]:
+    """Accuracy of the preferred classes, 0 to 1; of two classes also `matthews`, their correlation with the labels.
+
+    Accuracy is high where one class is frequent and always preferred; Matthews' coefficient (Biochim. Biophys. Acta
+    405, 1975), -1 to 1, is 0 then.
+    """
+    preferred, labels = prediction.predictions, prediction.label_ids
+    metrics = {"accuracy": float((preferred == labels).mean())}
+    if classes == 2:
+        metrics["matthews"] = matthews(preferred, labels)
+    return metrics
+
+
+def matthews(preferred: Any, labels: Any) -> float:
+    """Correlation of two arrays of 0 and 1; 0 if either is constant."""
+    true_1, true_0 = (
+        int(((preferred == 1) & (labels == 1)).sum()),
+        int(((preferred == 0) & (labels == 0)).sum()),
+    )
+    false_1, false_0 = (
+        int(((preferred == 1) & (labels == 0)).sum()),
+        int(((preferred == 0) & (labels == 1)).sum()),
+    )
+    scale = (true_1 + false_1) * (true_1 + false_0) * (true_0 + false_1) * (true_0 + false_0)
+    return (true_1 * true_0 - false_1 * false_0) / sqrt(scale) if scale else 0.0
 
 
 def patterns_of(text: str, task: str) -> str | list[str] | None:

@@ -15,6 +15,7 @@ __all__ = [
     "config_of",
     "empty_model",
     "enable_gradient_checkpointing",
+    "fit_embeddings",
     "load_causal",
     "load_classifier",
     "load_tokenizer",
@@ -214,6 +215,64 @@ def longest_sequence(config: Any) -> int | None:
     text = getattr(config, "text_config", config)
     limit = getattr(text, "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def check_positions(model: torch.nn.Module, name: str, seq_len: int) -> None:
+    """Raise UserError if some positions of a sequence have no row in a learned embedding of positions.
+
+    RoBERTa and its kin number positions from behind their padding index, so fewer are left than the config says.
+    """
+    for path, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if not isinstance(module, torch.nn.Embedding) or not path.endswith("position_embeddings"):
+            continue
+        limit = module.num_embeddings - (0 if padding is None else padding + 1)
+        if seq_len > limit:
+            raise UserError(f"--seq-len {seq_len}: {name} was made for at most {limit} tokens")
+
+
+def fit_embeddings(model: Any, name: str, tokens: int, largest: int, pad: int, resize: bool) -> str | None:
+    """Compares what the tokenizer and the data need with the rows of the embedding, or adds rows with `resize`.
+
+    Args:
+        model: of transformers.
+        name: what --model says.
+        tokens: length of the tokenizer.
+        largest: id of the data.
+        pad: id that batches are padded with.
+        resize: whether rows may be added.
+
+    Returns:
+        A note on what was done or noticed, or None.
+
+    Raises:
+        UserError: if an id would have no row.
+    """
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is None:
+        return None
+    needed = max(tokens, largest + 1, pad + 1)
+    if needed <= rows:
+        return None
+    if resize:
+        try:
+            model.resize_token_embeddings(needed)
+        except (NotImplementedError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"--resize-embeddings: {type(model).__name__} cannot be resized: {_reason(error)}"
+            ) from error
+        return f"embeddings resized from {rows:,} to {needed:,} rows"
+    if max(largest, pad) < rows:
+        return (
+            f"note: the tokenizer has {tokens:,} tokens and the embedding {rows:,} rows; the data uses none of the"
+            " tokens beyond"
+        )
+    what = f"the data has token id {largest:,}" if largest >= rows else f"the padding token has id {pad:,}"
+    raise UserError(
+        f"--model {name}: its tokenizer has {tokens:,} tokens and its embedding {rows:,} rows, and {what}; add rows"
+        " with --resize-embeddings"
+    )
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

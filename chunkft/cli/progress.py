@@ -22,6 +22,7 @@ from chunkft.optim import ChunkOptimizer
 __all__ = ["Metrics", "Progress", "resident_bytes"]
 
 PLAIN_LINES = 20
+EVALUATED = ("eval_loss", "eval_accuracy", "eval_matthews")
 
 
 def resident_bytes(device: torch.device) -> int:
@@ -121,7 +122,7 @@ class Metrics(TrainerCallback):
             }
             self.tokens = 0
             self._write(self.last)
-        evaluated = {name: value for name, value in logs.items() if name in ("eval_loss", "eval_accuracy")}
+        evaluated = {name: value for name, value in logs.items() if name in EVALUATED}
         if evaluated:
             self._write({"step": state.global_step, **evaluated})
 
@@ -154,9 +155,7 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Shows a step, or an evaluation."""
-        evaluated = [
-            f"{name[5:]} {logs[name]:.4f}" for name in ("eval_loss", "eval_accuracy") if name in logs
-        ]
+        evaluated = [f"{name[5:]} {logs[name]:.4f}" for name in EVALUATED if name in logs]
         if evaluated:
             self._line(f"step {state.global_step}: held-out {', '.join(evaluated)}", keep=True)
         if "loss" not in logs:

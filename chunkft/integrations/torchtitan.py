@@ -45,7 +45,7 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
                 if isinstance(parameter, DTensor):
                     raise ValueError(
                         f"parameter {name!r} is a DTensor: slices of sharded parameters (FSDP, tensor parallelism) are "
-                        "not supported; allowed are plain tensors, with data parallelism by the chunk optimizer itself"
+                        "not supported; allowed are plain tensors; replicas name their process_group"
                     )
         parameters = [p for part in self.model_parts for p in part.parameters() if p.requires_grad]
         self.optimizers: list[ChunkOptimizer] = []

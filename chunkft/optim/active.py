@@ -28,7 +28,10 @@ class ActiveSlices:
         rule: UpdateRule,
     ) -> None:
         self._working = {
-            piece: WorkingWeight(piece, leaf, rule.modes[piece.name], states[piece]) for piece, leaf in pairs
+            piece: WorkingWeight(
+                piece, leaf, rule.modes[piece.name], states[piece], rule.needs_contiguous(piece.name)
+            )
+            for piece, leaf in pairs
         }
         members: list[list[nn.Parameter]] = [[] for _ in rule.groups]
         for piece, working in self._working.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class ChunkAdamW(ChunkOptimizer):
         first_moment: str = "fp32",
         page_bytes: int = DEFAULT_PAGE_BYTES,
         state_dir: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
         seed: int = 0,
     ) -> None:
         check_adamw(lr, betas, eps, weight_decay)
@@ -94,6 +96,7 @@ class ChunkAdamW(ChunkOptimizer):
             update=update,
             page_bytes=page_bytes,
             state_dir=state_dir,
+            process_group=process_group,
             seed=seed,
             lr=lr,
             betas=betas,

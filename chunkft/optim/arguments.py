@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
 from chunkft.plan import ParameterSpec
 
-ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
+ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,7 +37,12 @@ def check_choices(
 
 
 def check_memory(
-    residency: Any, update: Any, state_device: Any, page_bytes: Any, state_dir: Any, max_grad_norm: Any
+    residency: Any,
+    update: Any,
+    state_device: Any,
+    page_bytes: Any,
+    state_dir: Any,
+    max_grad_norm: Any,
 ) -> None:
     """Raise ValueError that names the first argument about the place of state that is not allowed."""
     for name, value, allowed in (
@@ -70,24 +75,14 @@ def check_memory(
             f"max_grad_norm={max_grad_norm!r} cannot be combined with update='backward': the norm is known only "
             "when all gradients are there; use update='step', or None"
         )
-    _check_one_process()
 
 
 def check_backward_step(grad_scale: Any) -> None:
     """Raise RuntimeError for what ``update="backward"`` cannot honour, since the update is done by now."""
-    _check_one_process()
     if grad_scale is not None:
         raise RuntimeError(
             "update='backward' cannot be used with a GradScaler: slices were updated with scaled gradients; use "
             "bfloat16 without a scaler, or update='step'"
-        )
-
-
-def _check_one_process() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(
-            f"update='backward' works in one process, got world_size={dist.get_world_size()}: gradients would be "
-            "averaged after their update; use update='step'"
         )
 
 
@@ -128,6 +123,12 @@ def check_base(base: Any) -> None:
         raise TypeError(f"base must be a subclass of torch.optim.Optimizer, got {base!r}")
     if issubclass(base, torch.optim.LBFGS) or getattr(base, "chunked", False):
         raise ValueError(f"base={base.__name__} cannot be used: it does not update parameters one by one")
+    if all(callable(getattr(base, name, None)) for name in ("train", "eval")):
+        raise ValueError(
+            f"base={base.__name__} cannot be used: its train() and eval() swap all weights between two sequences "
+            "(schedule-free), and state of inactive slices is not there to swap them; use a base without them and a "
+            "learning-rate schedule"
+        )
 
 
 def probe_base(
@@ -168,6 +169,8 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
         TypeError: if ``model`` is neither a module nor parameter groups.
         ValueError: if the groups are not of one attached model, or the model has an optimizer already.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     if isinstance(model, nn.Module):
         existing = model.__dict__.get("_chunkft")
         if existing is not None:
@@ -182,7 +185,7 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
         raise TypeError(
             f"model must be a torch.nn.Module or a list of parameter groups, got {_described(model)}"
         )
-    if isinstance(entries[0], Tensor):
+    if isinstance(entries[0], Tensor) or _is_named(entries[0]):
         entries = [{"params": entries}]
     groups: list[dict[str, Any]] = []
     attachments: dict[int, Attachment] = {}
@@ -192,7 +195,7 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
                 f"parameter group {number} must be a dict with 'params', got {type(entry).__name__}"
             )
         members = []
-        for parameter in _listed(entry["params"]):
+        for parameter in _without_names(_listed(entry["params"]), number):
             if not isinstance(parameter, Tensor):
                 raise TypeError(
                     f"parameter group {number} must hold tensors, got {type(parameter).__name__} {parameter!r}"
@@ -208,8 +211,6 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
             attachments[id(found)] = found
             members.append(parameter)
         groups.append({**entry, "params": members})
-    for found in attachments.values():
-        _check_unused(found)
     if len(attachments) != 1:
         raise ValueError(
             "parameter groups must be of one attached model and hold trainable parameters, got those of "
@@ -254,11 +255,30 @@ def _check_trainable(attachment: Attachment, groups: list[dict[str, Any]]) -> No
 
 
 def _check_unused(attachment: Attachment) -> None:
-    if attachment.active():
+    if any(part.in_use for part in (attachment, *attachment.shares)):
         raise ValueError(
             "model is attached to another optimizer of chunkft already; detach() that one first, or "
             "chunkft.attach(model).detach() if it is gone"
         )
+
+
+def _is_named(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _without_names(entries: list[Any], number: int) -> list[Any]:
+    """The parameters of ``named_parameters()``; their names are known from the model.
+
+    Raises:
+        ValueError: if some have names and others have none, as for every ``torch.optim.Optimizer``.
+    """
+    named = [_is_named(entry) for entry in entries]
+    if any(named) and not all(named):
+        raise ValueError(
+            f"parameter group {number} holds both (name, parameter) pairs and parameters alone; give all of them "
+            "names, or none"
+        )
+    return [entry[1] for entry in entries] if any(named) else entries
 
 
 def _is_number(value: Any) -> bool:

@@ -78,7 +78,8 @@ class BackwardResidency(StreamResidency):
                 if residency is not None:
                     residency._complete(piece, leaf)
 
-            self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
+            if leaf.requires_grad:  # not if it was frozen
+                self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
 
     @property
     def begun(self) -> bool:
@@ -133,7 +134,7 @@ class BackwardResidency(StreamResidency):
         return [self._units[n] for n in self._order[:2]] if self._order else self._units[:-3:-1]
 
     def _begin(self) -> None:
-        self._missing = [{piece for piece, _ in unit} for unit in self._units]
+        self._missing = []
         self._done = []
         self._dropping = False
         self._begun = False
@@ -145,6 +146,8 @@ class BackwardResidency(StreamResidency):
     @torch.no_grad()
     def _complete(self, piece: Slice, leaf: Tensor) -> None:
         number = self._unit_of[piece]
+        if not self._begun:  # what is frozen is known now
+            self._missing = [{piece for piece, leaf in unit if leaf.requires_grad} for unit in self._units]
         missing = self._missing[number]
         if piece not in missing:
             raise RuntimeError(

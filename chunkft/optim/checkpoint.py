@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import struct
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from chunkft.optim.serialize import (
     states_by_parameter,
 )
 from chunkft.optim.state import State
+from chunkft.optim.switch import settle
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -58,13 +60,16 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     Raises:
         OSError: if it cannot be written (names the file and its size); ``path`` is as it was before.
     """
+    optimizer._check_attached("save_checkpoint")
+    settle(optimizer)
     optimizer._check_between_steps("save_checkpoint")
     path = Path(path)
     entries, header = _layout(optimizer)
     size = sum(entry.nbytes for entry in entries)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A name of its own: other threads and processes, on other machines too, may write the same checkpoint.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             _write_header(file, entries, header)
             for entry in entries:
                 entry.write(file)

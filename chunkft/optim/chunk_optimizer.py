@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from chunkft import tracing
 from chunkft.activations import saved_activations
@@ -23,7 +25,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import average_gradients
+from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
 from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -34,7 +36,7 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
-from chunkft.optim.switch import activate, advance_if_due, bind, close_backward
+from chunkft.optim.switch import Switch, activate, advance_if_due, bind, close_backward, settle, watch
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -48,8 +50,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
     ``step()`` consumes the gradients: afterwards every ``.grad`` is None.
 
     Args:
-        model: a module, or a list of parameter groups (or parameters) of a module on which ``chunkft.attach`` was
-            called. Groups keep their hyper-parameters for life; only their ``params`` change at a switch.
+        model: a module, or a list of parameter groups (or parameters, with or without names) of a module on which
+            ``chunkft.attach`` was called. Groups keep their hyper-parameters for life; only their ``params`` change at
+            a switch.
         base: class of the optimizer that updates the active slices.
         chunks: K; see ``chunkft.partition``, also for ``partition``, ``slice_dim`` and ``always_active``.
         interval: T, optimizer steps (not micro-batches) before the next chunk becomes active.
@@ -71,6 +74,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
+        process_group: the processes that train replicas and average their gradients in ``step()``: a
+            ``torch.distributed.ProcessGroup``, or ``"default"``. None: this process trains by itself, unless the
+            model is wrapped in ``DistributedDataParallel``, whose group it is then.
         seed: of the random schedule and of stochastic rounding.
         **base_kwargs: passed to ``base``.
 
@@ -111,6 +117,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         update: str = "step",
         page_bytes: int = DEFAULT_PAGE_BYTES,
         state_dir: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
         seed: int = 0,
         **base_kwargs: Any,
     ) -> None:
@@ -118,16 +125,18 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_choices(interval, max_grad_norm, keep_state, seed)
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
+        group = resolve_group(process_group)
+        check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
-        self._attachment = attachment
-        self._frozen = [
-            spec.name
-            for spec in attachment.specs
-            if not attachment.model.get_parameter(spec.name).requires_grad
-        ]
         try:
             self._specs = specs = trained_specs(attachment, groups)
+            self._attachment = attachment = attachment.share({spec.name for spec in specs})
+        except BaseException:
+            if owned:
+                attachment.detach()
+            raise
+        try:
             defaults = probe_base(base, groups, base_kwargs)
             plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
             self._modes = {
@@ -149,6 +158,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.grad_norm: Tensor | None = None
             self._interval_index = 0
             self._generation = 0
+            self._warned_unreached = False
+            self._switch: Switch | None = None  # while one is under way
+            self._switch_hook: RemovableHandle | None = None
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
@@ -162,6 +174,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             attachment.freeze()
             attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
+            self._replicas = Replicas(self, group)
         except BaseException:
             self._release(keep_attached=not owned)
             raise
@@ -183,6 +196,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient."""
+        if self._ready:
+            settle(self)
         return iter(self._attachment.active())
 
     @torch.no_grad()
@@ -208,21 +223,25 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self._check_attached("step")
+        settle(self)
         self._follow_weights()
         if isinstance(self._residency, BackwardResidency):
             close_backward(self, self._residency)
             return
         leaves = [leaf for _, leaf in self._attachment.active()]
         self._memory.observe_gradients(leaves)
-        unscale([leaf.grad for leaf in leaves if leaf.grad is not None], getattr(self, "grad_scale", None))
-        average_gradients(leaves)
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        unscale(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._replicas.finish(leaves)
         leaves = [leaf for leaf in leaves if leaf.grad is not None]
         if not leaves:
+            self._pass_unreached()
             return
         if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
             self._residency.step(self._noise_seed())
+            self._attachment.gather()
             self._residency.show(self.state)
             self._count_update()
         else:
@@ -230,10 +249,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
         for leaf in leaves:
             leaf.grad = None
         self._attachment.hide_gradients()
+        self._attachment.called = False
         advance_if_due(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
+        if self._ready and self._is_attached():
+            self._follow_weights()  # a weight that was replaced since the last step may have a gradient already
         super().zero_grad(set_to_none)
         if set_to_none:
             self._attachment.hide_gradients()
@@ -249,6 +271,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             window, ``gradients``.
         """
         self._check_attached("state_dict")
+        settle(self)
         self._check_between_steps("state_dict")
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -273,6 +296,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         restore(self, read_state(self, state_dict))
+        self._replicas.forget_agreement()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -294,6 +318,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             host memory, or files, of all chunks that have been active (on a CPU the active chunk uses its part of
             it in place), with paging of all chunks from the start.
         """
+        if self._ready:
+            settle(self)
         weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
         leaves = [leaf for _, leaf in self._attachment.active()]
         state, master = self._residency.nbytes()
@@ -316,6 +342,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         report, and what full fine-tuning would hold.
         """
         self._check_attached("memory_report")
+        settle(self)
         return self._memory.report(self)
 
     def paging(self) -> PagingReport | None:
@@ -346,18 +373,21 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _release(self, keep_attached: bool) -> None:
         """Take everything out of the model again, and let go of all state."""
         attachment = self._attachment
+        replicas = getattr(self, "_replicas", None)
+        if replicas is not None:
+            replicas.close()
         if self._is_attached():
             if keep_attached:
-                attachment.deactivate()
-                attachment.unfreeze()
+                attachment.release()
             else:
                 attachment.detach()
-            for name, parameter in attachment.model.named_parameters():
-                if name in self._frozen:
-                    parameter.requires_grad_(False)
         if not self._ready:
             return
         self._ready = False
+        self._switch = None
+        if self._switch_hook is not None:
+            self._switch_hook.remove()
+            self._switch_hook = None
         self._residency.forget()
         self._store.clear()
         self.state.clear()
@@ -365,7 +395,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             group["params"] = []
 
     def _is_attached(self) -> bool:
-        return self._attachment.model.__dict__.get("_chunkft") is self._attachment
+        return self._attachment.is_attached
 
     def _check_attached(self, method: str) -> None:
         if not self._ready or not self._is_attached():
@@ -381,9 +411,31 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
 
-    def _count_update(self) -> None:
-        self.updates += 1
+    def _pass_unreached(self) -> None:
+        """A step whose loss did not depend on the active slices: nothing changes, and the interval goes on.
+
+        A step before which the model was not called is no step.
+        """
+        if not self._attachment.called:
+            return
+        self._attachment.called = False
+        if not self._warned_unreached:
+            self._warned_unreached = True
+            warnings.warn(
+                f"no parameter of chunk {self.active} had a gradient in this step: the loss did not depend on them, or "
+                "they were cleared or frozen. As in dense training they stay as they are, and the interval goes on "
+                "(said once)",
+                stacklevel=4,
+            )
+        if self.interval_position + 1 >= self.interval:
+            watch(self)
         self.interval_position += 1
+        advance_if_due(self)
+
+    def _count_update(self) -> None:
+        if self.interval_position + 1 >= self.interval:
+            watch(self)
+        self.updates, self.interval_position = self.updates + 1, self.interval_position + 1
         if self.interval_position == 1:  # from now on it does not change until the switch
             self._memory.observe_state(self)
 

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def unscale(grads: list[Tensor], scale: Tensor | None) -> None:
-    """Divide in place by the scale of a GradScaler, if there is one.
+def unscale(grads: list[Tensor], scale: Tensor | None, found_inf: Tensor | float | None = None) -> None:
+    """Divide in place by the scale of a GradScaler, if there is one, and keep what it found.
+
+    Where ``found_inf`` is not 0, a NaN goes into a gradient: the step is skipped then as it is for gradients that are
+    not finite now, by every process that averages with this one, whatever made them finite since the scaler looked.
 
     Raises:
         ValueError: for fp16 gradients, which would underflow.
     """
+    if grads and found_inf is not None:
+        _spoil(grads[0], torch.as_tensor(found_inf))
     if scale is None or not grads:
         return
     if any(grad.dtype == torch.float16 for grad in grads):
@@ -25,6 +30,15 @@ def unscale(grads: list[Tensor], scale: Tensor | None) -> None:
     inverse = scale.double().reciprocal().float()
     for grad in grads:
         grad.mul_(inverse.to(grad.device))
+
+
+def _spoil(gradient: Tensor, found_inf: Tensor) -> None:
+    values = gradient._values() if gradient.is_sparse else gradient
+    if values.numel():
+        first = values[(0,) * values.dim()]
+        spoiled = torch.full_like(first, math.nan)
+        # on the device, without asking it
+        first.copy_(torch.where(found_inf.to(first.device) != 0, spoiled, first))
 
 
 def all_finite(grads: list[Tensor]) -> bool:

@@ -49,34 +49,62 @@ def resolve_master(master: str, dtype: torch.dtype) -> str:
 class WorkingWeight:
     """The tensor that the base optimizer updates in place of one leaf.
 
-    With mode ``none`` that is the leaf itself; otherwise an fp32 parameter, which exists between ``open`` and
-    ``close`` only, unless it is the stored master.
+    With mode ``none`` that is the leaf itself, or a contiguous copy of it if the leaf is strided and the base
+    optimizer cannot be trusted with strides; otherwise an fp32 parameter. Copies exist between ``open`` and ``close``
+    only, unless it is the stored master.
+
+    Args:
+        piece: the slice.
+        leaf: its leaf.
+        mode: master mode.
+        state: what is known of the slice; masters are taken out of it.
+        dense: the base optimizer reads value, gradient and state as contiguous memory.
     """
 
-    def __init__(self, piece: Slice, leaf: nn.Parameter, mode: str, state: dict[str, Any]) -> None:
+    def __init__(
+        self, piece: Slice, leaf: nn.Parameter, mode: str, state: dict[str, Any], dense: bool = False
+    ) -> None:
         self.piece = piece
         self.leaf = leaf
         self.mode = mode
         self.extra: dict[str, Tensor] = {}
-        if mode == "none":
+        self._dense = dense
+        self._direct = mode == "none" and not (dense and not leaf.is_contiguous())
+        if dense:
+            # Kept state may have been made for, or by, something that minds strides.
+            state.update(
+                {
+                    key: value.contiguous()
+                    for key, value in state.items()
+                    if isinstance(value, Tensor) and not value.is_contiguous()
+                }
+            )
+        if self._direct:
             self.parameter = leaf
             return
         key = STATE_KEYS.get(mode)
         if mode == "fp32":
             master = state.pop("master", None)
-            self.extra["master"] = leaf.detach().float() if master is None else master
+            if master is None:
+                master = leaf.detach().float()
+            self.extra["master"] = master.contiguous() if dense else master
         elif mode == "residual":
             residual = state.pop("residual", None)
             self.extra["residual"] = torch.zeros(leaf.shape, dtype=torch.int16, device=leaf.device)
             if residual is not None:
                 self.extra["residual"] = residual
-        self.parameter = nn.Parameter(torch.empty(0, device=leaf.device), requires_grad=False)
+        self._dtype = leaf.dtype if mode == "none" else torch.float32
+        self.parameter = nn.Parameter(
+            torch.empty(0, dtype=self._dtype, device=leaf.device), requires_grad=False
+        )
         self.parameter.requires_grad_(True)
         assert key is None or key in self.extra
 
     def open(self) -> None:
         """Make the fp32 value, and the gradient if there is one, available to the base optimizer."""
-        if self.mode == "none":
+        if self._direct:
+            if self._dense and self.leaf.grad is not None and not self.leaf.grad.is_contiguous():
+                self.leaf.grad = self.leaf.grad.contiguous()
             return
         weight = self.leaf.detach()
         if self.mode == "fp32":
@@ -89,22 +117,32 @@ class WorkingWeight:
             # Zero has no neighbour below in its bits: with the residual of another value it would become NaN.
             residual.masked_fill_((weight == 0) & (residual < 0), 0)
             self.parameter.data = apply_residual(weight, residual)
+        elif self.mode == "none":
+            self.parameter.data = weight.contiguous()
         else:
-            self.parameter.data = self.leaf.detach().float()
+            self.parameter.data = weight.float()
+        if self._dense:
+            self.parameter.data = self.parameter.data.contiguous()
         if self.leaf.grad is not None:
-            self.parameter.grad = self.leaf.grad.float()
+            gradient = self.leaf.grad if self.mode == "none" else self.leaf.grad.float()
+            self.parameter.grad = gradient.contiguous() if self._dense else gradient
 
     def close(self, seed: str | None) -> None:
-        """Write the updated value back into the leaf (not if ``seed`` is None) and let go of the fp32 copy."""
-        if self.mode == "none":
+        """Write the updated value back into the leaf (not if ``seed`` is None) and let go of the copy."""
+        if self._direct:
             return
         value = self.parameter.data
         self.parameter.grad = None
-        self.parameter.data = torch.empty(0, device=self.leaf.device)
+        self.parameter.data = torch.empty(0, dtype=self._dtype, device=self.leaf.device)
         if seed is None or self.leaf.grad is None:
             return
-        if self.mode == "fp32":
+        if self.mode == "none":
             self.leaf.detach().copy_(value)
+        elif self.mode == "fp32":
+            self.leaf.detach().copy_(value)
+            master = self.extra["master"]
+            if value.data_ptr() != master.data_ptr():  # the base optimizer assigned .data
+                master.copy_(value)
         elif self.mode == "residual":
             weight, residual = split_residual(value)
             self.leaf.detach().copy_(weight)

@@ -9,9 +9,10 @@ import torch
 
 from chunkft.attach import Attachment
 from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.coupling import check_coupling
 from chunkft.optim.kernel_slices import kernel_applies
 from chunkft.optim.paged import PagedStore
-from chunkft.optim.pages import StateProbe, fitted
+from chunkft.optim.pages import StateProbe, fitted, make_pages
 from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import StateStore
@@ -50,19 +51,26 @@ def build_memory(
 
     stream = choice.residency == "stream"
     devices = {device_of(piece.name).type for piece in plan.slices()}
+    # The directory is that of now, wherever the process goes later.
+    state_dir = None if choice.state_dir is None else os.path.abspath(choice.state_dir)
     paged = stream or choice.state_dir is not None or choice.state_device == "paged"
     if not paged and (choice.state_device != "auto" or devices == {"cpu"}):
+        check_coupling(rule, plan, parameter_of, units=1)
         store = StateStore(in_arena=choice.state_device != "device")
         return plan, store, ChunkResidency(rule, store)
     pairs = [(piece, parameter_of(piece.name)) for piece in plan.slices()]
     backward = choice.update == "backward"
     probe = StateProbe(rule, parameter_of, counts_on_pages=backward and kernel_applies(pairs, rule))
     page_bytes = choice.page_bytes if stream else None
+    units = 1
     if page_bytes is not None:
         plan = fitted(plan, probe, page_bytes)
-    pages = PagedStore(
-        plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=choice.state_dir
-    )
+        groups = [plan.always, *(chunk.slices for chunk in plan.chunks)]
+        laid_out = make_pages(groups, probe, device_of, page_bytes)
+        # a slice without a page is updated by itself
+        units = len(laid_out) + len(list(plan.slices())) - sum(len(page.pieces) for page in laid_out)
+    check_coupling(rule, plan, parameter_of, units)
+    pages = PagedStore(plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=state_dir)
     if not stream:
         return plan, pages, ChunkResidency(rule, pages)
     kind = BackwardResidency if backward else StreamResidency

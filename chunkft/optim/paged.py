@@ -104,9 +104,11 @@ class PagedStore(StateStore):
         """State of slices, in slots of their pages; each page stays there until ``close``."""
         for number in self._pages_of([piece for piece, _ in pairs]):
             if number not in self._open:
+                pager, local = self._pager(number)
+                if pager.state(local) == "IN_USE":  # an interrupted call acquired it, and nobody has it
+                    pager.discard(local)
                 self._make_room(number)
                 load = any(self._valid.get(piece) for piece in self.pages[number].pieces)
-                pager, local = self._pager(number)
                 self._open[number] = pager.acquire(local, load=load)
         states: dict[Slice, State] = {}
         for piece, leaf in pairs:
@@ -124,16 +126,14 @@ class PagedStore(StateStore):
         numbers = self._pages_of(pieces)
         if self._stream:
             self.new_peak = max(self.new_peak, self._beside_pages(states))
-        try:
-            self.put(states)
-        except BaseException:
-            self.abandon(pieces)
-            raise
+        self.put(states)
         for number in numbers:
-            if self._open.pop(number, None) is not None:
+            if number in self._open:
                 pager, local = self._pager(number)
                 page = self.pages[number]
-                pager.release(local, dirty=any(self._valid.get(piece) for piece in page.pieces))
+                if pager.state(local) == "IN_USE":  # or an interrupted call released it
+                    pager.release(local, dirty=any(self._valid.get(piece) for piece in page.pieces))
+                del self._open[number]
 
     def home(self, piece: Slice, key: str) -> Tensor | None:
         """The place of a tensor in the slot of its page, while that is open."""
@@ -152,9 +152,10 @@ class PagedStore(StateStore):
     def abandon(self, pieces: Sequence[Slice]) -> None:
         """Forget what happened on open pages of ``pieces``: the host's copy counts again."""
         for number in self._pages_of(pieces):
-            if self._open.pop(number, None) is not None:
+            if number in self._open:
                 pager, local = self._pager(number)
                 pager.discard(local)
+                del self._open[number]
 
     def prefetch(self, pieces: Sequence[Slice]) -> None:
         """Begin to fetch the pages of slices, as far as slots are free."""
@@ -169,8 +170,15 @@ class PagedStore(StateStore):
         written = any(self._valid.get(piece) for piece in self.pages[number].pieces)
         if written and len(self._in_slots(pager)) < pager.slots:
             with tracing.span("prefetch page %d", number):
-                if pager.prefetch(local):
-                    self._ahead.append(number)
+                # Noted before: a page in a slot that nobody knows of would take the room of others for ever.
+                self._ahead.append(number)
+                try:
+                    came = pager.prefetch(local)
+                except BaseException:
+                    self._ahead.remove(number)
+                    raise
+                if not came:
+                    self._ahead.remove(number)
 
     def put(self, states: dict[Slice, State]) -> None:
         """Keep the states of these slices: on their page if it is open, otherwise in its host copy."""
@@ -301,8 +309,8 @@ class PagedStore(StateStore):
         if len(in_slots) >= pager.slots:
             dropped = next((other for other in in_slots if other in self._ahead), None)
             if dropped is not None:
-                self._ahead.remove(dropped)
                 pager.evict(self._number[dropped])
+                self._ahead.remove(dropped)
 
     def _in_slots(self, pager: Pager) -> list[int]:
         return [number for number in [*self._ahead, *self._open] if self._pager(number)[0] is pager]
@@ -320,7 +328,7 @@ class PagedStore(StateStore):
 
     def _host(self, number: int) -> Tensor:
         pager, local = self._pager(number)
-        if pager.state(local) in ("DIRTY", "STORING"):
+        if not pager.is_host_current(local):  # its changes are on their way, behind a load even
             pager.flush()
         return pager.host(local)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice
+from chunkft.optim.advanced import copied
 from chunkft.optim.master import MASTER_DTYPES, STATE_KEYS
 from chunkft.optim.rule import UpdateRule
 from chunkft.plan import Chunk, ChunkPlan
@@ -99,7 +100,8 @@ class StateProbe:
         # Implementations for devices refuse tensors without one; what they keep has the same shapes.
         switches = ("fused", "foreach", "capturable")
         plain: dict[str, Any] = {key: False for key in switches if key in self._rule.groups[group]}
-        values = {**self._rule.values()[group], **plain}
+        # Copies, because a step may change values in place.
+        values = {key: copied(value) for key, value in self._rule.values()[group].items()} | plain
         try:
             base = self._rule.make_base([{**values, "params": [parameter]}])
             for entry in base.param_groups:

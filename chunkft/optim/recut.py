@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkft.autograd import Slice
+from chunkft.names import matched
 from chunkft.optim.state import State, detached
 from chunkft.plan import Chunk, ChunkPlan
 
@@ -26,6 +27,35 @@ def merged(plan: ChunkPlan) -> list[list[tuple[str, int | None, int, int]]]:
             else:
                 windows.append((piece.name, piece.dim, piece.start, piece.stop))
         result.append(windows)
+    return result
+
+
+def renamed(saved: dict[str, Any], ours: list[str]) -> dict[str, Any]:
+    """A state_dict with the names of this model, if it was saved from one that was wrapped in another way.
+
+    Raises:
+        ValueError: if it cannot be told which name is meant.
+    """
+    members = [name for group in saved["param_groups"] for name in group["params"]]
+    names = matched(members, ours, "state_dict")
+    if names is None or all(name == other for name, other in names.items()):
+        return saved  # as it is, or of another model: that is told by who compares them
+    plan = saved["plan"]
+    result = {
+        **saved,
+        "state": {names[name]: entry for name, entry in saved["state"].items()},
+        "master": {names[name]: mode for name, mode in saved["master"].items()},
+        "param_groups": [
+            {**group, "params": [names[name] for name in group["params"]]} for group in saved["param_groups"]
+        ],
+        "plan": {
+            **plan,
+            "always": [[names[name], *rest] for name, *rest in plan["always"]],
+            "chunks": [[[names[name], *rest] for name, *rest in pieces] for pieces in plan["chunks"]],
+        },
+    }
+    if "gradients" in saved:
+        result["gradients"] = [{**entry, "name": names[entry["name"]]} for entry in saved["gradients"]]
     return result
 
 

@@ -32,14 +32,17 @@ class ChunkResidency:
 
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now; those that were so before keep their state where it is."""
-        carried = self._carried if self._active is None else self._active.states()
-        self._carried = {}
-        self._active = None
+        # Until the end, state that is carried over stays in ``_carried``: whatever fails here can be done again.
+        if self._active is not None:
+            self._carried = self._active.states()
+            self._active = None
+        carried = self._carried
         opened = self._store.open([(piece, leaf) for piece, leaf in pairs if piece not in carried])
-        states = {piece: carried[piece] if piece in carried else opened[piece] for piece, _ in pairs}
+        states = {piece: dict(carried[piece] if piece in carried else opened[piece]) for piece, _ in pairs}
         for piece, leaf in pairs:
             states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
         self._active = make_slices(pairs, states, self.rule, self._store.home)
+        self._carried = {}
 
     def use(self, store: StateStore) -> None:
         """Work with another store from now on."""
@@ -54,15 +57,19 @@ class ChunkResidency:
         self._store.prefetch(pieces)
 
     def stash(self, always: Sequence[Slice], keep_state: bool) -> None:
-        """Put the state of the active slices into the store, or drop it; that of ``always`` stays."""
-        active = self._slices()
-        states = active.states()
+        """Put the state of the active slices into the store, or drop it; that of ``always`` stays.
+
+        If this fails, the slices are active still, and it can be called again.
+        """
+        if self._active is None:
+            return  # done by an earlier try
+        states = self._active.states()
+        masters = self._active.masters()  # these are part of the weights, not of the moments
         self._carried = {piece: states.pop(piece) for piece in always}
         opened = list(states)
         if not keep_state:
             for piece in states:
                 self._store.drop(piece)
-            masters = active.masters()  # these are part of the weights, not of the moments
             states = {piece: masters[piece] for piece in states}
         self._store.close(opened, {piece: state for piece, state in states.items() if state})
         self._active = None
@@ -100,7 +107,11 @@ class ChunkResidency:
         return state + self._store.spare_nbytes, masters
 
     def _slices(self) -> ActiveSlices | KernelSlices:
-        assert self._active is not None  # the optimizer checks that it is attached before
+        if self._active is None:
+            raise RuntimeError(
+                "no slice is active, because a switch of chunks was interrupted; call step() or state_dict() of the "
+                "optimizer, which finish it"
+            )
         return self._active
 
 

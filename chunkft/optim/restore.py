@@ -11,12 +11,13 @@ from torch import Tensor
 
 from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
+from chunkft.optim.damage import check_groups, check_structure, check_values
 from chunkft.optim.paging import PagingMeter
-from chunkft.optim.recut import Origins, merged, new_state, recut
+from chunkft.optim.recut import Origins, merged, new_state, recut, renamed
 from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.serialize import FORMAT
 from chunkft.optim.state import State, StateStore, detached
-from chunkft.optim.switch import activate
+from chunkft.optim.switch import Switch, settle, watch
 from chunkft.plan import ChunkPlan, check_plan
 from chunkft.schedule import active_chunk
 
@@ -54,6 +55,8 @@ def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
             f"state_dict has format {found!r}; allowed is {FORMAT!r}, made by state_dict() of chunkft"
         )
     try:
+        check_structure(saved["state"])
+        saved = renamed(saved, [piece.name for piece in optimizer.plan.slices()])
         _check_header(optimizer, saved)
         return _read(optimizer, saved)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -68,30 +71,36 @@ def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
     Paged state is read only now, into memory that was given back for it. If the system fails at that, there is no way
     back: the model is detached as it is.
     """
-    optimizer._residency.forget()
-    optimizer.state.clear()
-    optimizer._store.clear()
-    optimizer._store = restored.store
     try:
-        optimizer._store.realise()
+        _exchange(optimizer, restored)
     except BaseException as error:
         error.add_note("the optimizer gave up its state for the one to load and is detached; build a new one")
         optimizer.detach()
         raise
+    settle(optimizer)
+    for piece, leaf in optimizer._attachment.active():
+        if piece in restored.gradients:
+            leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
+    optimizer._attachment.show_gradients()
+
+
+def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:
+    optimizer._residency.forget()
+    optimizer.state.clear()
+    optimizer._store.clear()
+    optimizer._store = restored.store
+    optimizer._store.realise()
     optimizer._meter = PagingMeter()
     optimizer._residency.use(optimizer._store)
     optimizer.plan = restored.plan
     for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
         group.update(loaded)
-    optimizer._interval_index = restored.interval_index
-    optimizer.interval_position = restored.interval_position
     optimizer.updates = restored.updates
     optimizer.skipped = restored.skipped
-    activate(optimizer)
-    for piece, leaf in optimizer._attachment.active():
-        if piece in restored.gradients:
-            leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
-    optimizer._attachment.show_gradients()
+    watch(optimizer)
+    optimizer._switch = Switch(
+        restored.interval_index, restored.interval_position, changes=True, stashed=True
+    )
 
 
 def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
@@ -116,6 +125,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         detached({key: value for key, value in entry.items() if key != "params"})
         for entry in saved["param_groups"]
     ]
+    check_groups(optimizer, groups)
     probe_base(
         optimizer._base_class,
         [{**ours, **theirs} for ours, theirs in zip(optimizer.param_groups, groups, strict=True)],
@@ -124,6 +134,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     updates, skipped = _count(position, "updates"), _count(position, "skipped")
     for piece, entry in origins.items():
         _check_range(saved["state"][piece.name], entry)
+    check_values(optimizer, saved["state"], groups)
     store = optimizer._store.successor(plan)
     try:
         for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):

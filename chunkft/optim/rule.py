@@ -34,3 +34,12 @@ class UpdateRule:
     def values(self) -> Groups:
         """The hyper-parameters of every group as they are now, without the parameters."""
         return [{key: value for key, value in group.items() if key != "params"} for group in self.groups]
+
+    def needs_contiguous(self, name: str) -> bool:
+        """Whether the base may take the memory of a parameter for contiguous, whatever its strides.
+
+        Fused kernels of torch do on a CPU, and those of other packages may; torch's other implementations are made of
+        operators that mind strides.
+        """
+        own = self.base.__module__.startswith("torch.optim.")
+        return not own or bool(self.groups[self.group_of[name]].get("fused"))

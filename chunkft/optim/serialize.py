@@ -92,6 +92,7 @@ def optimizer_state(optimizer: ChunkOptimizer) -> dict[str, Any]:
 
 def saved_gradients(optimizer: ChunkOptimizer) -> list[dict[str, Any]]:
     """Gradients that an open accumulation window has summed up so far."""
+    optimizer._follow_weights()  # a weight that was replaced since the last step has its gradient already
     return [
         {
             "name": p.name,

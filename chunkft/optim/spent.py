@@ -34,8 +34,10 @@ class SpentGradients(Gradients):
     """Gradients of which only the norm is left.
 
     The ``.grad`` of one weight, the carrier, tells the Euclidean norm of all of them, so that a trainer can log it and
-    a limit that would not have been reached is honoured. A scaling by anything else than 1 raises.
+    a limit that would not have been reached is honoured. A scaling by anything else than 1, and reading, raise.
     """
+
+    readable = False
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = weakref.ref(keeper)
@@ -84,6 +86,17 @@ class SpentGradients(Gradients):
             "in the backward pass: switch the clipping off (max_grad_norm=0 in transformers.TrainingArguments), or use "
             "update='step'"
         )
+
+    def fill(self, dense: Tensor) -> None:
+        """Raise, since there is nothing left to read."""
+        raise RuntimeError(
+            "gradients cannot be read or changed with update='backward', which has used them to update the weights in "
+            "the backward pass: only their norm is left; use update='step'"
+        )
+
+    def take(self, dense: Tensor) -> None:
+        """Raise, since there is nothing left to change."""
+        self.fill(dense)
 
     def add(self, dense: Tensor) -> None:
         """Give the gradient of a whole weight to the slices of that weight."""

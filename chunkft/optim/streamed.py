@@ -9,11 +9,12 @@ from torch import Tensor
 
 from chunkft import tracing
 from chunkft.autograd import Slice
+from chunkft.optim.advanced import AdvancedValues
 from chunkft.optim.kernel_slices import KernelSlices, make_slices
 from chunkft.optim.master import STATE_KEYS
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.resident import Pairs, beside_weight
-from chunkft.optim.rule import Groups, UpdateRule
+from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State, StateStore
 
 
@@ -31,8 +32,7 @@ class StreamResidency:
         self.rule = rule
         self._store = store
         self._units: list[Pairs] = []  # the pairs of one page each; a slice without a page is one by itself
-        self._before: Groups | None = None
-        self._after: dict[int, dict[str, Any]] = {}
+        self._advanced = AdvancedValues(rule.groups)
 
     def bind(self, pairs: Pairs) -> None:
         """These slices are active now."""
@@ -69,23 +69,17 @@ class StreamResidency:
 
     def _update(self, unit: Pairs, seed: str, following: Sequence[Pairs], found_inf: Tensor | None) -> None:
         pieces = [piece for piece, _ in unit]
-        states = self._store.open(unit)
-        self._fetch(following)
         try:
+            states = self._store.open(unit)
+            self._fetch(following)
             for piece, leaf in unit:
                 states[piece] = beside_weight(self.rule, piece, leaf, states[piece])
-            if self._before is None:
-                self._before = self.rule.values()
-            # Some optimizers count steps in their groups: every page starts from the values before the step.
-            self._set_values(dict(enumerate(self._before)))
             active = make_slices(unit, states, self.rule, self._store.home)
             if isinstance(active, KernelSlices):
                 active.step(seed, found_inf)
             else:
-                active.step(seed)
-            values = self.rule.values()
-            for number in {self.rule.group_of[piece.name] for piece in pieces}:
-                self._after[number] = values[number]
+                with self._advanced.held_back({self.rule.group_of[piece.name] for piece in pieces}):
+                    active.step(seed)
             self._store.close(pieces, {piece: state for piece, state in active.states().items() if state})
         except BaseException:
             self._store.abandon(pieces)
@@ -93,10 +87,7 @@ class StreamResidency:
 
     def finish(self) -> None:
         """All pages of this step are done."""
-        if self._before is not None:
-            self._set_values({**dict(enumerate(self._before)), **self._after})
-        self._before = None
-        self._after = {}
+        self._advanced.apply()
 
     def prefetch(self, pieces: Sequence[Slice]) -> None:
         """Nothing to do long before: the first pages are fetched when the slices become active."""
@@ -152,7 +143,3 @@ class StreamResidency:
     def _fetch(self, units: Sequence[Pairs]) -> None:
         for unit in units:
             self._store.prefetch([piece for piece, _ in unit])
-
-    def _set_values(self, values: dict[int, dict[str, Any]]) -> None:
-        for number, entries in values.items():
-            self.rule.groups[number].update(entries)

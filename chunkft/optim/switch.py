@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from chunkft import tracing
@@ -15,12 +18,36 @@ if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
 
 
+UNBOUND = -1  # the generation of leaves while they are being bound
+
+
+@dataclass
+class Switch:
+    """A switch that is under way: all that is needed to finish it, noted before anything is changed.
+
+    Attributes:
+        index: the interval that begins.
+        position: optimizer steps done in it.
+        changes: whether other slices, or other state, become active.
+        stashed: whether the state of those that were active rests.
+    """
+
+    index: int
+    position: int
+    changes: bool
+    stashed: bool = False
+
+
 def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> None:
     """``step()`` for slices that were updated in the backward pass."""
-    check_backward_step(getattr(optimizer, "grad_scale", None))
+    scale = getattr(optimizer, "grad_scale", None)  # None after scaler.unscale_(optimizer)
+    check_backward_step(getattr(optimizer, "found_inf", None) if scale is None else scale)
     if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
+        optimizer._pass_unreached()
         return
+    optimizer._attachment.called = False
     residency.step(optimizer._noise_seed())
+    optimizer._attachment.gather()
     if residency.dropped:
         optimizer.skipped += 1
     else:
@@ -41,15 +68,65 @@ def advance_if_due(optimizer: ChunkOptimizer) -> None:
 
 def _advance(optimizer: ChunkOptimizer) -> None:
     before, after = optimizer.active, optimizer._chunk_of(optimizer._interval_index + 1)
+    watch(optimizer)
+    changes = after != before or not optimizer._keep_state
     with tracing.span("switch %d->%d", before, after):
-        changes = after != before or not optimizer._keep_state
-        if changes:
-            optimizer._residency.stash(optimizer.plan.always, optimizer._keep_state)
-            optimizer.state.clear()
-        optimizer._interval_index += 1
-        optimizer.interval_position = 0
-        if changes:
-            activate(optimizer)
+        optimizer._switch = Switch(optimizer._interval_index + 1, 0, changes)
+        _complete(optimizer, optimizer._switch)
+
+
+def settle(optimizer: ChunkOptimizer) -> None:
+    """Finish a switch, or a binding of leaves, that an interrupt or an error left half done.
+
+    Raises:
+        What stopped it, if that is still there; the next call tries again.
+    """
+    # Also in evaluation: what is made here must be fit for training.
+    with torch.inference_mode(False), torch.no_grad():
+        if optimizer._switch is not None:
+            _complete(optimizer, optimizer._switch)
+        elif optimizer.interval_position >= optimizer.interval:
+            try:
+                optimizer._chunk_of(optimizer._interval_index + 1)
+            except Exception:
+                return  # the schedule fails: step() will say so, and what is there can be saved
+            _advance(optimizer)
+        elif optimizer._generation == UNBOUND:
+            bind(optimizer, optimizer._attachment.active())
+        if optimizer._switch_hook is not None:
+            optimizer._switch_hook.remove()
+            optimizer._switch_hook = None
+
+
+def watch(optimizer: ChunkOptimizer) -> None:
+    """Until the switch is done, a call of the model finishes it first: it must not compute with half of a chunk."""
+    if optimizer._switch_hook is not None:
+        return
+    # The model must not hold the optimizer.
+    reference = weakref.ref(optimizer)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before(model: nn.Module, args: Any) -> None:
+        owner = reference()
+        if owner is not None and owner._ready:
+            settle(owner)
+
+    optimizer._switch_hook = optimizer._attachment.model.register_forward_pre_hook(before)
+
+
+def _complete(optimizer: ChunkOptimizer, switch: Switch) -> None:
+    """Every line may be the last one of a call, and is then done again by the next: none does harm twice."""
+    if switch.changes and not switch.stashed:
+        optimizer._residency.stash(optimizer.plan.always, optimizer._keep_state)
+        optimizer.state.clear()
+    switch.stashed = True
+    optimizer._interval_index, optimizer.interval_position = switch.index, switch.position
+    if switch.changes:
+        activate(optimizer)
+    optimizer._switch = None
+    if optimizer._switch_hook is not None:
+        optimizer._switch_hook.remove()
+        optimizer._switch_hook = None
 
 
 def activate(optimizer: ChunkOptimizer) -> None:
@@ -60,7 +137,7 @@ def activate(optimizer: ChunkOptimizer) -> None:
 
 def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> None:
     """Point the groups at these leaves and give them their state."""
-    optimizer._generation = optimizer._attachment.generation
+    optimizer._generation = UNBOUND
     for group in optimizer.param_groups:
         group["params"] = []
     for piece, leaf in pairs:
@@ -70,3 +147,4 @@ def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> 
         optimizer._residency.carrier = optimizer._attachment.carrier
     optimizer._residency.bind(pairs)
     optimizer._residency.show(optimizer.state)
+    optimizer._generation = optimizer._attachment.generation

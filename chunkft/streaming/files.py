@@ -82,6 +82,7 @@ class PageFile:
         self._generation = 0
         self._whole = False
         self._data = -1
+        self._room: weakref.ReferenceType[mmap.mmap] | None = None  # the map, while somebody has it
         if not reopen:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         elif not self.path.exists():
@@ -127,17 +128,18 @@ class PageFile:
         )
         self._seal(page, generation, _sum_up(parts))
 
-    def map(self, page: int) -> mmap.mmap:
-        """Return a shared map whose bytes from 4096 on are the page's; what is written there counts once
+    def map(self, page: int) -> tuple[mmap.mmap, int]:
+        """Return a shared map of the file, and where in it the page's bytes begin; what is written there counts once
         `seal` is called. Raises CorruptPageError if the file is shorter than that.
+
+        All pages share one map: each map holds a descriptor, of which a process has about a thousand.
         """
         self._check_length(page)
-        length = BLOCK + padded(self.sizes[page])
-        # The offset must be a multiple of the granularity, which is 4096 but for some machines with large pages.
-        offset = self._offsets[page]
-        if offset % mmap.ALLOCATIONGRANULARITY:
-            raise OSError(errno.ENOTSUP, f"{self.path}: cannot be mapped on pages of {mmap.PAGESIZE} bytes")
-        return mmap.mmap(self._fd, length, offset=offset)
+        room = None if self._room is None else self._room()
+        if room is None:
+            room = mmap.mmap(self._fd, self.nbytes)
+            self._room = weakref.ref(room)
+        return room, self._offsets[page] + BLOCK
 
     def seal(self, page: int) -> None:
         """Take what is in the file now as the page's content."""

@@ -221,6 +221,11 @@ class Pager:
             )
         return self._home.host(page)
 
+    def is_host_current(self, page: int) -> bool:
+        """Return whether `host(page)` would be the page now; `flush` makes it so, unless the page is acquired."""
+        self._check("is_host_current", page)
+        return self._home.engine.host_is_canonical(page)
+
     def state(self, page: int) -> str:
         """Return where a page is: HOST, LOADING, RESIDENT, IN_USE, DIRTY, STORING or POISONED."""
         self._check("state", page)

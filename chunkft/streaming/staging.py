@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chunkft.streaming.files import BLOCK, PageFile
+from chunkft.streaming.files import PageFile
 from chunkft.streaming.place import Fence, Place
 from chunkft.streaming.stats import TraceRecord
 from chunkft.streaming.workers import Workers
@@ -76,6 +76,7 @@ class StagedEngine:
         self._exposed: set[int] = set()
         self._changed = Condition()
         self._clock = 0
+        self._closing = False
         # One reads ahead while the other writes behind.
         self._jobs = Workers(2, "chunkft-pages")
         self.trace: deque[TraceRecord] = deque(maxlen=trace_events)
@@ -84,6 +85,7 @@ class StagedEngine:
     def prefetch(self, page: int) -> bool:
         """Start to bring a page into host memory, and from there into a slot; False if neither has room."""
         with self._changed:
+            self._check_open("prefetch")
             self._raise_failure()
             self._write_behind()
             entry = self._entry_of.get(page)
@@ -134,7 +136,7 @@ class StagedEngine:
         with self._changed:
             self._write_behind()
             while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
-                self._changed.wait()
+                self._wait("discard")
             if entry is None:
                 return
             if self._core.state(entry.index) == LOADING:
@@ -151,7 +153,7 @@ class StagedEngine:
         """Give up the slot of a page; its changes go on to the file."""
         with self._changed:
             while (entry := self._entry_of.get(page)) is not None and entry.phase is _Phase.READING:
-                self._changed.wait()
+                self._wait("evict")
             if entry is None:
                 return
             self._call(entry, self._core.evict, entry.index)
@@ -185,14 +187,14 @@ class StagedEngine:
         """Return the page's bytes in the file as a tensor."""
         with self._changed:
             while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
-                self._changed.wait()
+                self._wait("host")
             if entry is not None and self._idle(entry):
                 self._forget(entry)
             self._file.open_for_change()
-            room = self._file.map(page)
+            room, offset = self._file.map(page)
             self._exposed.add(page)
         with torch.inference_mode(False):
-            return torch.frombuffer(room, dtype=torch.uint8, offset=BLOCK, count=self._file.sizes[page])
+            return torch.frombuffer(room, dtype=torch.uint8, offset=offset, count=self._file.sizes[page])
 
     def state(self, page: int) -> str:
         """Where a page is: as the native pager says, with the file taken for the host."""
@@ -206,7 +208,13 @@ class StagedEngine:
             return STORING if state == HOST and (entry.dirty or entry.phase is _Phase.WRITING) else state
 
     def close(self) -> None:
-        """Write back what was changed, discard what is acquired, and give up file and threads whatever happens."""
+        """Write back what was changed, discard what is acquired, and give up file and threads whatever happens.
+
+        Whoever waits for a page meanwhile is told so: the threads that would bring it end here.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         try:
             self.flush()
         finally:
@@ -223,6 +231,7 @@ class StagedEngine:
         start = time.perf_counter_ns()
         try:
             while True:
+                self._check_open("acquire")
                 self._write_behind()
                 entry = self._entry_of.get(page)
                 if entry is not None and entry.error is not None and not entry.valid:
@@ -245,6 +254,14 @@ class StagedEngine:
                 self._changed.wait()
         finally:
             self.stall_ns += time.perf_counter_ns() - start
+
+    def _wait(self, name: str) -> None:
+        self._check_open(name)
+        self._changed.wait()
+
+    def _check_open(self, name: str) -> None:
+        if self._closing:
+            raise RuntimeError(f"Pager.{name}: the pager is closed")
 
     def _room(self) -> _Entry | None:
         """The entry that was used longest ago, of those that neither slot nor file needs."""

@@ -1,0 +1,99 @@
+"""Parameters whose ``requires_grad`` tells whether they are trained, while autograd records the active ones only.
+
+Loops read and set ``requires_grad`` to say what is to be trained: they list parameters once, freeze some in the middle
+of a run, or set all of them for a moment. What autograd is to record changes with every chunk and is nobody's business
+but ours. So a parameter of an attached model has two flags: that of the tensor, which autograd sees, and the one that
+Python code sees, which is kept by the parameter's owner.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._guards import TracingContext
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# DistributedDataParallel waits for a gradient of each parameter that autograd records, and what a module puts in the
+# place of a parameter (``load_state_dict(assign=True)``) is to be recorded as that one was.
+_MACHINERY = (os.path.join("nn", "parallel", "distributed.py"), os.path.join("nn", "modules", "module.py"))
+_recorded: Any = torch._C.TensorBase.requires_grad
+_owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to a weak reference to its owner
+
+
+class Owner(Protocol):
+    """Who knows which of its parameters are trained."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether a forward pass runs: kernels then ask what autograd will need."""
+
+    def is_trained(self, parameter: Tensor) -> bool:
+        """Whether a parameter is trained when its turn comes."""
+
+    def set_trained(self, parameter: Tensor, trained: bool) -> None:
+        """Train a parameter from now on, or leave it as it is."""
+
+
+class TrainedParameter(nn.Parameter):
+    """A parameter of an attached model; its copies, pickled ones too, are ordinary parameters."""
+
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        return nn.Parameter(data, requires_grad)  # type: ignore[arg-type]
+
+    @property
+    def requires_grad(self) -> bool:
+        owner = _owner(self)
+        inside = sys._getframe(1).f_code.co_filename.endswith(_MACHINERY)
+        if owner is None or owner.computes or inside or TracingContext.try_get() is not None:
+            return records(self)
+        return owner.is_trained(self)
+
+    @requires_grad.setter
+    def requires_grad(self, trained: bool) -> None:
+        owner = _owner(self)
+        if owner is None:
+            record(self, trained)
+        else:
+            owner.set_trained(self, bool(trained))
+
+    def requires_grad_(self, requires_grad: bool = True) -> TrainedParameter:
+        self.requires_grad = requires_grad
+        return self
+
+
+def own(parameter: Tensor, owner: Owner) -> None:
+    """Let ``owner`` answer for the ``requires_grad`` of a parameter that Python code sees.
+
+    Parameters of a class of their own stay as they are: their flag is that of autograd.
+    """
+    if type(parameter) is nn.Parameter:
+        parameter.__class__ = TrainedParameter
+    if type(parameter) is TrainedParameter:
+        _owners[parameter] = weakref.ref(owner)
+
+
+def disown(parameter: Tensor) -> None:
+    """Make an ordinary parameter of it again; what autograd sees stays."""
+    if type(parameter) is TrainedParameter:
+        _owners.pop(parameter, None)  # type: ignore[no-untyped-call]
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+
+
+def records(parameter: Tensor) -> bool:
+    """Whether autograd records what is computed with a parameter."""
+    return bool(_recorded.__get__(parameter))
+
+
+def record(parameter: Tensor, needed: bool) -> None:
+    """Let autograd record what is computed with a parameter from now on, or not."""
+    _recorded.__set__(parameter, needed)
+
+
+def _owner(parameter: Tensor) -> Owner | None:
+    reference = _owners.get(parameter)  # type: ignore[no-untyped-call]
+    return None if reference is None else reference()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chunkft.autograd.embedding import sliced_embedding
 from chunkft.autograd.experts import EXPERT_WEIGHTS, has_sliceable_experts, sliced_experts
+from chunkft.autograd.layouts import is_jagged, is_strided, on_values
 from chunkft.autograd.library import Anchored, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
@@ -309,15 +310,32 @@ def uncompilable(model: nn.Module) -> None:
 
 
 def _linear(module: nn.Linear, active: Active, input: Tensor) -> Tensor:
-    return sliced_linear(input, module.weight, module.bias, active)
+    def compute(x: Tensor) -> Tensor:
+        return sliced_linear(x, module.weight, module.bias, active)
+
+    return compute(input) if is_strided(input) else _other_layout(module, compute, input)
 
 
 def _embedding(module: nn.Embedding, active: Active, input: Tensor) -> Tensor:
-    return sliced_embedding(input, module.weight, active, module.padding_idx, module.scale_grad_by_freq)
+    def compute(ids: Tensor) -> Tensor:
+        return sliced_embedding(ids, module.weight, active, module.padding_idx, module.scale_grad_by_freq)
+
+    return compute(input) if is_strided(input) else _other_layout(module, compute, input)
 
 
 def _conv1d(module: Any, active: Active, x: Tensor) -> Tensor:
-    return sliced_conv1d(x, module.weight, module.bias, active)
+    def compute(x: Tensor) -> Tensor:
+        return sliced_conv1d(x, module.weight, module.bias, active)
+
+    return compute(x) if is_strided(x) else _other_layout(module, compute, x)
+
+
+def _other_layout(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Of a jagged input the values; of others what the module itself makes, with its weight's gradient as a whole."""
+    if is_jagged(x):
+        return on_values(compute, x)
+    result: Tensor = type(module).forward(module, x)
+    return result
 
 
 def _compiled_linear(owner: CompiledForward, input: Tensor) -> Tensor:

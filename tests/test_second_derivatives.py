@@ -9,7 +9,13 @@ from helpers import window
 from torch import nn
 
 import chunkft
-from chunkft.autograd import Slice, sliced_conv1d, sliced_embedding, sliced_linear
+from chunkft.autograd import (
+    Slice,
+    sliced_conv1d,
+    sliced_embedding,
+    sliced_linear,
+    sliced_linear_cross_entropy,
+)
 
 
 def critic():
@@ -135,3 +141,18 @@ def test_a_backward_pass_that_is_not_differentiated_keeps_no_graph():
     assert not any(leaf.grad.requires_grad for _, leaf in optimizer.active_parameters())
     copied = copy.deepcopy(model)
     assert all(p.requires_grad for p in copied.parameters())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_the_loss_without_logits_says_that_it_has_first_derivatives_only(reduction):
+    weight, targets = torch.randn(7, 4), torch.tensor([1, 6, 2])
+    hidden = torch.randn(3, 4, requires_grad=True)
+    piece = Slice("w", 0, 0, 3, (7, 4))
+    leaf = weight[:3].requires_grad_(True)
+    loss = sliced_linear_cross_entropy(hidden, weight, targets, [(piece, leaf)], reduction=reduction).sum()
+    slopes = torch.autograd.grad(loss, [hidden, leaf], create_graph=True)
+    for slope in slopes:
+        with pytest.raises(
+            RuntimeError, match=r"cannot be differentiated twice.*cross_entropy of sliced_linear"
+        ):
+            torch.autograd.grad(loss + slope.sum(), [leaf, hidden], retain_graph=True)

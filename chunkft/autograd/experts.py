@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from torch.utils._pytree import tree_map
 
 from chunkft import tracing
-from chunkft.autograd.linear import backward_name, own_tensor
+from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor
 from chunkft.autograd.slices import Slice
 
 Active = Sequence[tuple[Slice, Tensor]]
@@ -75,7 +75,24 @@ def sliced_experts(module: nn.Module, active: Mapping[str, Active], *args: Any, 
         return forward(module, *args, **kwargs)
     output = forward(_Stage(module, weights), *args, **kwargs)
     idle = [leaf for weight in weights.values() for leaf in weight.idle()]
-    return _Idle.apply(output, *idle) if idle else output  # type: ignore[no-untyped-call]
+    output = _Idle.apply(output, *idle) if idle else output  # type: ignore[no-untyped-call]
+    if isinstance(output, Tensor) and output.requires_grad:
+        versions = [weight.version() for weight in weights.values()]
+        output.register_hook(_unchanged(type(module).__name__, versions))  # type: ignore[no-untyped-call]
+    return output
+
+
+def _unchanged(owner: str, versions: list[tuple[Tensor, int]]) -> Callable[[Tensor], None]:
+    """What autograd asks of every tensor, of weights whose matrices have no count of changes of their own."""
+
+    def check(gradient: Tensor) -> None:
+        if any(weight._version != version for weight, version in versions):
+            raise RuntimeError(
+                f"the weights of a {owner} were modified in place between its forward and its backward pass; call "
+                "step() only after backward()"
+            )
+
+    return check
 
 
 class ExpertWeight:
@@ -90,8 +107,15 @@ class ExpertWeight:
         self.active = active
         self.transposed = transposed
         self._frozen = weight.detach()
+        # Without the count of changes that all slices share: one of another expert may be updated in place while the
+        # backward pass still needs the matrix of this one.
+        self._uncounted = weight.data
         self._matrices: dict[int, tuple[int, Tensor]] | None = None
         self._used: set[int] = set()
+
+    def version(self) -> tuple[Tensor, int]:
+        """The weight, and how often it was changed in place."""
+        return self._frozen, self._frozen._version
 
     def idle(self) -> list[Tensor]:
         """Leaves that require grad and that nothing was computed with."""
@@ -121,7 +145,7 @@ class ExpertWeight:
             }
         number, matrix = self._matrices.get(expert, (None, None))
         if number is None or matrix is None:
-            matrix = self._frozen[expert]
+            matrix = self._uncounted[expert]
         else:
             self._used.add(number)
         return matrix.t() if self.transposed else matrix
@@ -189,31 +213,41 @@ class _GroupedMatmul(Function):
         name: str,
         *leaves: Tensor,
     ) -> Tensor:
-        ctx.output_major, ctx.windows, ctx.name = output_major, windows, name
-        ctx.shapes = [leaf.shape for leaf in leaves]
+        ctx.output_major, ctx.windows, ctx.name, ctx.leaves = output_major, windows, name, leaves
         wanted = any(ctx.needs_input_grad[6:])
         ctx.save_for_backward(x if wanted else None, matrices if ctx.needs_input_grad[0] else None, offsets)
-        return _grouped_mm(x, matrices, offsets)
+        return own_tensor(_grouped_mm(x, matrices, offsets))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         with tracing.span("backward %s", ctx.name):
             x, matrices, offsets = ctx.saved_tensors
-            dx = _grouped_mm(dy, matrices.transpose(-2, -1), offsets) if ctx.needs_input_grad[0] else None
+            twice = differentiated_again()
+            dx = None
+            if ctx.needs_input_grad[0]:
+                across = matrices.transpose(-2, -1)
+                if twice:  # a product of the other layout, with the same windows
+                    options = not ctx.output_major, ctx.windows, ""
+                    dx = _GroupedMatmul.apply(dy, across, offsets, *options, *ctx.leaves)  # type: ignore[no-untyped-call]
+                else:
+                    dx = _grouped_mm(dy, across, offsets)
             ends = [0, *offsets.tolist()]  # waits for the device, once a weight
             grads: list[Tensor | None] = []
-            for (start, stop), shape, need in zip(
-                ctx.windows, ctx.shapes, ctx.needs_input_grad[6:], strict=True
+            for (start, stop), leaf, need in zip(
+                ctx.windows, ctx.leaves, ctx.needs_input_grad[6:], strict=True
             ):
                 if not need:
                     grads.append(None)
                     continue
                 low, high = ends[start], ends[stop]
                 if low == high:
-                    grads.append(dy.new_zeros(shape))
+                    grads.append(dy.new_zeros(leaf.shape))
                     continue
                 left, right = (dy, x) if ctx.output_major else (x, dy)
+                if twice:
+                    bounds = zip(ends[start:stop], ends[start + 1 : stop + 1], strict=True)
+                    grads.append(torch.stack([left[a:b].t().mm(right[a:b]) for a, b in bounds]))
+                    continue
                 part = offsets[start:stop] - low
                 grads.append(_grouped_mm(left[low:high].t(), right[low:high], part))
             return (dx, None, None, None, None, None, *grads)
@@ -246,10 +280,10 @@ class _Idle(Function):
     def forward(ctx: Any, output: Tensor, *leaves: Tensor) -> Tensor:
         ctx.save_for_backward()
         ctx.like = [(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves]
-        return own_tensor(output)
+        # A copy: one that shared memory could be changed in place without anybody who kept the other noticing.
+        return output.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return (dy, *(torch.zeros(s, dtype=d, device=device) for s, d, device in ctx.like))
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 
 from chunkft import tracing
-from chunkft.autograd.linear import autocast_inputs, backward_name, split_active
+from chunkft.autograd.linear import autocast_inputs, backward_name, differentiated_again, split_active
 from chunkft.autograd.slices import Slice
 from chunkft.kernels.linear_cross_entropy import Loss, Window, linear_cross_entropy
 
@@ -66,10 +66,27 @@ def sliced_linear_cross_entropy(
     windows, leaves = split_active(active)
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
     recorded, name = torch.is_grad_enabled(), backward_name(active)
+    link = flat[:0]  # nothing of the input but its place in the graph
     losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets.reshape(-1), loss, reduction, chunk, recorded, windows, name, *leaves
+        flat, weight, targets.reshape(-1), loss, reduction, chunk, recorded, windows, name, link, *leaves
     )
     return losses.view(targets.shape) if reduction == "none" else losses
+
+
+class _Once(Function):
+    """Gradients as they are, whose own gradients are refused with a sentence rather than taken for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # what comes after the gradients is what they depend on
+        return tuple(torch.ops.aten._unsafe_view(gradient, gradient.shape) for gradient in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "sliced_linear_cross_entropy cannot be differentiated twice, because its logits are not kept; with "
+            "create_graph=True take cross_entropy of sliced_linear"
+        )
 
 
 class _LinearCrossEntropy(Function):
@@ -85,14 +102,15 @@ class _LinearCrossEntropy(Function):
         recorded: bool,
         windows: tuple[Window, ...],
         name: str,
+        link: Tensor,
         *leaves: Tensor,
     ) -> Tensor:
         ctx.name = name
-        needs = ctx.needs_input_grad[9:]
+        needs = ctx.needs_input_grad[10:]
         wanted = tuple(w for w, need in zip(windows, needs, strict=True) if need and recorded)
         need_hidden = ctx.needs_input_grad[0] and recorded
         ctx.setting = loss, reduction, chunk, wanted
-        ctx.dtypes = tuple(leaf.dtype for leaf in leaves)
+        ctx.leaves = leaves
         at_once = reduction != "none"
         losses, dx, dw = linear_cross_entropy(
             hidden,
@@ -104,25 +122,30 @@ class _LinearCrossEntropy(Function):
             chunk=chunk,
         )
         if not at_once:
-            ctx.save_for_backward(hidden, weight, targets)
+            ctx.save_for_backward(link, hidden, weight, targets)
             return losses
         # Kept as gradients of the sum: divided by the number of tokens those of fp16 would underflow.
         count = (targets != loss.ignore_index).sum().to(losses.dtype)
         total = losses.sum()
-        ctx.save_for_backward(count, dx, *dw)
+        ctx.save_for_backward(link, count, dx, *dw)
         return total / count if reduction == "mean" else total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        with tracing.span("backward %s", ctx.name):
-            return _LinearCrossEntropy._gradients(ctx, upstream)
+        with tracing.span("backward %s", ctx.name), torch.no_grad():
+            gradients = _LinearCrossEntropy._gradients(ctx, upstream)
+        if not differentiated_again():
+            return gradients
+        found = [one for one in gradients if one is not None]
+        origins = [one for one in (upstream, ctx.saved_tensors[0], *ctx.leaves) if one.requires_grad]
+        guarded = iter(_Once.apply(len(found), *found, *origins))  # type: ignore[no-untyped-call]
+        return tuple(None if one is None else next(guarded) for one in gradients)
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         loss, reduction, chunk, wanted = ctx.setting
         if reduction == "none":
-            hidden, weight, targets = ctx.saved_tensors
+            _, hidden, weight, targets = ctx.saved_tensors
             _, dx, dw = linear_cross_entropy(
                 hidden,
                 weight,
@@ -134,7 +157,7 @@ class _LinearCrossEntropy(Function):
                 chunk=chunk,
             )
         else:
-            count, dx, *dw = ctx.saved_tensors
+            _, count, dx, *dw = ctx.saved_tensors
             # without any token the gradients are zero, and have to stay so
             scale = upstream / count.clamp(min=1) if reduction == "mean" else upstream
             # a scalar tensor would be rounded to fp16 before the product
@@ -142,7 +165,7 @@ class _LinearCrossEntropy(Function):
             dw = [gradient * scale for gradient in dw]
         found = iter(dw)
         leaves = [
-            next(found).to(dtype) if need else None
-            for need, dtype in zip(ctx.needs_input_grad[9:], ctx.dtypes, strict=True)
+            next(found).to(leaf.dtype) if need else None
+            for need, leaf in zip(ctx.needs_input_grad[10:], ctx.leaves, strict=True)
         ]
-        return (dx, None, None, None, None, None, None, None, None, *leaves)
+        return (dx, None, None, None, None, None, None, None, None, None, *leaves)

@@ -116,7 +116,7 @@ class Reference:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             for name in gradients:
                 self._update(name)
-            self.updates += bool(
+            self.updates += bool(gradients)  # one that reaches no active slice counts for the interval only
                 gradients
             )  # a step that reaches no active slice changes nothing, and counts for the interval
             self.position += 1

@@ -117,8 +117,6 @@ class Reference:
             for name in gradients:
                 self._update(name)
             self.updates += bool(gradients)  # one that reaches no active slice counts for the interval only
-                gradients
-            )  # a step that reaches no active slice changes nothing, and counts for the interval
             self.position += 1
         self.model.zero_grad()
 

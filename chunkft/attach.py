@@ -120,6 +120,7 @@ class Attachment:
         shares: the attachments of optimizers that do not train all of them.
         called: whether the model was called in grad mode since somebody set this to False.
         generation: counts how often leaves were replaced by other objects, for those who keep references.
+        after_weight: for names of sliced weights what is called once a backward pass is through with the weight itself.
         shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
             which knows the weights only can clip and clear them; for slices that are made active from then on.
     """
@@ -130,6 +131,7 @@ class Attachment:
         self.shares: list[Attachment] = []
         self.generation = 0
         self.shows_gradients = False
+        self.after_weight: dict[str, Callable[[], None]] = {}
         self._expected = {
             spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in self.specs
         }
@@ -315,6 +317,18 @@ class Attachment:
         taken = {id(bound.parameter) for bound in self._bound.values()}
         rest = (p for p in self.model.parameters() if not records(p) and id(p) not in taken)
         return next(((p, None) for p in rest), None)
+
+    def backward_reaches(self, name: str) -> bool:
+        """Whether the backward pass that runs comes to a sliced weight itself, at its end, beside its leaves.
+
+        Before that, some reader of the weight may still need its values.
+        """
+        bound = self._bound.get(name)
+        if bound is None or bound.watch is None:
+            return False
+        with torch.enable_grad():
+            view: Any = bound.parameter.view_as(bound.parameter)
+        return bool(torch._C._will_engine_execute_node(view.grad_fn.next_functions[0][0]))
 
     def hide_gradients(self) -> None:
         """Set the ``weight.grad`` that stand for gradients of slices to None."""
@@ -556,6 +570,8 @@ class Attachment:
             # Calls of the module end here too, with nothing for the weight itself.
             if active.gradients.take_arrival() and not active.has_hooks():
                 owner._warn_reader(name)
+            if name in owner.after_weight:
+                owner.after_weight[name]()
 
         return cut
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from chunkft.autograd import Slice, operator_for
 
@@ -158,7 +159,8 @@ def parameter_specs(model: nn.Module, state_bytes: int | None = None) -> list[Pa
         One spec for each parameter that requires a gradient, in ``named_parameters()`` order.
 
     Raises:
-        ValueError: if the model has no trainable parameter, or ``state_bytes`` is not allowed.
+        ValueError: if the model has no trainable parameter, or one that is not initialised yet (lazy modules), or
+            ``state_bytes`` is not allowed.
     """
     if state_bytes is not None and (
         isinstance(state_bytes, bool) or not isinstance(state_bytes, int) or state_bytes < 0
@@ -167,6 +169,11 @@ def parameter_specs(model: nn.Module, state_bytes: int | None = None) -> list[Pa
     owners = parameter_owners(model)
     specs = []
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"parameter {name!r} is not initialised: its lazy module takes its shape from the first input. Run one "
+                "forward pass, then build the optimizer"
+            )
         if not parameter.requires_grad or parameter.numel() == 0:
             continue
         state = state_bytes if state_bytes is not None else 8 + (2 if parameter.element_size() == 2 else 0)

@@ -300,13 +300,3 @@ def test_without_active_slices_or_grad_mode_the_operators_are_the_plain_ones():
 def test_atomic_slices_are_refused(call):
     with pytest.raises(ValueError, match="dim=None"):
         call([(Slice("w", None, 0, 5, (5, 4)), torch.zeros(5, 4, requires_grad=True))])
-
-
-def test_second_derivatives_are_refused():
-    weight = torch.randn(5, 4)
-    piece = Slice("w", 0, 0, 5, (5, 4))
-    x = torch.randn(2, 4, requires_grad=True)
-    y = sliced_linear(x, weight, None, [(piece, weight.clone().requires_grad_(True))])
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chunkft.autograd.embedding import sliced_embedding
 from chunkft.autograd.experts import EXPERT_WEIGHTS, has_sliceable_experts, sliced_experts
+from chunkft.autograd.layouts import is_jagged, is_strided, on_values
 from chunkft.autograd.library import Anchored, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
@@ -71,20 +73,12 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     if not _is_known(module):
         return None
     for module_type, operator in _OPERATORS.items():
-        if isinstance(module, module_type) and type(module).forward is _FORWARDS.get(
-            module_type, module_type.forward
-        ):
+        own = _FORWARDS.get(module_type, module_type.forward)
+        if isinstance(module, module_type) and type(module).forward is own:
             present = any(module._parameters.get(name) is not None for name in operator.names)
             accepted = operator.accepts is None or operator.accepts(module)
             return operator if present and accepted else None
     return _EXPERTS if has_sliceable_experts(module) else None
-
-
-def _original(operator: SlicedOperator) -> Callable[..., Any] | None:
-    """The forward function that an operator stands for, of the class it was registered for; None if of many."""
-    return next(
-        (_FORWARDS.get(kind, kind.forward) for kind, known in _OPERATORS.items() if known is operator), None
-    )
 
 
 class SlicedForward:
@@ -110,17 +104,19 @@ class SlicedForward:
         self.operator = operator
         self.active = active
         self.verify = verify
-        self.stands_for = _original(operator)
+        self.stands_for = type(module).forward
         self.parts = {attribute or operator.names[0]: (active, verify)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # A class whose forward was replaced since computes as it says, and its weight gets a gradient as a whole.
         own = type(self.module).forward
-        patched = self.stands_for is not None and own is not self.stands_for
+        sliced = own is self.stands_for
         for _, verify in self.parts.values():
-            if verify is not None and (not verify(self.module) or patched):
-                result: Tensor = own(self.module, *args, **kwargs)
-                return result
+            if verify is not None:
+                sliced = verify(self.module) and sliced
+        if not sliced or not any(active for active, _ in self.parts.values()):
+            result: Tensor = own(self.module, *args, **kwargs)
+            return result
         if not self.operator.weights:
             return self.operator.forward(self.module, self.active, *args, **kwargs)
         active = {attribute: active for attribute, (active, _) in self.parts.items()}
@@ -132,7 +128,7 @@ class SlicedForward:
         if not rest:
             return None
         forward = SlicedForward(self.module, self.operator, *next(iter(rest.values())))
-        forward.parts = rest
+        forward.parts, forward.stands_for = rest, self.stands_for
         return forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlicedForward:
@@ -309,15 +305,40 @@ def uncompilable(model: nn.Module) -> None:
 
 
 def _linear(module: nn.Linear, active: Active, input: Tensor) -> Tensor:
-    return sliced_linear(input, module.weight, module.bias, active)
+    def compute(x: Tensor) -> Tensor:
+        return sliced_linear(x, module.weight, module.bias, active)
+
+    return compute(input) if is_strided(input) and _plain_functions() else _as_it_is(module, compute, input)
 
 
 def _embedding(module: nn.Embedding, active: Active, input: Tensor) -> Tensor:
-    return sliced_embedding(input, module.weight, active, module.padding_idx, module.scale_grad_by_freq)
+    def compute(ids: Tensor) -> Tensor:
+        return sliced_embedding(ids, module.weight, active, module.padding_idx, module.scale_grad_by_freq)
+
+    return compute(input) if is_strided(input) and _plain_functions() else _as_it_is(module, compute, input)
 
 
 def _conv1d(module: Any, active: Active, x: Tensor) -> Tensor:
-    return sliced_conv1d(x, module.weight, module.bias, active)
+    def compute(x: Tensor) -> Tensor:
+        return sliced_conv1d(x, module.weight, module.bias, active)
+
+    return compute(x) if is_strided(x) and _plain_functions() else _as_it_is(module, compute, x)
+
+
+def _as_it_is(module: nn.Module, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What the module itself makes, with its weight's gradient as a whole; of a jagged input the values, sliced."""
+    if is_jagged(x) and _plain_functions():
+        return on_values(compute, x)
+    result: Tensor = type(module).forward(module, x)
+    return result
+
+
+def _plain_functions() -> bool:
+    """Whether the functions that layers call are PyTorch's own, which the operators stand for."""
+    if torch.compiler.is_compiling():
+        return True
+    embedding = getattr(F.embedding, "__globals__", None)
+    return isinstance(F.linear, types.BuiltinFunctionType) and embedding is vars(F)
 
 
 def _compiled_linear(owner: CompiledForward, input: Tensor) -> Tensor:
@@ -355,12 +376,22 @@ def _register_loaded_libraries() -> None:
     conv1d = getattr(library, "Conv1D", None)
     if conv1d is not None and conv1d not in _OPERATORS:
         register_operator(conv1d, SlicedOperator(_conv1d, compiled=_compiled_conv1d))
+        _FORWARDS[conv1d] = _inherited(conv1d)
 
 
 _OPERATORS: dict[type[nn.Module], SlicedOperator] = {
     nn.Linear: SlicedOperator(_linear, compiled=_compiled_linear),
     nn.Embedding: SlicedOperator(_embedding, accepts=_has_fixed_rows, compiled=_compiled_embedding),
 }
+
+
+def _inherited(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The forward of a class of PyTorch, None if it was replaced before we were imported."""
+    forward = kind.forward
+    original = getattr(forward, "__globals__", None) is vars(sys.modules[kind.__module__])
+    return forward if original else None
+
+
 # As they were when the operators were registered: code may replace the forward of a class, for the whole process.
-_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _OPERATORS}
+_FORWARDS: dict[type[nn.Module], Callable[..., Any] | None] = {kind: _inherited(kind) for kind in _OPERATORS}
 _EXPERTS = SlicedOperator(sliced_experts, weights=EXPERT_WEIGHTS, dims=(0,))

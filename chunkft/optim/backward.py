@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,20 @@ READ_ELSEWHERE = (
 )
 
 
+class Weights(Protocol):
+    """Who knows when a backward pass is through with a weight of which slices are active."""
+
+    after_weight: dict[str, Callable[[], None]]
+
+    def backward_reaches(self, name: str) -> bool:
+        """Whether the backward pass that runs comes to the weight itself."""
+
+
 class BackwardResidency(StreamResidency):
     """Updates the slices of a page as soon as the last of their gradients is complete, and frees the gradients.
+
+    That is not before all readers of a weight have computed their gradients with it, those that read it without its
+    module included.
 
     Gradients and state of the active slices are then never resident together. Pages are fetched ahead in the order
     in which the previous backward pass completed them; the first time in reverse order of the stream.
@@ -40,6 +52,9 @@ class BackwardResidency(StreamResidency):
         self.seed = ""  # names the noise of stochastic rounding
         # finds a weight that tells clippers of the gradients
         self.carrier: Callable[[], Carrier | None] = lambda: None
+        self.weights: Weights | None = None
+        self._waiting: dict[str, list[Slice]] = {}  # slices whose weight still has readers
+        self._read: set[str] = set()  # weights that have no more
         self._spent = SpentGradients(self)
         self._warned = False
         self._unit_of: dict[Slice, int] = {}
@@ -72,6 +87,14 @@ class BackwardResidency(StreamResidency):
         # Hooks live in C++, out of sight of the garbage collector: they must not hold us.
         me = weakref.ref(self)
         for piece, leaf in pairs:
+            if self.weights is not None and piece.dim is not None:
+
+                def through(name: str = piece.name) -> None:
+                    residency = me()
+                    if residency is not None:
+                        residency._weight_done(name)
+
+                self.weights.after_weight[piece.name] = through
 
             def complete(leaf: Tensor, piece: Slice = piece) -> None:
                 residency = me()
@@ -142,6 +165,8 @@ class BackwardResidency(StreamResidency):
         self._flags = {}
         self._held = 0
         self._arrived = set()
+        self._waiting = {}
+        self._read = set()
 
     @torch.no_grad()
     def _complete(self, piece: Slice, leaf: Tensor) -> None:
@@ -158,14 +183,28 @@ class BackwardResidency(StreamResidency):
         if not self._begun:
             self._begun = True
             self._tell_clippers()
-        missing.discard(piece)
         # one product of the backward pass gave those of all slices of a parameter
         if piece.name not in self._arrived:
             self._arrived.add(piece.name)
             self._held += self._together[piece.name]
             self._peak = max(self._peak, self._held)
             self.recent_peak = max(self.recent_peak, self._held)
-        if not missing:
+        if piece.name in self._read or self.weights is None or not self.weights.backward_reaches(piece.name):
+            self._finish(piece)
+        else:
+            self._waiting.setdefault(piece.name, []).append(piece)
+
+    @torch.no_grad()
+    def _weight_done(self, name: str) -> None:
+        """The backward pass will not use this weight any more."""
+        self._read.add(name)
+        for piece in self._waiting.pop(name, ()):
+            self._finish(piece)
+
+    def _finish(self, piece: Slice) -> None:
+        number = self._unit_of[piece]
+        self._missing[number].discard(piece)
+        if not self._missing[number]:
             self._update_unit(number)
 
     def _tell_clippers(self) -> None:

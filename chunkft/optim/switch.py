@@ -145,6 +145,7 @@ def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> 
     if isinstance(optimizer._residency, BackwardResidency):
         optimizer._residency.seed = optimizer._noise_seed()
         optimizer._residency.carrier = optimizer._attachment.carrier
+        optimizer._residency.weights = optimizer._attachment
     optimizer._residency.bind(pairs)
     optimizer._residency.show(optimizer.state)
     optimizer._generation = optimizer._attachment.generation

@@ -1,8 +1,10 @@
 """Operators that ``torch.compile`` does not look into: which slices are active is looked up when they run.
 
 A compiled block has one graph for all chunks. An operator finds its module by a number that is a tensor (its value is
-no part of the graph), computes with the slices that are active at that moment, and adds their gradients to the leaves
-itself. The graph sees an *anchor* in their place: a scalar that always requires grad and gets a gradient of zero.
+no part of the graph) and computes with the slices that are active at that moment. The graph sees an *anchor* in their
+place: a scalar that always requires grad and gets a gradient of zero. The gradients of the leaves wait in a stash until
+autograd has accumulated that of the anchor: once in a backward pass, after the last use of the module, and not at all
+for ``torch.autograd.grad``.
 """
 
 from __future__ import annotations
@@ -19,13 +21,29 @@ from torch import Tensor, nn
 
 from chunkft import tracing
 from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradient
+from chunkft.autograd.stash import arrive, current_stash
 from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
 
 # CUDA graphs replay kernels without the Python code that looks up what is active.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 _numbers = itertools.count()
+_calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _anchored: weakref.WeakValueDictionary[int, Anchored] = weakref.WeakValueDictionary()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def next_call() -> str:
+    """A name for one call of an operator that no other call in the graph which is being traced has.
+
+    It is text, since a compiler takes numbers that differ for inputs. It begins anew with each graph, so that caches
+    of compiled code find the same graph again.
+    """
+    graph = torch._guards.TracingContext.try_get()
+    if graph is None:
+        return "0"
+    _calls[graph] = _calls.get(graph, -1) + 1
+    return str(_calls[graph])
 
 
 class Anchored(ABC):
@@ -39,7 +57,13 @@ class Anchored(ABC):
         # On the CPU: reading it waits for no device.
         self.number = torch.tensor(number)
         self.anchor = torch.zeros((), requires_grad=True)
-        self.accumulator = torch.autograd.graph.get_gradient_edge(self.anchor).node
+
+        # The hook lives in C++, out of sight of the garbage collector: it holds the number only.
+        def accumulated(anchor: Tensor) -> None:
+            anchor.grad = None
+            arrive(number)
+
+        self.anchor.register_post_accumulate_grad_hook(accumulated)  # type: ignore[no-untyped-call]
         _anchored[number] = self
 
     @abstractmethod
@@ -53,7 +77,7 @@ class Anchored(ABC):
 
 @torch.library.custom_op("chunkft::sliced_matmul", mutates_args=(), tags=_TAGS)
 def sliced_matmul(
-    x: Tensor, anchor: Tensor, number: Tensor, outputs: int, input_major: bool, recorded: bool
+    x: Tensor, anchor: Tensor, number: Tensor, call: str, outputs: int, input_major: bool, recorded: bool
 ) -> tuple[Tensor, Tensor]:
     """``x W^T + b`` (``x W + b`` if input-major), and what the backward pass will need of the input, flat.
 
@@ -61,6 +85,7 @@ def sliced_matmul(
         x: (..., N) input.
         anchor: scalar in whose name gradients flow.
         number: of the ``Anchored`` whose weight and bias are used; int64 scalar on the CPU.
+        call: tells this call in a graph from others; compilers merge equal ones, in the backward pass too.
         outputs: M, size of the last dimension of the result.
         input_major: the layout of the weight.
         recorded: whether there will be a backward pass.
@@ -80,7 +105,7 @@ def sliced_matmul(
 
 @sliced_matmul.register_fake
 def _(
-    x: Tensor, anchor: Tensor, number: Tensor, outputs: int, input_major: bool, recorded: bool
+    x: Tensor, anchor: Tensor, number: Tensor, call: str, outputs: int, input_major: bool, recorded: bool
 ) -> tuple[Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size() if recorded else 0
     return x.new_empty((*x.shape[:-1], outputs)), x.new_empty((size,))
@@ -88,46 +113,46 @@ def _(
 
 @torch.library.custom_op("chunkft::sliced_matmul_backward", mutates_args=(), tags=_TAGS)
 def sliced_matmul_backward(
-    dy: Tensor, kept: Tensor, number: Tensor, width: int, input_major: bool, need_dx: bool
+    dy: Tensor, kept: Tensor, number: Tensor, call: str, width: int, input_major: bool, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    """dX, or an empty tensor, and the gradient of the anchor; those of the active slices are added to the leaves."""
+    """dX, or an empty tensor, and the gradient of the anchor; those of the active slices are stashed."""
     owner = _anchored[int(number)]
     with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
-        return _matmul_gradients(owner, dy, kept, width, input_major, need_dx)
+        return _matmul_gradients(owner, int(number), dy, kept, width, input_major, need_dx)
 
 
 def _matmul_gradients(
-    owner: Anchored, dy: Tensor, kept: Tensor, width: int, input_major: bool, need_dx: bool
+    owner: Anchored, number: int, dy: Tensor, kept: Tensor, width: int, input_major: bool, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
-    accumulates = _accumulates(owner)
-    pairs = owner.pairs() if accumulates else []
+    pairs, stash = owner.pairs(), current_stash(_shared)
     flat = dy.reshape(-1, dy.shape[-1])
     weight, _ = _weight_and_bias(owner, dy.dtype)
-    dx = dy.new_empty(0)
-    if need_dx:  # first: a leaf may be updated as soon as it has its gradient
-        dx = flat.mm(weight.t() if input_major else weight).view(*dy.shape[:-1], width)
     if pairs:
         windows = [window for window, _ in pairs]
         whole, parts = _unpack(kept, weight, windows, flat.shape[0], width, input_major, owner)
         for position, (window, leaf) in enumerate(pairs):
             x = parts[0] if whole else parts[position]
-            _accumulate(leaf, slice_gradient(flat, x, window, width, whole, input_major))
+            gradient = slice_gradient(flat, x, window, width, whole, input_major)
+            stash.add(number, leaf, gradient.to(leaf.dtype))
     bias = owner.module._parameters.get("bias")
-    if accumulates and bias is not None and records(bias):
-        _accumulate(bias, flat.sum(0))
+    if bias is not None and records(bias):
+        stash.add(number, bias, flat.sum(0).to(bias.dtype))
+    dx = dy.new_empty(0)
+    if need_dx:
+        dx = flat.mm(weight.t() if input_major else weight).view(*dy.shape[:-1], width)
     return dx, torch.zeros(())
 
 
 @sliced_matmul_backward.register_fake
 def _(
-    dy: Tensor, kept: Tensor, number: Tensor, width: int, input_major: bool, need_dx: bool
+    dy: Tensor, kept: Tensor, number: Tensor, call: str, width: int, input_major: bool, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (*dy.shape[:-1], width) if need_dx else (0,)
     return dy.new_empty(shape), torch.empty((), device="cpu")
 
 
 def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, _, number, _, ctx.input_major, _ = inputs
+    x, _, number, ctx.call, _, ctx.input_major, _ = inputs
     ctx.width = x.shape[-1]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], number)
@@ -136,8 +161,8 @@ def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _matmul_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     kept, number = ctx.saved_tensors
     need_dx = ctx.needs_input_grad[0]
-    dx, anchor = sliced_matmul_backward(dy, kept, number, ctx.width, ctx.input_major, need_dx)
-    return dx if need_dx else None, anchor, None, None, None, None
+    dx, anchor = sliced_matmul_backward(dy, kept, number, ctx.call, ctx.width, ctx.input_major, need_dx)
+    return dx if need_dx else None, anchor, None, None, None, None, None
 
 
 sliced_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
@@ -145,49 +170,45 @@ sliced_matmul.register_autograd(_matmul_backward, setup_context=_matmul_setup)
 
 @torch.library.custom_op("chunkft::sliced_embedding", mutates_args=(), tags=_TAGS)
 def sliced_embedding(
-    ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Rows of the table of the ``Anchored`` of this number: (...) ids to (..., width) of ``dtype``; and a ticket.
-
-    The ticket is empty. To a compiler its size is unknown, so that no two calls look alike to it.
-    """
+    ids: Tensor, anchor: Tensor, number: Tensor, call: str, width: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows of the table of the ``Anchored`` of this number: (...) ids to (..., width) of ``dtype``."""
     owner = _anchored[int(number)]
     owner.pairs()  # binds the leaves anew if the weight was moved
-    return F.embedding(ids, _weight(owner)), ids.new_empty(0)
+    return F.embedding(ids, _weight(owner))
 
 
 @sliced_embedding.register_fake
-def _(ids: Tensor, anchor: Tensor, number: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
-    return ids.new_empty((*ids.shape, width), dtype=dtype), ids.new_empty((size,))
+def _(ids: Tensor, anchor: Tensor, number: Tensor, call: str, width: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, width), dtype=dtype)
 
 
 @torch.library.custom_op("chunkft::sliced_embedding_backward", mutates_args=(), tags=_TAGS)
-def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor, ticket: Tensor) -> Tensor:
-    """The gradient of the anchor; those of the active slices are added to the leaves."""
-    owner = _anchored[int(number)]
+def sliced_embedding_backward(dy: Tensor, ids: Tensor, number: Tensor, call: str) -> Tensor:
+    """The gradient of the anchor; those of the active slices are stashed."""
+    owner, stash = _anchored[int(number)], current_stash(_shared)
     table: Any = owner.module
     with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
-        for (dim, start, stop), leaf in owner.pairs() if _accumulates(owner) else ():
+        for (dim, start, stop), leaf in owner.pairs():
             rows, cols = ((start, stop), None) if dim == 0 else (None, (start, stop))
             settings = table.padding_idx, table.scale_grad_by_freq
-            _accumulate(leaf, embedding_grad(dy, ids, table.num_embeddings, rows, cols, *settings))
+            gradient = embedding_grad(dy, ids, table.num_embeddings, rows, cols, *settings)
+            stash.add(int(number), leaf, gradient.to(leaf.dtype))
     return torch.zeros(())
 
 
 @sliced_embedding_backward.register_fake
-def _(dy: Tensor, ids: Tensor, number: Tensor, ticket: Tensor) -> Tensor:
+def _(dy: Tensor, ids: Tensor, number: Tensor, call: str) -> Tensor:
     return torch.empty((), device="cpu")
 
 
-def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ids, _, number, _, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(ids, number, output[1])
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ids, _, number, ctx.call, _, _ = inputs
+    ctx.save_for_backward(ids, number)
 
 
-def _embedding_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return None, sliced_embedding_backward(dy, *ctx.saved_tensors), None, None, None
+def _embedding_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return None, sliced_embedding_backward(dy, *ctx.saved_tensors, ctx.call), None, None, None, None
 
 
 sliced_embedding.register_autograd(_embedding_backward, setup_context=_embedding_setup)
@@ -204,17 +225,15 @@ def _weight_and_bias(owner: Anchored, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return _weight(owner).to(dtype), None if bias is None else bias.detach().to(dtype)
 
 
-def _accumulates(owner: Anchored) -> bool:
-    """Whether this backward pass adds gradients to leaves: not in autograd.grad(), nor for other inputs alone."""
-    try:
-        return bool(torch._C._will_engine_execute_node(owner.accumulator))
-    except RuntimeError:  # what it says of a leaf in autograd.grad()
-        return False
-
-
-def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
-    """Through the engine, so that hooks of the leaf run."""
-    torch.autograd.backward([leaf], [gradient.to(leaf.dtype)])
+def _shared() -> set[int]:
+    """Numbers of the modules that hold a weight or bias which another one holds too."""
+    holders: dict[int, dict[int, int]] = {}
+    for number, owner in list(_anchored.items()):
+        for parameter in owner.module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), {})[number] = id(owner.module)
+    tied = (found for found in holders.values() if len(found) > 1 and len(set(found.values())) > 1)
+    return {number for found in tied for number in found}
 
 
 def _unpack(

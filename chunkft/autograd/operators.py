@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from chunkft.autograd.embedding import sliced_embedding
 from chunkft.autograd.experts import EXPERT_WEIGHTS, has_sliceable_experts, sliced_experts
 from chunkft.autograd.layouts import is_jagged, is_strided, on_values
-from chunkft.autograd.library import Anchored, sliced_matmul
+from chunkft.autograd.library import Anchored, next_call, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
 from chunkft.autograd.reentrant import move_checks
@@ -353,13 +353,15 @@ def _compiled_matmul(owner: CompiledForward, x: Tensor, output_dim: int) -> Tens
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     outputs, recorded = owner.weight_shape[output_dim], torch.is_grad_enabled()
-    y: Tensor = sliced_matmul(x, owner.anchor, owner.number, outputs, output_dim == 1, recorded)[0]
+    y: Tensor = sliced_matmul(x, owner.anchor, owner.number, next_call(), outputs, output_dim == 1, recorded)[
+        0
+    ]
     return y
 
 
 def _compiled_embedding(owner: CompiledForward, input: Tensor) -> Tensor:
     width, dtype = owner.weight_shape[1], owner.weight_dtype
-    y: Tensor = library_embedding(input, owner.anchor, owner.number, width, dtype)[0]
+    y: Tensor = library_embedding(input, owner.anchor, owner.number, next_call(), width, dtype)
     return y
 
 

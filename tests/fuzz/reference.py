@@ -116,9 +116,7 @@ class Reference:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             for name in gradients:
                 self._update(name)
-            self.updates += bool(
-                gradients
-            )  # a step that reaches no active slice changes nothing, and counts for the interval
+            self.updates += bool(gradients)  # one that reaches no active slice counts for the interval only
             self.position += 1
         self.model.zero_grad()
 

@@ -1,0 +1,96 @@
+"""Compiled models give the gradients of eager ones, also where a compiler may merge, move or leave out operators."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import chunkft
+from chunkft.autograd import compilable
+
+BACKENDS = ["eager", "aot_eager", "aot_eager_decomp_partition"]
+IDS = torch.arange(7)
+
+
+class Twice(nn.Module):
+    """Equal calls, as shared layers make them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.layer = nn.Embedding(7, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids) + self.table(ids)
+        return self.layer(x) + self.layer(x)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def compiled(model: nn.Module, backend: str) -> nn.Module:
+    compilable(model)
+    return torch.compile(model, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_equal_calls_count_each(backend: str, chunks: int) -> None:
+    model, eager = Twice(), Twice()
+    optimizers = [chunkft.ChunkAdamW(m, lr=1e-2, chunks=chunks, interval=1) for m in (model, eager)]
+    call = compiled(model, backend)
+    for _ in range(2 * chunks):
+        call(IDS).square().sum().backward()
+        eager(IDS).square().sum().backward()
+        pairs = zip(*(optimizer.active_parameters() for optimizer in optimizers), strict=True)
+        for (piece, a), (_, b) in pairs:
+            torch.testing.assert_close(a.grad, b.grad, msg=f"{piece}")
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_updates_in_the_backward_pass_come_after_the_weight_was_read(backend: str) -> None:
+    torch.manual_seed(0)
+    layers = (
+        nn.Linear(16, 16, bias=False),
+        nn.Tanh(),
+        nn.Linear(16, 16, bias=False),
+        nn.Tanh(),
+        nn.Linear(16, 4),
+    )
+    model = nn.Sequential(*layers)
+    eager = copy.deepcopy(model)
+    options = {"lr": 1e-1, "chunks": 1, "residency": "stream", "page_bytes": 256}
+    backward = chunkft.ChunkAdamW(model, update="backward", **options)
+    step = chunkft.ChunkAdamW(eager, update="step", **options)
+    call, x = compiled(model, backend), torch.randn(8, 16)
+    for _ in range(2):
+        call(x).square().sum().backward()
+        eager(x).square().sum().backward()
+        backward.step()
+        step.step()
+    for (name, a), b in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_gradients_of_an_input_alone_leave_the_leaves_alone(backend: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    plain = copy.deepcopy(model)
+    optimizer = chunkft.ChunkAdamW(model, chunks=1)
+    call = compiled(model, backend)
+    x, y = (torch.randn(8, 16).requires_grad_() for _ in range(2))
+    (ours,) = torch.autograd.grad(call(x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(plain(x).square().sum(), x)
+    torch.testing.assert_close(ours, theirs)
+    call(y).square().sum().backward(inputs=[y])
+    assert all(leaf.grad is None for _, leaf in optimizer.active_parameters())
+    call(x).square().sum().backward()
+    assert all(leaf.grad is not None for _, leaf in optimizer.active_parameters())

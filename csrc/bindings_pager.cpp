@@ -38,7 +38,8 @@ Stream to_stream(const py::handle& value, const char* op) { return Stream::calle
 class Pager {
  public:
   Pager(const py::sequence& pages, const py::sequence& host, const py::sequence& slots, const py::object& slot_bytes,
-        const std::string& backend, const py::object& device, py::object keep, const py::object& trace_events)
+        const std::string& backend, const py::object& device, py::object keep, const py::object& trace_events,
+        const py::object& delay_seed)
       : keep_(std::move(keep)) {
     auto layout = Layout::create(to_sizes(pages, "Pager", "pages"), to_sizes(host, "Pager", "host"),
                                  to_sizes(slots, "Pager", "slots"), to_size(slot_bytes, "Pager", "slot_bytes"));
@@ -52,8 +53,12 @@ class Pager {
     if (ordinal > 1023) {
       raise(invalid_argument("Pager", "device must be from 0 to 1023, got " + std::to_string(ordinal)));
     }
+    const std::size_t seed = to_size(delay_seed, "Pager", "delay_seed");
+    if (seed != 0 && backend != "host") {
+      raise(invalid_argument("Pager", "delay_seed must be 0 with backend \"" + backend + "\", got " + std::to_string(seed)));
+    }
     engine_ = unlocked([&]() -> Result<std::unique_ptr<Engine>> {
-      auto made = make_backend(backend, static_cast<int>(ordinal));
+      auto made = make_backend(backend, static_cast<int>(ordinal), seed);
       if (!made.ok()) return made.error();
       return Engine::create(std::move(layout.value()), std::move(made.value()), options);
     });
@@ -84,9 +89,9 @@ class Pager {
   }
 
  private:
-  static Result<std::shared_ptr<Backend>> make_backend(const std::string& name, int device) {
+  static Result<std::shared_ptr<Backend>> make_backend(const std::string& name, int device, std::uint64_t delay_seed) {
     if (name == "host") {
-      auto made = HostBackend::create();
+      auto made = HostBackend::create(delay_seed);
       if (!made.ok()) return made.error();
       return std::shared_ptr<Backend>(std::move(made.value()));
     }
@@ -143,10 +148,10 @@ void bind_pager(py::module_& m) {
 
   py::class_<Pager>(m, "Pager", "Pages of host memory, a few of them at a time in slots of device memory.")
       .def(py::init<const py::sequence&, const py::sequence&, const py::sequence&, const py::object&,
-                    const std::string&, const py::object&, py::object, const py::object&>(),
+                    const std::string&, const py::object&, py::object, const py::object&, const py::object&>(),
            py::arg("pages"), py::arg("host"), py::arg("slots"), py::arg("slot_bytes"), py::kw_only(),
            py::arg("backend") = "host", py::arg("device") = 0, py::arg("keep") = py::none(),
-           py::arg("trace_events") = 4096)
+           py::arg("trace_events") = 4096, py::arg("delay_seed") = 0)
       .def(
           "prefetch",
           [page_of](Pager& p, const py::object& page) {

@@ -57,7 +57,8 @@ std::size_t SeededScheduler::choose(std::size_t count) {
   return static_cast<std::size_t>((z ^ (z >> 31)) % count);
 }
 
-HostBackend::HostBackend(Scheduler* scheduler) : scheduler_(scheduler), process_(getpid()) {
+HostBackend::HostBackend(Scheduler* scheduler, std::uint64_t delay_seed)
+    : scheduler_(scheduler), delay_seed_(delay_seed), process_(getpid()) {
   for (std::size_t i = 0; i < kOwnStreams; ++i) create_stream();
 }
 
@@ -77,9 +78,9 @@ HostBackend::~HostBackend() {
   for (auto& stream : streams_) stream->join();
 }
 
-Result<std::unique_ptr<HostBackend>> HostBackend::create() {
+Result<std::unique_ptr<HostBackend>> HostBackend::create(std::uint64_t delay_seed) {
   try {
-    return std::make_unique<HostBackend>();
+    return std::make_unique<HostBackend>(nullptr, delay_seed);
   } catch (const std::system_error& error) {
     return Error{Code::kSystem, "starting a copy thread", {}, 0, error.code().value()};
   }
@@ -91,9 +92,10 @@ int HostBackend::streams_created() const {
 }
 
 std::uintptr_t HostBackend::create_stream() {
-  auto stream = std::make_unique<HostStream>(scheduler_ == nullptr);
-  const auto handle = reinterpret_cast<std::uintptr_t>(stream.get());
   std::lock_guard lock(mutex_);
+  const std::uint64_t seed = delay_seed_ == 0 ? 0 : delay_seed_ + streams_.size();
+  auto stream = std::make_unique<HostStream>(scheduler_ == nullptr, seed);
+  const auto handle = reinterpret_cast<std::uintptr_t>(stream.get());
   streams_.push_back(std::move(stream));
   return handle;
 }

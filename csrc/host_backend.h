@@ -40,8 +40,9 @@ class HostStream;
 class HostBackend final : public Backend {
  public:
   // create() where the threads may not be had, the constructor where that need not be handled.
-  static Result<std::unique_ptr<HostBackend>> create();
-  explicit HostBackend(Scheduler* scheduler = nullptr);
+  // A delay seed that is not 0 lets every copy start late, by a time that follows from the seed.
+  static Result<std::unique_ptr<HostBackend>> create(std::uint64_t delay_seed = 0);
+  explicit HostBackend(Scheduler* scheduler = nullptr, std::uint64_t delay_seed = 0);
   ~HostBackend() override;
 
   const char* name() const override { return "host"; }
@@ -85,6 +86,7 @@ class HostBackend final : public Backend {
   static bool reached(const Mark& mark);
 
   Scheduler* const scheduler_;
+  const std::uint64_t delay_seed_;
   const int process_;
   mutable std::mutex mutex_;  // guards the two vectors
   std::vector<std::unique_ptr<HostStream>> streams_;  // load, store, then the caller's

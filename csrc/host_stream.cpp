@@ -1,6 +1,7 @@
 #include "host_stream.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <new>
 
@@ -9,10 +10,12 @@ namespace {
 
 constexpr std::size_t kCapacity = 1024;
 constexpr std::size_t kSteppedCapacity = 16;  // tests make these by the thousand
+constexpr std::uint64_t kLongestDelay = 2000;  // microseconds
 
 }  // namespace
 
-HostStream::HostStream(bool threaded) : ring_(threaded ? kCapacity : kSteppedCapacity) {
+HostStream::HostStream(bool threaded, std::uint64_t delay_seed)
+    : ring_(threaded ? kCapacity : kSteppedCapacity), delay_state_(delay_seed) {
   if (threaded) thread_ = std::thread([this] { work(); });
 }
 
@@ -78,9 +81,19 @@ void HostStream::work() {
       filled_.wait(lock, [this] { return stopping_ || first_ != submitted_.load(std::memory_order_relaxed); });
       if (first_ == submitted_.load(std::memory_order_relaxed)) return;
     }
-    execute(head());
+    const Command command = head();
+    if (delay_state_ != 0 && command.kind == Command::Kind::kCopy) delay();
+    execute(command);
     finish();
   }
+}
+
+void HostStream::delay() {
+  // xorshift64: never 0 once it was not.
+  delay_state_ ^= delay_state_ << 13;
+  delay_state_ ^= delay_state_ >> 7;
+  delay_state_ ^= delay_state_ << 17;
+  std::this_thread::sleep_for(std::chrono::microseconds(delay_state_ % kLongestDelay));
 }
 
 bool HostStream::can_step() {

@@ -27,7 +27,8 @@ struct Command {
 // A FIFO of commands and, unless it is stepped by hand, the thread that works it off.
 class HostStream {
  public:
-  explicit HostStream(bool threaded);
+  // With a delay seed each copy of a stream with a thread waits before it starts, up to kLongestDelay.
+  explicit HostStream(bool threaded, std::uint64_t delay_seed = 0);
   ~HostStream();  // works off what there is, if it has a thread; what is left in a stepped stream is dropped
 
   // Place of the command in the stream, counted from 1. It may lie there until the next nudge.
@@ -49,6 +50,7 @@ class HostStream {
   void work();
   Command head();
   void finish();
+  void delay();
   static void execute(const Command& command);
 
   std::mutex mutex_;
@@ -57,6 +59,7 @@ class HostStream {
   std::uint64_t first_ = 0;    // guarded by mutex_, as is the ring
   bool stopping_ = false;
   bool half_copied_ = false;
+  std::uint64_t delay_state_;  // 0: no delays; the thread's own
   std::atomic<std::uint64_t> submitted_{0};
   std::atomic<std::uint64_t> executed_{0};
   std::thread thread_;

@@ -52,7 +52,8 @@ class PagedStore(StateStore):
         self._device_of = device_of
         self._stream = stream
         self.page_bytes = page_bytes
-        self.state_dir = state_dir
+        # A relative path must mean the same directory when the process has gone to another one.
+        self.state_dir = None if state_dir is None else os.path.abspath(state_dir)
         self.new_peak = 0  # most bytes at a time of state that had to be copied to its page, if pages stream
         groups: list[Sequence[Slice]] = [chunk.slices for chunk in plan.chunks]
         if stream:
@@ -182,6 +183,7 @@ class PagedStore(StateStore):
 
     def put(self, states: dict[Slice, State]) -> None:
         """Keep the states of these slices: on their page if it is open, otherwise in its host copy."""
+        hosts: dict[int, Tensor] = {}
         for piece, state in states.items():
             if piece not in self.page_of:
                 super().put({piece: state})
@@ -198,7 +200,11 @@ class PagedStore(StateStore):
                 elif region is None or region.shape != tuple(value.shape) or region.dtype != value.dtype:
                     values[key] = value.detach().cpu()
                 else:
-                    home = region.of(self._host(number) if page is None else page)
+                    if page is None:
+                        if number not in hosts:
+                            hosts[number] = self._host_to_write(number)
+                        page = hosts[number]
+                    home = region.of(page)
                     if home.data_ptr() != value.data_ptr():
                         home.copy_(value.detach())
                     valid.add(key)
@@ -328,8 +334,16 @@ class PagedStore(StateStore):
 
     def _host(self, number: int) -> Tensor:
         pager, local = self._pager(number)
-        if not pager.is_host_current(local):  # its changes are on their way, behind a load even
+        return pager.read(local)
+
+    def _host_to_write(self, number: int) -> Tensor:
+        """The host copy, of which no copy in a slot is left: a page that was fetched ahead would stay as it was."""
+        pager, local = self._pager(number)
+        if pager.state(local) != "HOST":
             pager.flush()
+        pager.discard(local)
+        if number in self._ahead:
+            self._ahead.remove(number)
         return pager.host(local)
 
     def _paged(self, piece: Slice, page: Tensor) -> State:

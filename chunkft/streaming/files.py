@@ -68,7 +68,8 @@ class PageFile:
     def __init__(
         self, directory: str | os.PathLike[str], sizes: Sequence[int], workers: Workers, *, reopen: bool
     ) -> None:
-        self.path = Path(directory) / NAME
+        # A relative path must mean the same directory when the process has gone to another one.
+        self.path = Path(os.path.abspath(directory)) / NAME
         self.sizes = tuple(sizes)
         self._workers = workers
         self._offsets: list[int] = []
@@ -82,7 +83,8 @@ class PageFile:
         self._generation = 0
         self._whole = False
         self._data = -1
-        self._room: weakref.ReferenceType[mmap.mmap] | None = None  # the map, while somebody has it
+        self._map: weakref.ref[mmap.mmap] | None = None
+        self._checked: dict[int, int] = {}  # generation of each page that `check` has read through this map
         if not reopen:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         elif not self.path.exists():
@@ -111,12 +113,7 @@ class PageFile:
             return
         parts = self._workers.map(lambda start: self._read_segment(page, start, buffer), self._segments(page))
         found = _sum_up(parts)
-        if found != self._checksums[page]:
-            raise CorruptPageError(
-                self.path,
-                page,
-                f"is damaged: its {size} bytes have checksum {found:08x}, but {self._checksums[page]:08x} was written",
-            )
+        self._compare(page, found)
 
     def write(self, page: int, buffer: memoryview) -> None:
         """Write a page from `buffer`; raises OSError naming the file if that fails, and may be tried again."""
@@ -129,17 +126,34 @@ class PageFile:
         self._seal(page, generation, _sum_up(parts))
 
     def map(self, page: int) -> tuple[mmap.mmap, int]:
-        """Return a shared map of the file, and where in it the page's bytes begin; what is written there counts once
-        `seal` is called. Raises CorruptPageError if the file is shorter than that.
-
-        All pages share one map: each map holds a descriptor, of which a process has about a thousand.
+        """Return a shared map of the file, and where in it the page's bytes start; what is written there counts
+        once `seal` is called. Raises CorruptPageError if the file is shorter than that.
         """
         self._check_length(page)
-        room = None if self._room is None else self._room()
-        if room is None:
-            room = mmap.mmap(self._fd, self.nbytes)
-            self._room = weakref.ref(room)
-        return room, self._offsets[page] + BLOCK
+        offset = self._offsets[page] + BLOCK
+        # One for all pages, as each map keeps a descriptor; and none for longer than somebody uses it.
+        room = None if self._map is None else self._map()
+        if room is None or len(room) < offset + padded(self.sizes[page]):
+            # Not of the descriptor with the lock, which the map would keep for as long as a tensor is left.
+            room = mmap.mmap(self._data, 0)
+            self._map = weakref.ref(room)
+            self._checked.clear()
+        return room, offset
+
+    def check(self, page: int) -> None:
+        """Raise CorruptPageError if the bytes that `map` shows are not what was written."""
+        generation = self._generations[page]
+        if self._checked.get(page) == generation:
+            return
+        self._check_length(page)
+        if generation:
+            self._compare(
+                page,
+                _sum_up(
+                    self._workers.map(lambda start: self._sum_segment(page, start), self._segments(page))
+                ),
+            )
+        self._checked[page] = generation
 
     def seal(self, page: int) -> None:
         """Take what is in the file now as the page's content."""
@@ -166,6 +180,15 @@ class PageFile:
             if fd >= 0:
                 os.close(fd)
         self._data = self._fd = -1
+
+    def _compare(self, page: int, found: int) -> None:
+        if found != self._checksums[page]:
+            raise CorruptPageError(
+                self.path,
+                page,
+                f"is damaged: its {self.sizes[page]} bytes have checksum {found:08x}, but"
+                f" {self._checksums[page]:08x} was written",
+            )
 
     def _lock(self) -> None:
         try:

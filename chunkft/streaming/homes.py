@@ -36,6 +36,8 @@ class Home(Protocol):
     pinned: bool
 
     def host(self, page: int) -> Tensor: ...
+    def read(self, page: int) -> Tensor: ...
+    def settle(self) -> None: ...
     def stats(self, device_bytes: int) -> PagerStats: ...
     def trace(self) -> list[TraceRecord]: ...
     def close(self) -> None: ...
@@ -127,6 +129,12 @@ class MemoryHome:
     def host(self, page: int) -> Tensor:
         return self._memory.arena.tensor(self._memory.offsets[page], self._pages[page], torch.uint8)
 
+    def read(self, page: int) -> Tensor:
+        return self.host(page)
+
+    def settle(self) -> None:
+        self.engine.flush()
+
     def stats(self, device_bytes: int) -> PagerStats:
         return PagerStats(**self._memory.stats(device_bytes))
 
@@ -175,6 +183,12 @@ class FileHome:
 
     def host(self, page: int) -> Tensor:
         return self._staged.host(page)
+
+    def read(self, page: int) -> Tensor:
+        return self._staged.read(page)
+
+    def settle(self) -> None:
+        self._staged.settle()
 
     def stats(self, device_bytes: int) -> PagerStats:
         staged = self._staged

@@ -221,10 +221,22 @@ class Pager:
             )
         return self._home.host(page)
 
-    def is_host_current(self, page: int) -> bool:
-        """Return whether `host(page)` would be the page now; `flush` makes it so, unless the page is acquired."""
-        self._check("is_host_current", page)
-        return self._home.engine.host_is_canonical(page)
+    def read(self, page: int) -> Tensor:
+        """Return what `host` does, at any moment at which the page is not acquired: what was changed is written
+        back first. The tensor must not be written into; with a `state_dir` its checksum was compared.
+
+        Raises RuntimeError if the page is acquired, RuntimeError or OSError if a page cannot be written back,
+        CorruptPageError if the file does not hold what was written to it.
+        """
+        self._check("read", page)
+        if not self._home.engine.host_is_canonical(page):
+            self._home.settle()
+            if not self._home.engine.host_is_canonical(page):
+                raise RuntimeError(
+                    f"Pager.read: page {page} is {self.state(page)}, its newest content is on the device only;"
+                    " release it first"
+                )
+        return self._home.read(page)
 
     def state(self, page: int) -> str:
         """Return where a page is: HOST, LOADING, RESIDENT, IN_USE, DIRTY, STORING or POISONED."""

@@ -2,9 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from threading import Condition
 from typing import Any, Protocol
 
@@ -74,9 +75,10 @@ class StagedEngine:
         self._entries = [_Entry(index, place.fence()) for index in range(len(buffers))]
         self._entry_of: dict[int, _Entry] = {}
         self._exposed: set[int] = set()
+        self._closing = False
+        self._releasing = 0  # calls whose changes `close` has to wait for
         self._changed = Condition()
         self._clock = 0
-        self._closing = False
         # One reads ahead while the other writes behind.
         self._jobs = Workers(2, "chunkft-pages")
         self.trace: deque[TraceRecord] = deque(maxlen=trace_events)
@@ -101,6 +103,7 @@ class StagedEngine:
     def acquire(self, page: int, stream: int, *, load: bool) -> int:
         """Return the slot of a page, waiting for the file if it was not prefetched in time."""
         with self._changed:
+            self._check_open("acquire")
             self._raise_failure()
             entry = self._settled(page, load)
             if entry.held:
@@ -118,22 +121,29 @@ class StagedEngine:
     def release(self, page: int, stream: int, *, dirty: bool, keep: bool) -> None:
         """Give an acquired page back."""
         with self._changed:
+            self._check_open("release")
             entry = self._entry_of.get(page)
             if entry is None or not entry.held:
                 raise ValueError(f"Pager.release: page {page} is not acquired; acquire it first")
-        # A clean page leaves no write-back to wait for, but its load may still be on its way.
-        entry.fence.record()
-        self._call(entry, self._core.release, entry.index, stream, dirty=dirty, keep=keep)
-        with self._changed:
-            entry.held = False
-            entry.dirty |= dirty
-            self._forget_unless_used(entry)
-            self._write_behind()
-            self._changed.notify_all()
+            self._releasing += 1
+        try:
+            # A clean page leaves no write-back to wait for, but its load may still be on its way.
+            entry.fence.record()
+            self._call(entry, self._core.release, entry.index, stream, dirty=dirty, keep=keep)
+            with self._changed:
+                entry.held = False
+                entry.dirty |= dirty
+                self._forget_unless_used(entry)
+                self._write_behind()
+        finally:
+            with self._changed:
+                self._releasing -= 1
+                self._changed.notify_all()
 
     def discard(self, page: int) -> None:
         """Forget the device copy of a page, and what was never stored from there."""
         with self._changed:
+            self._check_open("discard")
             self._write_behind()
             while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
                 self._wait("discard")
@@ -152,6 +162,7 @@ class StagedEngine:
     def evict(self, page: int) -> None:
         """Give up the slot of a page; its changes go on to the file."""
         with self._changed:
+            self._check_open("evict")
             while (entry := self._entry_of.get(page)) is not None and entry.phase is _Phase.READING:
                 self._wait("evict")
             if entry is None:
@@ -161,24 +172,44 @@ class StagedEngine:
 
     def flush(self) -> None:
         """Bring every page that is not acquired into the file, and the file to the disk."""
+        with self._changed:
+            self._check_open("flush")
+        self._flush(closing=False)
+
+    def settle(self) -> None:
+        """Bring every page that is not acquired into the file; the system may still have it in memory."""
+        with self._changed:
+            self._check_open("read")
         self._core.flush()
         with self._changed:
-            for entry in self._entries:
-                if entry.dirty:
-                    entry.error = None
-            while True:
-                self._write_behind()
-                if all(entry.phase is _Phase.READY for entry in self._entries):
-                    break
-                self._changed.wait()
-            self._raise_failure()
+            self._settle(closing=False)
+
+    def _flush(self, *, closing: bool) -> None:
+        self._core.flush()
+        with self._changed:
+            self._settle(closing)
             for page in list(self._exposed):
                 self._seal(page)
             self._file.commit()
 
+    def _settle(self, closing: bool) -> None:
+        for entry in self._entries:
+            if entry.dirty:
+                entry.error = None
+        while True:
+            self._write_behind()
+            if all(entry.phase is _Phase.READY for entry in self._entries):
+                break
+            if closing:
+                self._changed.wait()
+            else:
+                self._wait("flush")
+        self._raise_failure()
+
     def host_is_canonical(self, page: int) -> bool:
         """Whether the file holds the page's newest content."""
         with self._changed:
+            self._check_open("host")
             self._write_behind()
             entry = self._entry_of.get(page)
             return entry is None or not (entry.held or entry.dirty or entry.phase is _Phase.WRITING)
@@ -186,19 +217,30 @@ class StagedEngine:
     def host(self, page: int) -> Tensor:
         """Return the page's bytes in the file as a tensor."""
         with self._changed:
+            self._check_open("host")
             while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
                 self._wait("host")
             if entry is not None and self._idle(entry):
                 self._forget(entry)
             self._file.open_for_change()
-            room, offset = self._file.map(page)
+            tensor = self._mapped(page)
             self._exposed.add(page)
-        with torch.inference_mode(False):
-            return torch.frombuffer(room, dtype=torch.uint8, offset=offset, count=self._file.sizes[page])
+        return tensor
+
+    def read(self, page: int) -> Tensor:
+        """Return the page's bytes in the file, to be read only, after a look at their checksum."""
+        with self._changed:
+            self._check_open("read")
+            tensor = self._mapped(page)
+            if page in self._exposed:
+                self._seal(page)
+            self._file.check(page)
+        return tensor
 
     def state(self, page: int) -> str:
         """Where a page is: as the native pager says, with the file taken for the host."""
         with self._changed:
+            self._check_open("state")
             entry = self._entry_of.get(page)
             if entry is None:
                 return HOST
@@ -208,15 +250,14 @@ class StagedEngine:
             return STORING if state == HOST and (entry.dirty or entry.phase is _Phase.WRITING) else state
 
     def close(self) -> None:
-        """Write back what was changed, discard what is acquired, and give up file and threads whatever happens.
-
-        Whoever waits for a page meanwhile is told so: the threads that would bring it end here.
-        """
+        """Write back what was changed, discard what is acquired, and give up file and threads whatever happens."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+            while self._releasing:
+                self._changed.wait()
         try:
-            self.flush()
+            self._flush(closing=True)
         finally:
             self._jobs.close()
             try:
@@ -226,12 +267,20 @@ class StagedEngine:
                 # They would keep the memory that is given up now.
                 self._buffers = ()
 
+    def _check_open(self, method: str) -> None:
+        if self._closing:
+            raise RuntimeError(f"Pager.{method}: the pager is closed")
+
+    def _wait(self, method: str) -> None:
+        """Wait for something to happen; raises if that is the end of the pager."""
+        self._changed.wait()
+        self._check_open(method)
+
     def _settled(self, page: int, load: bool) -> _Entry:
         """The entry of a page once neither reads nor writes of the file need it."""
         start = time.perf_counter_ns()
         try:
             while True:
-                self._check_open("acquire")
                 self._write_behind()
                 entry = self._entry_of.get(page)
                 if entry is not None and entry.error is not None and not entry.valid:
@@ -251,17 +300,9 @@ class StagedEngine:
                     raise RuntimeError(
                         f"Pager.acquire: no room for page {page}: all slots and buffers are in use"
                     )
-                self._changed.wait()
+                self._wait("acquire")
         finally:
             self.stall_ns += time.perf_counter_ns() - start
-
-    def _wait(self, name: str) -> None:
-        self._check_open(name)
-        self._changed.wait()
-
-    def _check_open(self, name: str) -> None:
-        if self._closing:
-            raise RuntimeError(f"Pager.{name}: the pager is closed")
 
     def _room(self) -> _Entry | None:
         """The entry that was used longest ago, of those that neither slot nor file needs."""
@@ -302,7 +343,7 @@ class StagedEngine:
         self._assign(entry, page)
         entry.phase = _Phase.READING
         submitted = time.monotonic_ns()
-        self._jobs.submit(lambda: self._read(entry, page, submitted))
+        self._submit(entry, lambda: self._read(entry, page, submitted))
 
     def _read(self, entry: _Entry, page: int, submitted: int) -> None:
         start = time.monotonic_ns()
@@ -352,7 +393,7 @@ class StagedEngine:
             entry.dirty = False
             entry.valid = True
             submitted = time.monotonic_ns()
-            self._jobs.submit(lambda entry=entry, at=submitted: self._write(entry, at))  # type: ignore[misc]
+            self._submit(entry, partial(self._write, entry, submitted))
 
     def _write(self, entry: _Entry, submitted: int) -> None:
         assert entry.page is not None
@@ -374,8 +415,26 @@ class StagedEngine:
                 self.written_bytes += self._file.sizes[entry.page]
             self._changed.notify_all()
 
+    def _submit(self, entry: _Entry, job: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                job()
+            except BaseException as error:  # whatever it is: somebody waits for this entry
+                with self._changed:
+                    entry.dirty |= entry.phase is _Phase.WRITING
+                    entry.phase = _Phase.READY
+                    entry.error = error
+                    self._changed.notify_all()
+
+        self._jobs.submit(run)
+
     def _record(self, kind: str, page: int, submitted: int, start: int) -> None:
         self.trace.append((kind, page, 0, self._file.sizes[page], submitted, start, time.monotonic_ns()))
+
+    def _mapped(self, page: int) -> Tensor:
+        room, offset = self._file.map(page)
+        with torch.inference_mode(False):
+            return torch.frombuffer(room, dtype=torch.uint8, offset=offset, count=self._file.sizes[page])
 
     def _seal(self, page: int) -> None:
         self._file.seal(page)

@@ -1,6 +1,7 @@
 """A few threads that carry out file work beside the caller."""
 
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -20,11 +21,15 @@ class Workers:
 
     def __init__(self, count: int, name: str) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        threads = [threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True) for i in range(count)]
+        self._threads: list[threading.Thread] = []
+        try:
+            for thread in threads:
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, job: Callable[[], None]) -> None:
         """Let a thread run `job`, which must not raise."""
@@ -65,4 +70,9 @@ class Workers:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except (
+                BaseException
+            ):  # a thread that ends would leave the jobs behind this one, and who waits for them
+                threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

@@ -78,7 +78,7 @@ class Anchored(ABC):
 @torch.library.custom_op("chunkft::sliced_matmul", mutates_args=(), tags=_TAGS)
 def sliced_matmul(
     x: Tensor, anchor: Tensor, number: Tensor, call: str, outputs: int, input_major: bool, recorded: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``x W^T + b`` (``x W + b`` if input-major), and what the backward pass will need of the input, flat.
 
     Args:
@@ -91,32 +91,48 @@ def sliced_matmul(
         recorded: whether there will be a backward pass.
 
     Returns:
-        (..., M) result and a copy, of any number of elements, of the part of x that active slices need.
+        (..., M) result; a copy, of any number of elements, of the part of x that active slices need; and the version
+        of the weight, which the gradient of x must be computed with: int64 scalar on the CPU.
     """
     owner = _anchored[int(number)]
     pairs = owner.pairs() if recorded else []
     weight, bias = _weight_and_bias(owner, x.dtype)
     y = linear_output(x, weight, bias, input_major)
+    version = torch.tensor(_weight(owner)._version if recorded else 0)
     if not pairs:
-        return y, x.new_empty(0)
+        return y, x.new_empty(0), version
     _, kept = kept_inputs(x, weight, [window for window, _ in pairs], input_major)
-    return y, torch.cat([part.reshape(-1) for part in kept]) if len(kept) > 1 else kept[0].reshape(-1).clone()
+    flat = torch.cat([part.reshape(-1) for part in kept]) if len(kept) > 1 else kept[0].reshape(-1).clone()
+    return y, flat, version
 
 
 @sliced_matmul.register_fake
 def _(
     x: Tensor, anchor: Tensor, number: Tensor, call: str, outputs: int, input_major: bool, recorded: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     size = torch.library.get_ctx().new_dynamic_size() if recorded else 0
-    return x.new_empty((*x.shape[:-1], outputs)), x.new_empty((size,))
+    version = torch.empty((), dtype=torch.int64, device="cpu")
+    return x.new_empty((*x.shape[:-1], outputs)), x.new_empty((size,)), version
 
 
 @torch.library.custom_op("chunkft::sliced_matmul_backward", mutates_args=(), tags=_TAGS)
 def sliced_matmul_backward(
-    dy: Tensor, kept: Tensor, number: Tensor, call: str, width: int, input_major: bool, need_dx: bool
+    dy: Tensor,
+    kept: Tensor,
+    version: Tensor,
+    number: Tensor,
+    call: str,
+    width: int,
+    input_major: bool,
+    need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     """dX, or an empty tensor, and the gradient of the anchor; those of the active slices are stashed."""
     owner = _anchored[int(number)]
+    if need_dx and _weight(owner)._version != int(version):
+        raise RuntimeError(
+            f"the weight of a compiled {type(owner.module).__name__} was modified in place between its forward and its "
+            "backward pass; call backward() before step()"
+        )
     with tracing.span("backward %s", owner.name() if tracing.is_enabled() else ""):
         return _matmul_gradients(owner, int(number), dy, kept, width, input_major, need_dx)
 
@@ -145,23 +161,29 @@ def _matmul_gradients(
 
 @sliced_matmul_backward.register_fake
 def _(
-    dy: Tensor, kept: Tensor, number: Tensor, call: str, width: int, input_major: bool, need_dx: bool
+    dy: Tensor,
+    kept: Tensor,
+    version: Tensor,
+    number: Tensor,
+    call: str,
+    width: int,
+    input_major: bool,
+    need_dx: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (*dy.shape[:-1], width) if need_dx else (0,)
     return dy.new_empty(shape), torch.empty((), device="cpu")
 
 
-def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _matmul_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, _, number, ctx.call, _, ctx.input_major, _ = inputs
     ctx.width = x.shape[-1]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], number)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[1], output[2], number)
 
 
-def _matmul_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    kept, number = ctx.saved_tensors
+def _matmul_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     need_dx = ctx.needs_input_grad[0]
-    dx, anchor = sliced_matmul_backward(dy, kept, number, ctx.call, ctx.width, ctx.input_major, need_dx)
+    dx, anchor = sliced_matmul_backward(dy, *ctx.saved_tensors, ctx.call, ctx.width, ctx.input_major, need_dx)
     return dx if need_dx else None, anchor, None, None, None, None, None
 
 

@@ -255,6 +255,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
         if self._ready and self._is_attached():
+            settle(self)
             self._follow_weights()  # a weight that was replaced since the last step may have a gradient already
         super().zero_grad(set_to_none)
         if set_to_none:

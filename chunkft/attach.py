@@ -25,7 +25,7 @@ from chunkft.autograd import (
     take_forward,
     uncompilable,
 )
-from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs
+from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
 
 # Weak on both sides: an attachment lives as long as its model.
 _attachments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -394,6 +394,7 @@ def attach(model: nn.Module) -> Attachment:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = uncompiled(model)
     existing = model.__dict__.get("_chunkft")
     if isinstance(existing, Attachment) and existing.model is model:
         return existing

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
-from chunkft.plan import ParameterSpec
+from chunkft.plan import ParameterSpec, uncompiled
 
 ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor]
 TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -169,6 +169,7 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
         ValueError: if the groups are not of one attached model, or the model has an optimizer already.
     """
     if isinstance(model, nn.Module):
+        model = uncompiled(model)
         existing = model.__dict__.get("_chunkft")
         if existing is not None:
             _check_unused(existing)

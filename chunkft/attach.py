@@ -32,7 +32,7 @@ from chunkft.autograd import (
     take_forward,
     uncompilable,
 )
-from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs
+from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
 
 _FUNCTIONAL = (os.path.join("nn", "utils", "stateless.py"), os.path.join("_functorch", "functional_call.py"))
 
@@ -677,6 +677,7 @@ def attach(model: nn.Module) -> Attachment:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = uncompiled(model)
     existing = model.__dict__.get("_chunkft")
     if isinstance(existing, Attachment) and existing.model is model:
         return existing

@@ -12,7 +12,7 @@ from torch import nn
 
 from chunkft.autograd import Slice
 from chunkft.names import matched
-from chunkft.plan import Chunk, ChunkPlan, ParameterSpec, check_plan, parameter_specs
+from chunkft.plan import Chunk, ChunkPlan, ParameterSpec, check_plan, parameter_specs, uncompiled
 
 Groups = Sequence[Sequence[str | Slice]]
 Partition = str | ChunkPlan | Groups | Callable[[list[ParameterSpec]], Groups]
@@ -73,6 +73,7 @@ def partition(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = uncompiled(model)
     if getattr(model, "_chunkft", None) is not None:
         raise ValueError(
             "model is attached to an optimizer of chunkft; use optimizer.plan, or detach() it first"

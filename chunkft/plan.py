@@ -147,6 +147,13 @@ class ChunkPlan:
         return cls.from_dict(data)
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` put its wrapper around: its names and hooks are those of the model."""
+    while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+        model = inner
+    return model
+
+
 def parameter_specs(model: nn.Module, state_bytes: int | None = None) -> list[ParameterSpec]:
     """The trainable parameters of a model in stream order, tied ones once.
 

@@ -217,3 +217,17 @@ def test_passes_inside_of_a_pass_have_stashes_of_their_own():
     ours = gradients(optimizer)
     for name, expected in gradients(reference).items():
         torch.testing.assert_close(ours[name], expected, msg=name)
+
+
+def test_a_weight_of_a_compiled_and_an_eager_layer_is_not_updated_twice():
+    _, (model, _optimizer) = pair(Tied, residency="stream", update="backward")
+    model.head.compile(backend="aot_eager")
+    with pytest.raises(RuntimeError, match="a second backward pass reached"):
+        model(IDS).square().sum().backward()
+
+
+def test_the_backward_operator_alone_is_refused():
+    _, (model, _optimizer) = pair(lambda: nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 8)))
+    number = model[0]._chunkft_forward.number
+    with pytest.raises(RuntimeError, match="outside of a backward pass"):
+        torch.ops.chunkft.sliced_embedding_backward(torch.ones(2, 8), torch.arange(2), number, "0")

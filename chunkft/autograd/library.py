@@ -98,7 +98,7 @@ def sliced_matmul(
     pairs = owner.pairs() if recorded else []
     weight, bias = _weight_and_bias(owner, x.dtype)
     y = linear_output(x, weight, bias, input_major)
-    version = torch.tensor(_weight(owner)._version if recorded else 0)
+    version = torch.tensor(_version(owner) if recorded else 0)
     if not pairs:
         return y, x.new_empty(0), version
     _, kept = kept_inputs(x, weight, [window for window, _ in pairs], input_major)
@@ -128,7 +128,7 @@ def sliced_matmul_backward(
 ) -> tuple[Tensor, Tensor]:
     """dX, or an empty tensor, and the gradient of the anchor; those of the active slices are stashed."""
     owner = _anchored[int(number)]
-    if need_dx and _weight(owner)._version != int(version):
+    if need_dx and _version(owner) != int(version):
         raise RuntimeError(
             f"the weight of a compiled {type(owner.module).__name__} was modified in place between its forward and its "
             "backward pass; call backward() before step()"
@@ -240,6 +240,12 @@ def _weight(owner: Anchored) -> Tensor:
     weight = owner.module._parameters[owner.weight_name]
     assert weight is not None  # operators are given to modules that have one
     return weight.detach()
+
+
+def _version(owner: Anchored) -> int:
+    """Of the parameter itself: inside of an operator, ``detach`` begins a count of its own."""
+    weight = owner.module._parameters[owner.weight_name]
+    return 0 if weight is None else weight._version
 
 
 def _weight_and_bias(owner: Anchored, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

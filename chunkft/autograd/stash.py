@@ -52,8 +52,7 @@ def current_stash(shared: Callable[[], Collection[int]]) -> Stash:
     task = torch._C._current_graph_task_id()
     if task < 0:
         raise RuntimeError(
-            "the backward pass of a compiled sliced layer runs outside of torch's autograd engine, which compiled "
-            "autograd does; set torch._dynamo.config.compiled_autograd = False"
+            "the backward operator of a compiled sliced layer was called outside of a backward pass"
         )
     stash = _stashes.get(task)
     if stash is None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
-from chunkft.plan import ParameterSpec
+from chunkft.plan import ParameterSpec, uncompiled
 
 ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 TRAINABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -172,6 +172,7 @@ def attachment_and_groups(model: ModelOrGroups) -> tuple[Attachment, list[dict[s
     if isinstance(model, DistributedDataParallel):
         model = model.module
     if isinstance(model, nn.Module):
+        model = uncompiled(model)
         existing = model.__dict__.get("_chunkft")
         if existing is not None:
             _check_unused(existing)

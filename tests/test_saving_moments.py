@@ -13,7 +13,6 @@ import chunkft
 from chunkft.streaming import CorruptPageError
 from chunkft.streaming.files import NAME
 
-
 # Pages that the next step begins with are fetched again while they are written back.
 WHOLE = {
     "stream-whole": {"residency": "stream"},

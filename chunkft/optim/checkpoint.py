@@ -59,7 +59,7 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
         OSError: if it cannot be written (names the file and its size); ``path`` is as it was before.
     """
     optimizer._check_between_steps("save_checkpoint")
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # whoever changes the directory meanwhile does not move the file
     entries, header = _layout(optimizer)
     size = sum(entry.nbytes for entry in entries)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

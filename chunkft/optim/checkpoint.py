@@ -63,7 +63,7 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     optimizer._check_attached("save_checkpoint")
     settle(optimizer)
     optimizer._check_between_steps("save_checkpoint")
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # whoever changes the directory meanwhile does not move the file
     entries, header = _layout(optimizer)
     size = sum(entry.nbytes for entry in entries)
     # A name of its own: other threads and processes, on other machines too, may write the same checkpoint.

@@ -51,8 +51,6 @@ def build_memory(
 
     stream = choice.residency == "stream"
     devices = {device_of(piece.name).type for piece in plan.slices()}
-    # The directory is that of now, wherever the process goes later.
-    state_dir = None if choice.state_dir is None else os.path.abspath(choice.state_dir)
     paged = stream or choice.state_dir is not None or choice.state_device == "paged"
     if not paged and (choice.state_device != "auto" or devices == {"cpu"}):
         check_coupling(rule, plan, parameter_of, units=1)
@@ -70,7 +68,9 @@ def build_memory(
         # a slice without a page is updated by itself
         units = len(laid_out) + len(list(plan.slices())) - sum(len(page.pieces) for page in laid_out)
     check_coupling(rule, plan, parameter_of, units)
-    pages = PagedStore(plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=state_dir)
+    pages = PagedStore(
+        plan, probe, device_of, stream=stream, page_bytes=page_bytes, state_dir=choice.state_dir
+    )
     if not stream:
         return plan, pages, ChunkResidency(rule, pages)
     kind = BackwardResidency if backward else StreamResidency

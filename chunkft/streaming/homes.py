@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from chunkft.streaming.arena import _core
+from chunkft.streaming.engine import Engine
 from chunkft.streaming.files import BLOCK, PageFile, file_nbytes, padded
 from chunkft.streaming.pinning import host_memory
 from chunkft.streaming.place import Place
-from chunkft.streaming.staging import Engine, StagedEngine
+from chunkft.streaming.staging import StagedEngine
 from chunkft.streaming.stats import PagerStats, TraceRecord
 from chunkft.streaming.workers import Workers
 

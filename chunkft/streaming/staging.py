@@ -3,58 +3,23 @@
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from threading import Condition
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from chunkft.streaming.engine import DIRTY, HOST, IN_USE, LOADING, POISONED, STORING, Engine, Entry, Phase
 from chunkft.streaming.files import PageFile
-from chunkft.streaming.place import Fence, Place
+from chunkft.streaming.place import Place
 from chunkft.streaming.stats import TraceRecord
 from chunkft.streaming.workers import Workers
 
-__all__ = ["Engine", "StagedEngine"]
+__all__ = ["StagedEngine"]
 
-HOST, LOADING, IN_USE, DIRTY, STORING, POISONED = "HOST", "LOADING", "IN_USE", "DIRTY", "STORING", "POISONED"
 # A write-back takes milliseconds, the write to the disk behind it longer.
 POLL_SECONDS = 2e-4
-
-
-class Engine(Protocol):
-    """The calls of the native pager that moving pages needs."""
-
-    def prefetch(self, page: int) -> bool: ...
-    def acquire(self, page: int, stream: int, *, load: bool) -> int: ...
-    def release(self, page: int, stream: int, *, dirty: bool, keep: bool) -> None: ...
-    def discard(self, page: int) -> None: ...
-    def evict(self, page: int) -> None: ...
-    def flush(self) -> None: ...
-    def state(self, page: int) -> str: ...
-    def host_is_canonical(self, page: int) -> bool: ...
-    def close(self) -> None: ...
-
-
-class _Phase(Enum):
-    READING = "reading"
-    READY = "ready"
-    WRITING = "writing"
-
-
-@dataclass(eq=False)
-class _Entry:
-    index: int
-    fence: Fence  # behind all that may read the entry's memory for a slot
-    page: int | None = None
-    phase: _Phase = _Phase.READY
-    held: bool = False  # acquired by the caller
-    dirty: bool = False  # the file is older than this entry or its device copy
-    valid: bool = False  # the entry's memory holds the page, not the leavings of another
-    stamp: int = 0
-    error: BaseException | None = None
 
 
 class StagedEngine:
@@ -72,8 +37,8 @@ class StagedEngine:
         self._core = core
         self._buffers = buffers
         self._place = place
-        self._entries = [_Entry(index, place.fence()) for index in range(len(buffers))]
-        self._entry_of: dict[int, _Entry] = {}
+        self._entries = [Entry(index, place.fence()) for index in range(len(buffers))]
+        self._entry_of: dict[int, Entry] = {}
         self._exposed: set[int] = set()
         self._closing = False
         self._releasing = 0  # calls whose changes `close` has to wait for
@@ -91,7 +56,7 @@ class StagedEngine:
             self._raise_failure()
             self._write_behind()
             entry = self._entry_of.get(page)
-            if entry is not None and entry.phase is not _Phase.READING:
+            if entry is not None and entry.phase is not Phase.READING:
                 return bool(self._call(entry, self._core.prefetch, entry.index))
             if entry is None:
                 entry = self._room()
@@ -145,7 +110,7 @@ class StagedEngine:
         with self._changed:
             self._check_open("discard")
             self._write_behind()
-            while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
+            while (entry := self._entry_of.get(page)) is not None and entry.phase is not Phase.READY:
                 self._wait("discard")
             if entry is None:
                 return
@@ -163,7 +128,7 @@ class StagedEngine:
         """Give up the slot of a page; its changes go on to the file."""
         with self._changed:
             self._check_open("evict")
-            while (entry := self._entry_of.get(page)) is not None and entry.phase is _Phase.READING:
+            while (entry := self._entry_of.get(page)) is not None and entry.phase is Phase.READING:
                 self._wait("evict")
             if entry is None:
                 return
@@ -198,7 +163,7 @@ class StagedEngine:
                 entry.error = None
         while True:
             self._write_behind()
-            if all(entry.phase is _Phase.READY for entry in self._entries):
+            if all(entry.phase is Phase.READY for entry in self._entries):
                 break
             if closing:
                 self._changed.wait()
@@ -212,13 +177,13 @@ class StagedEngine:
             self._check_open("host")
             self._write_behind()
             entry = self._entry_of.get(page)
-            return entry is None or not (entry.held or entry.dirty or entry.phase is _Phase.WRITING)
+            return entry is None or not (entry.held or entry.dirty or entry.phase is Phase.WRITING)
 
     def host(self, page: int) -> Tensor:
         """Return the page's bytes in the file as a tensor."""
         with self._changed:
             self._check_open("host")
-            while (entry := self._entry_of.get(page)) is not None and entry.phase is not _Phase.READY:
+            while (entry := self._entry_of.get(page)) is not None and entry.phase is not Phase.READY:
                 self._wait("host")
             if entry is not None and self._idle(entry):
                 self._forget(entry)
@@ -244,10 +209,10 @@ class StagedEngine:
             entry = self._entry_of.get(page)
             if entry is None:
                 return HOST
-            if entry.phase is _Phase.READING:
+            if entry.phase is Phase.READING:
                 return LOADING
             state = self._core.state(entry.index)
-            return STORING if state == HOST and (entry.dirty or entry.phase is _Phase.WRITING) else state
+            return STORING if state == HOST and (entry.dirty or entry.phase is Phase.WRITING) else state
 
     def close(self) -> None:
         """Write back what was changed, discard what is acquired, and give up file and threads whatever happens."""
@@ -276,7 +241,7 @@ class StagedEngine:
         self._changed.wait()
         self._check_open(method)
 
-    def _settled(self, page: int, load: bool) -> _Entry:
+    def _settled(self, page: int, load: bool) -> Entry:
         """The entry of a page once neither reads nor writes of the file need it."""
         start = time.perf_counter_ns()
         try:
@@ -287,7 +252,7 @@ class StagedEngine:
                     error = entry.error
                     self._forget(entry)
                     raise error
-                if entry is not None and (entry.held or entry.phase is _Phase.READY):
+                if entry is not None and (entry.held or entry.phase is Phase.READY):
                     return entry
                 if entry is None and (room := self._room()) is not None:
                     if load:
@@ -295,7 +260,7 @@ class StagedEngine:
                     else:
                         self._assign(room, page)
                     continue
-                if all(other.phase is _Phase.READY for other in self._entries):
+                if all(other.phase is Phase.READY for other in self._entries):
                     self._raise_failure()
                     raise RuntimeError(
                         f"Pager.acquire: no room for page {page}: all slots and buffers are in use"
@@ -304,7 +269,7 @@ class StagedEngine:
         finally:
             self.stall_ns += time.perf_counter_ns() - start
 
-    def _room(self) -> _Entry | None:
+    def _room(self) -> Entry | None:
         """The entry that was used longest ago, of those that neither slot nor file needs."""
         free = [entry for entry in self._entries if entry.page is None or self._idle(entry)]
         if not free:
@@ -313,39 +278,39 @@ class StagedEngine:
         self._forget(entry)
         return entry
 
-    def _idle(self, entry: _Entry) -> bool:
+    def _idle(self, entry: Entry) -> bool:
         return (
-            entry.phase is _Phase.READY
+            entry.phase is Phase.READY
             and not (entry.held or entry.dirty)
             and self._core.state(entry.index) == HOST
         )
 
-    def _assign(self, entry: _Entry, page: int) -> None:
+    def _assign(self, entry: Entry, page: int) -> None:
         entry.page = page
         self._entry_of[page] = entry
         self._touch(entry)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         if entry.page is not None:
             del self._entry_of[entry.page]
         entry.page = entry.error = None
         entry.valid = entry.dirty = False
 
-    def _forget_unless_used(self, entry: _Entry) -> None:
+    def _forget_unless_used(self, entry: Entry) -> None:
         if not entry.valid and not entry.dirty:
             self._forget(entry)
 
-    def _touch(self, entry: _Entry) -> None:
+    def _touch(self, entry: Entry) -> None:
         self._clock += 1
         entry.stamp = self._clock
 
-    def _read_ahead(self, entry: _Entry, page: int) -> None:
+    def _read_ahead(self, entry: Entry, page: int) -> None:
         self._assign(entry, page)
-        entry.phase = _Phase.READING
+        entry.phase = Phase.READING
         submitted = time.monotonic_ns()
         self._submit(entry, lambda: self._read(entry, page, submitted))
 
-    def _read(self, entry: _Entry, page: int, submitted: int) -> None:
+    def _read(self, entry: Entry, page: int, submitted: int) -> None:
         start = time.monotonic_ns()
         error: BaseException | None = None
         try:
@@ -360,21 +325,21 @@ class StagedEngine:
             self._record("read", page, submitted, start)
             entry.error = error
             entry.valid = error is None
-            entry.phase = _Phase.READY
+            entry.phase = Phase.READY
             if error is None:
                 self.reads += 1
                 self.read_bytes += self._file.sizes[page]
                 self._into_slot(entry)
             self._changed.notify_all()
 
-    def _into_slot(self, entry: _Entry) -> None:
+    def _into_slot(self, entry: Entry) -> None:
         try:
             self._core.prefetch(entry.index)
         except (RuntimeError, OSError):
             # acquire() tries again, and raises to the one who asked for the page.
             return
 
-    def _quiet(self, entry: _Entry) -> None:
+    def _quiet(self, entry: Entry) -> None:
         """Wait until no copy reads or writes the entry's memory."""
         entry.fence.synchronize()
         while not self._core.host_is_canonical(entry.index):
@@ -385,17 +350,17 @@ class StagedEngine:
     def _write_behind(self) -> None:
         """Start to write each page whose newest content is, or is about to be, in host memory."""
         for entry in self._entries:
-            if not entry.dirty or entry.held or entry.error is not None or entry.phase is not _Phase.READY:
+            if not entry.dirty or entry.held or entry.error is not None or entry.phase is not Phase.READY:
                 continue
             if self._core.state(entry.index) in (DIRTY, IN_USE, POISONED):
                 continue
-            entry.phase = _Phase.WRITING
+            entry.phase = Phase.WRITING
             entry.dirty = False
             entry.valid = True
             submitted = time.monotonic_ns()
             self._submit(entry, partial(self._write, entry, submitted))
 
-    def _write(self, entry: _Entry, submitted: int) -> None:
+    def _write(self, entry: Entry, submitted: int) -> None:
         assert entry.page is not None
         start = time.monotonic_ns()
         error: BaseException | None = None
@@ -407,7 +372,7 @@ class StagedEngine:
             error = caught
         with self._changed:
             self._record("write", entry.page, submitted, start)
-            entry.phase = _Phase.READY
+            entry.phase = Phase.READY
             entry.error = error
             entry.dirty = error is not None
             if error is None:
@@ -415,14 +380,14 @@ class StagedEngine:
                 self.written_bytes += self._file.sizes[entry.page]
             self._changed.notify_all()
 
-    def _submit(self, entry: _Entry, job: Callable[[], None]) -> None:
+    def _submit(self, entry: Entry, job: Callable[[], None]) -> None:
         def run() -> None:
             try:
                 job()
             except BaseException as error:  # whatever it is: somebody waits for this entry
                 with self._changed:
-                    entry.dirty |= entry.phase is _Phase.WRITING
-                    entry.phase = _Phase.READY
+                    entry.dirty |= entry.phase is Phase.WRITING
+                    entry.phase = Phase.READY
                     entry.error = error
                     self._changed.notify_all()
 
@@ -445,7 +410,7 @@ class StagedEngine:
             if entry.error is not None and entry.dirty:
                 raise entry.error
 
-    def _call(self, entry: _Entry, function: Any, *arguments: Any, **named: Any) -> Any:
+    def _call(self, entry: Entry, function: Any, *arguments: Any, **named: Any) -> Any:
         """Calls the native pager, whose errors name the buffer instead of the page."""
         try:
             return function(*arguments, **named)

@@ -31,6 +31,23 @@ struct Gate {
   }
 };
 
+TEST(copies_that_are_delayed_come_late_and_whole) {
+  // Of 20 copies that are late by up to two milliseconds each, some is not there at once.
+  HostBackend backend(nullptr, 7);
+  std::vector<std::uint8_t> source(64), target(64);
+  const Event event = backend.create_event(false).value();
+  int late = 0;
+  for (std::uint8_t round = 1; round <= 20; ++round) {
+    source.assign(source.size(), round);
+    CHECK(backend.copy(Stream::load(), target.data(), source.data(), source.size()).ok());
+    CHECK(backend.record(event, Stream::load(), RecordSite::kLoadLoaded).ok());
+    late += backend.query(event).value() ? 0 : 1;
+    CHECK(backend.synchronize(event, kSite).ok());
+    CHECK(target == source);
+  }
+  CHECK(late > 0);
+}
+
 TEST(work_on_one_stream_runs_in_order) {
   HostBackend backend;
   const Stream stream = Stream::caller(backend.create_stream());

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import FrameType
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +25,11 @@ from chunkft.autograd import (
     record,
     records,
     strip_forward,
-    take_forward,
     uncompilable,
 )
+from chunkft.bound import Bound, is_temporary
+from chunkft.places import Places
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
-
-_FUNCTIONAL = (os.path.join("nn", "utils", "stateless.py"), os.path.join("_functorch", "functional_call.py"))
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -45,59 +40,6 @@ _HOOKS = (
 
 # Weak on both sides: an attachment lives as long as its model.
 _attachments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-@dataclass
-class _Bound:
-    """One parameter with active slices, and where its memory was when they were made."""
-
-    parameter: Tensor
-    address: int
-    device: torch.device
-    pairs: list[tuple[Slice, nn.Parameter]]
-    modules: list[nn.Module] = field(default_factory=list)
-    watch: RemovableHandle | None = None
-    places: list[int] = field(default_factory=list)  # where the memory of each leaf was
-
-    def __post_init__(self) -> None:
-        self.gradients = SliceGradients(self)
-
-    @property
-    def sliced(self) -> bool:
-        """Whether its leaves are parts of it; otherwise it is the leaf."""
-        return self.pairs[0][0].dim is not None
-
-    def note_places(self) -> None:
-        """The leaves are where they belong now."""
-        self.places = [leaf.data_ptr() for _, leaf in self.pairs]
-
-    def is_in_place(self) -> bool:
-        """Whether weight and leaves are where they were when the leaves were made."""
-        if self.parameter.data_ptr() != self.address:
-            return False
-        return all(
-            leaf.data_ptr() == place for (_, leaf), place in zip(self.pairs, self.places, strict=False)
-        )
-
-    def gather(self) -> None:
-        """Take the values of leaves that were given other memory (``leaf.data = ...``) into the weight."""
-        for number, (piece, leaf) in enumerate(self.pairs):
-            if piece.dim is None or leaf.data_ptr() == self.places[number]:
-                continue
-            if tuple(leaf.shape) != piece.shape:
-                raise RuntimeError(
-                    f"the .data of the leaf of {piece} was set to a tensor of shape {tuple(leaf.shape)}; "
-                    f"needs {piece.shape}"
-                )
-            home = piece.of(self.parameter.detach())
-            home.copy_(leaf.detach())
-            leaf.data = home
-
-    def has_hooks(self) -> bool:
-        """Whether somebody else watches the gradient of the weight."""
-        ours = 0 if self.watch is None else 1
-        after = self.parameter._post_accumulate_grad_hooks
-        return bool(self.parameter._backward_hooks) or (after is not None and len(after) > ours)
 
 
 class Attachment:
@@ -132,19 +74,12 @@ class Attachment:
         self.generation = 0
         self.shows_gradients = False
         self.after_weight: dict[str, Callable[[], None]] = {}
-        self._expected = {
-            spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in self.specs
-        }
-        self._offloaded = {spec.name for spec in self.specs if model.get_parameter(spec.name).is_meta}
-        self._bound: dict[str, _Bound] = {}
+        self._places = Places(model, self.specs)
+        self._bound: dict[str, Bound] = {}
         self._order: list[Slice] = []
-        self._places: list[tuple[str, dict[str, Any], str, nn.Parameter, tuple[int, ...], torch.dtype]] = []
-        self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self._ties: list[tuple[dict[str, Any], str, str]] = []
         self._guard = ReentrantGuard()
         self._froze = False
         self._untrained: set[str] = set()
-        self._tied: dict[str, list[tuple[nn.Module, str]]] = {}  # who held each parameter at first
         self._warned: set[tuple[str, str]] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
@@ -256,7 +191,7 @@ class Attachment:
                 those that were active stay so.
         """
         wanted = list(slices)
-        current = {name: self._current(name) for name in {piece.name for piece in wanted}}
+        current = {name: self._places.current(name) for name in {piece.name for piece in wanted}}
         self._let_go()
         self._guard.watch(self.model)
         self._order = wanted
@@ -265,7 +200,7 @@ class Attachment:
             parameter = current[piece.name]
             bound = self._bound.get(piece.name)
             if bound is None:
-                bound = _Bound(parameter, parameter.data_ptr(), parameter.device, [])
+                bound = Bound(parameter, parameter.data_ptr(), parameter.device, [])
                 self._bound[piece.name] = bound
             trained = piece.name not in self._untrained
             if piece.dim is None:
@@ -343,7 +278,7 @@ class Attachment:
     def _let_go(self) -> None:
         self._guard.release()
         for bound in self._bound.values():
-            _uninstall(bound)
+            bound.uninstall()
             bound.gradients.hide()
             record(bound.parameter, False)
             for _, leaf in bound.pairs:
@@ -359,17 +294,17 @@ class Attachment:
         Raises:
             RuntimeError: if a parameter is gone, or changed its shape or dtype.
         """
-        if self._places and self._is_as_seen():
+        if self._places.are_as_noted(self._bound):
             return
-        self._places, self._links, self._ties = [], [], []
+        self._places.forget()
         owners = parameter_owners(self.model)
-        for name in self._expected:
+        for name in self._places.names:
             if name not in owners:
-                self._current(name)
+                self._places.current(name)
                 raise RuntimeError(
                     f"parameter {name!r} is tied to another parameter now; detach() the optimizer, then build a new one"
                 )
-            parameter = self._current(name)
+            parameter = self._places.current(name)
             bound = self._bound.get(name)
             if self.name_of(parameter) is None:  # it was replaced
                 self._names[parameter] = name
@@ -383,7 +318,7 @@ class Attachment:
                     parameter.grad = None
             elif parameter is not bound.parameter or not bound.is_in_place():
                 self._rebind(name, bound, parameter, owners[name])
-        self._note_places(owners)
+        self._places.note(owners)
 
     def detach(self) -> None:
         """Leave the model as it was found: every parameter trainable again, no trace of the attachment.
@@ -416,7 +351,7 @@ class Attachment:
     def _leave(self) -> None:
         self.deactivate()
         self.unfreeze()
-        self._places, self._links, self._ties = [], [], []
+        self._places.forget()
 
     def _primary(self) -> Attachment:
         present = self.model.__dict__.get("_chunkft")
@@ -431,93 +366,16 @@ class Attachment:
                 for key in hooks:
                     memo.get(id(module.__dict__[kind]), {}).pop(key, None)
         for spec in self.specs:
-            copied_parameter = memo.get(id(self._current(spec.name)))
+            copied_parameter = memo.get(id(self._places.current(spec.name)))
             if copied_parameter is not None:
-                owner = next((part for part in self.shares if spec.name in part._expected), self)
+                owner = next((part for part in self.shares if spec.name in part._places.names), self)
                 copied_parameter.requires_grad_(spec.name not in owner._untrained)
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
-    def _current(self, name: str) -> nn.Parameter:
-        shape, dtype = self._expected[name]
-        *path, attribute = name.split(".")
-        module: nn.Module | None = self.model
-        for part in path:  # get_parameter() takes ten times as long
-            module = None if module is None else module._modules.get(part)
-        parameter = None if module is None else module._parameters.get(attribute)
-        if parameter is None:
-            raise RuntimeError(f"parameter {name!r} is no longer in the model; build a new optimizer")
-        if tuple(parameter.shape) != shape:
-            raise RuntimeError(
-                f"parameter {name!r} had shape {shape} when the optimizer was built and has "
-                f"{tuple(parameter.shape)} now; detach() the optimizer, then build a new one"
-            )
-        if parameter.is_meta and name not in self._offloaded:
-            raise RuntimeError(
-                f"parameter {name!r} is on device 'meta' now: its values were offloaded after the optimizer was built. "
-                "Use a device_map without offloading for what is trained"
-            )
-        if parameter.dtype != dtype:
-            raise RuntimeError(
-                f"parameter {name!r} was {dtype} when the optimizer was built and is "
-                f"{parameter.dtype} now; convert the model first, then build the optimizer"
-            )
-        return parameter
-
-    def _note_places(self, owners: Mapping[str, Sequence[tuple[nn.Module, str]]]) -> None:
-        """Remember where every parameter is, so that the next look finds out by identity alone."""
-        if not self._tied:  # the first look: nobody can have untied what was tied when the model was attached
-            for name in self._expected:
-                holders = [
-                    holder
-                    for holder in owners[name]
-                    if holder[0]._parameters.get(holder[1]) is self._current(name)
-                ]
-                self._tied[name] = holders
-        self._ties = [
-            (module._parameters, attribute, name)
-            for name, holders in self._tied.items()
-            for module, attribute in (holders if len(holders) > 1 else ())
-        ]
-        for parameters, attribute, name in self._ties:
-            if parameters.get(attribute) is not self._current(name):
-                self._places = []
-                raise RuntimeError(
-                    f"parameter {name!r} was shared with a parameter {attribute!r} of another module when the "
-                    "optimizer was built and is not any more, as after load_state_dict(assign=True); tie them again "
-                    "(model.tie_weights() in transformers), or detach() the optimizer and build a new one"
-                )
-        links: dict[tuple[int, str], tuple[dict[str, Any], str, nn.Module]] = {}
-        for name, (shape, dtype) in self._expected.items():
-            *path, attribute = name.split(".")
-            module = self.model
-            for part in path:
-                child = module._modules[part]
-                assert child is not None
-                links[id(module), part] = (module._modules, part, child)
-                module = child
-            self._places.append((name, module._parameters, attribute, self._current(name), shape, dtype))
-        self._links = list(links.values())
-
-    def _is_as_seen(self) -> bool:
-        """Whether nothing that ``verify`` looks for happened since ``_note_places``; it runs in every step."""
-        for children, part, child in self._links:
-            if children.get(part) is not child:
-                return False
-        for name, parameters, attribute, seen, shape, dtype in self._places:
-            parameter = parameters.get(attribute)
-            if parameter is not seen or parameter.shape != shape or parameter.dtype is not dtype:
-                return False
-            if name not in self._bound and records(parameter):
-                return False
-        for parameters, attribute, name in self._ties:
-            if name in self._bound and parameters.get(attribute) is not self._bound[name].parameter:
-                return False
-        return all(bound.is_in_place() for bound in self._bound.values())
-
-    def _install(self, name: str, bound: _Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
+    def _install(self, name: str, bound: Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
         sliced = bound.sliced
         if sliced and name not in self._untrained:
             record(bound.parameter, True)
@@ -531,12 +389,12 @@ class Attachment:
                 self._guard.guard(module)
                 continue
 
-            def verify(owner: nn.Module, bound: _Bound = bound, attribute: str = attribute) -> bool:
+            def verify(owner: nn.Module, bound: Bound = bound, attribute: str = attribute) -> bool:
                 weight: Any = owner._parameters[attribute]
                 if not bound.pairs:  # a wrapper kept this forward
                     return True
                 if weight is not bound.parameter:
-                    if _is_temporary(weight):
+                    if is_temporary(weight):
                         return False
                     self.verify()
                 elif not bound.is_in_place():
@@ -550,11 +408,11 @@ class Attachment:
             bound.modules.append(module)  # first: what may have been put must be taken out again
             put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
 
-    def _watch(self, name: str, bound: _Bound) -> RemovableHandle:
+    def _watch(self, name: str, bound: Bound) -> RemovableHandle:
         cut = self._cutter(name, bound)
         return bound.parameter.register_post_accumulate_grad_hook(cut)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _cutter(self, name: str, bound: _Bound) -> Callable[[Tensor], None]:
+    def _cutter(self, name: str, bound: Bound) -> Callable[[Tensor], None]:
         """Hook that hands the gradient of a whole weight, from who read it without its module, to the leaves."""
         # The hook lives in C++, out of sight of the garbage collector: it must not hold us.
         attachment, target = weakref.ref(self), weakref.ref(bound)
@@ -597,7 +455,7 @@ class Attachment:
             )
 
     def _rebind(
-        self, name: str, bound: _Bound, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]
+        self, name: str, bound: Bound, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]
     ) -> None:
         replaced = parameter is not bound.parameter
         bound.gradients.settle()
@@ -620,45 +478,20 @@ class Attachment:
         bound.gradients.hide()
         if replaced:
             record(bound.parameter, False)
-            _uninstall(bound)
+            bound.uninstall()
         bound.parameter, bound.address, bound.device = parameter, parameter.data_ptr(), parameter.device
         bound.note_places()
         if self.shows_gradients:
             bound.gradients.show()
         current = {id(module) for module, _ in owners}
         if replaced or (bound.modules and current != {id(module) for module in bound.modules}):
-            _uninstall(bound)
+            bound.uninstall()
             self._install(name, bound, owners)
 
 
 def _pattern(name: str) -> str:
     """The name with a star in place of each number, which stands for all layers."""
     return re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name)
-
-
-def _is_temporary(weight: Tensor | None) -> bool:
-    """Whether what a module holds in place of its weight is there for one call only, and not to be trained.
-
-    ``torch.func.functional_call`` puts tensors, or parameters of another model, there and takes them out again. Where
-    nothing is recorded nothing is trained, so that a replacement may wait for its first forward pass in grad mode.
-    """
-    if not isinstance(weight, nn.Parameter) or not torch.is_grad_enabled():
-        return True
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_filename.endswith(_FUNCTIONAL):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _uninstall(bound: _Bound) -> None:
-    for module in bound.modules:
-        take_forward(module, bound.pairs)
-    bound.modules.clear()
-    if bound.watch is not None:
-        bound.watch.remove()
-        bound.watch = None
 
 
 def attach(model: nn.Module) -> Attachment:

@@ -53,7 +53,10 @@ def test_two_optimizers_train_as_two_of_torch_do(mode: str) -> None:
     train(model, [first, second])
     matrices, rest = split(dense)
     train(dense, [torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(rest, lr=1e-2)])
-    assert_same(model, dense)
+    for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(
+            p, q, rtol=1e-12, atol=1e-12, msg=name
+        )  # small slices, other order of sums
 
 
 @pytest.mark.parametrize("order", ["torch first", "chunkft first"])

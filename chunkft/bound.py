@@ -1,0 +1,94 @@
+"""One weight of an attached model with active slices: its leaves, and where their memory was when they were made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from chunkft.autograd import Slice, SliceGradients, take_forward
+
+_FUNCTIONAL = (os.path.join("nn", "utils", "stateless.py"), os.path.join("_functorch", "functional_call.py"))
+
+
+@dataclass
+class Bound:
+    """One parameter with active slices, and where its memory was when they were made."""
+
+    parameter: Tensor
+    address: int
+    device: torch.device
+    pairs: list[tuple[Slice, nn.Parameter]]
+    modules: list[nn.Module] = field(default_factory=list)
+    watch: RemovableHandle | None = None
+    places: list[int] = field(default_factory=list)  # where the memory of each leaf was
+
+    def __post_init__(self) -> None:
+        self.gradients = SliceGradients(self)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether its leaves are parts of it; otherwise it is the leaf."""
+        return self.pairs[0][0].dim is not None
+
+    def note_places(self) -> None:
+        """The leaves are where they belong now."""
+        self.places = [leaf.data_ptr() for _, leaf in self.pairs]
+
+    def is_in_place(self) -> bool:
+        """Whether weight and leaves are where they were when the leaves were made."""
+        if self.parameter.data_ptr() != self.address:
+            return False
+        return all(
+            leaf.data_ptr() == place for (_, leaf), place in zip(self.pairs, self.places, strict=False)
+        )
+
+    def gather(self) -> None:
+        """Take the values of leaves that were given other memory (``leaf.data = ...``) into the weight."""
+        for number, (piece, leaf) in enumerate(self.pairs):
+            if piece.dim is None or leaf.data_ptr() == self.places[number]:
+                continue
+            if tuple(leaf.shape) != piece.shape:
+                raise RuntimeError(
+                    f"the .data of the leaf of {piece} was set to a tensor of shape {tuple(leaf.shape)}; "
+                    f"needs {piece.shape}"
+                )
+            home = piece.of(self.parameter.detach())
+            home.copy_(leaf.detach())
+            leaf.data = home
+
+    def has_hooks(self) -> bool:
+        """Whether somebody else watches the gradient of the weight."""
+        ours = 0 if self.watch is None else 1
+        after = self.parameter._post_accumulate_grad_hooks
+        return bool(self.parameter._backward_hooks) or (after is not None and len(after) > ours)
+
+    def uninstall(self) -> None:
+        """Give the modules of the weight their own forward back."""
+        for module in self.modules:
+            take_forward(module, self.pairs)
+        self.modules.clear()
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
+
+
+def is_temporary(weight: Tensor | None) -> bool:
+    """Whether what a module holds in place of its weight is there for one call only, and not to be trained.
+
+    ``torch.func.functional_call`` puts tensors, or parameters of another model, there and takes them out again. Where
+    nothing is recorded nothing is trained, so that a replacement may wait for its first forward pass in grad mode.
+    """
+    if not isinstance(weight, nn.Parameter) or not torch.is_grad_enabled():
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_FUNCTIONAL):
+            return True
+        frame = frame.f_back
+    return False

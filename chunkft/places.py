@@ -1,0 +1,130 @@
+"""Where the parameters of a model were at the last look, and whether somebody put others in their places since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from chunkft.autograd import records
+from chunkft.bound import Bound
+from chunkft.plan import ParameterSpec
+
+Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]
+
+
+class Places:
+    """The parameters of an attachment by name, as they were when it was made and as they are.
+
+    Args:
+        model: the module.
+        specs: of the parameters.
+    """
+
+    def __init__(self, model: nn.Module, specs: Sequence[ParameterSpec]) -> None:
+        self.model = model
+        self._expected = {spec.name: (spec.shape, model.get_parameter(spec.name).dtype) for spec in specs}
+        self._offloaded = {spec.name for spec in specs if model.get_parameter(spec.name).is_meta}
+        self._places: list[tuple[str, dict[str, Any], str, nn.Parameter, tuple[int, ...], torch.dtype]] = []
+        self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._ties: list[tuple[dict[str, Any], str, str]] = []
+        self._tied: dict[str, list[tuple[nn.Module, str]]] = {}  # who held each parameter at first
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters."""
+        return list(self._expected)
+
+    def forget(self) -> None:
+        """The next look is a whole one."""
+        self._places, self._links, self._ties = [], [], []
+
+    def current(self, name: str) -> nn.Parameter:
+        """The parameter of this name now.
+
+        Raises:
+            RuntimeError: if it is gone, or changed its shape, dtype or, to "meta", its device.
+        """
+        shape, dtype = self._expected[name]
+        *path, attribute = name.split(".")
+        module: nn.Module | None = self.model
+        for part in path:  # get_parameter() takes ten times as long
+            module = None if module is None else module._modules.get(part)
+        parameter = None if module is None else module._parameters.get(attribute)
+        if parameter is None:
+            raise RuntimeError(f"parameter {name!r} is no longer in the model; build a new optimizer")
+        if tuple(parameter.shape) != shape:
+            raise RuntimeError(
+                f"parameter {name!r} had shape {shape} when the optimizer was built and has "
+                f"{tuple(parameter.shape)} now; detach() the optimizer, then build a new one"
+            )
+        if parameter.is_meta and name not in self._offloaded:
+            raise RuntimeError(
+                f"parameter {name!r} is on device 'meta' now: its values were offloaded after the optimizer was built. "
+                "Use a device_map without offloading for what is trained"
+            )
+        if parameter.dtype != dtype:
+            raise RuntimeError(
+                f"parameter {name!r} was {dtype} when the optimizer was built and is "
+                f"{parameter.dtype} now; convert the model first, then build the optimizer"
+            )
+        return parameter
+
+    def note(self, owners: Owners) -> None:
+        """Remember where every parameter is, so that the next look finds out by identity alone.
+
+        Raises:
+            RuntimeError: names a parameter that is not shared any more, and was.
+        """
+        if not self._tied:  # the first look: nobody can have untied what was tied when the model was attached
+            for name in self._expected:
+                holders = [
+                    holder
+                    for holder in owners[name]
+                    if holder[0]._parameters.get(holder[1]) is self.current(name)
+                ]
+                self._tied[name] = holders
+        self._ties = [
+            (module._parameters, attribute, name)
+            for name, holders in self._tied.items()
+            for module, attribute in (holders if len(holders) > 1 else ())
+        ]
+        for parameters, attribute, name in self._ties:
+            if parameters.get(attribute) is not self.current(name):
+                self._places = []
+                raise RuntimeError(
+                    f"parameter {name!r} was shared with a parameter {attribute!r} of another module when the "
+                    "optimizer was built and is not any more, as after load_state_dict(assign=True); tie them again "
+                    "(model.tie_weights() in transformers), or detach() the optimizer and build a new one"
+                )
+        links: dict[tuple[int, str], tuple[dict[str, Any], str, nn.Module]] = {}
+        for name, (shape, dtype) in self._expected.items():
+            *path, attribute = name.split(".")
+            module = self.model
+            for part in path:
+                child = module._modules[part]
+                assert child is not None
+                links[id(module), part] = (module._modules, part, child)
+                module = child
+            self._places.append((name, module._parameters, attribute, self.current(name), shape, dtype))
+        self._links = list(links.values())
+
+    def are_as_noted(self, bound: Mapping[str, Bound]) -> bool:
+        """Whether nothing that has to be followed happened since ``note``; it runs in every step."""
+        if not self._places:
+            return False
+        for children, part, child in self._links:
+            if children.get(part) is not child:
+                return False
+        for name, parameters, attribute, seen, shape, dtype in self._places:
+            parameter = parameters.get(attribute)
+            if parameter is not seen or parameter.shape != shape or parameter.dtype is not dtype:
+                return False
+            if name not in bound and records(parameter):
+                return False
+        for parameters, attribute, name in self._ties:
+            if name in bound and parameters.get(attribute) is not bound[name].parameter:
+                return False
+        return all(one.is_in_place() for one in bound.values())

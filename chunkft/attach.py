@@ -36,6 +36,7 @@ _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_always_called",
     "_forward_hooks_with_kwargs",
+    "_load_state_dict_post_hooks",
 )
 
 # Weak on both sides: an attachment lives as long as its model.
@@ -78,6 +79,7 @@ class Attachment:
         self._bound: dict[str, Bound] = {}
         self._order: list[Slice] = []
         self._guard = ReentrantGuard()
+        self._guard.follow = weakref.WeakMethod(self._after_loading)
         self._froze = False
         self._untrained: set[str] = set()
         self._warned: set[tuple[str, str]] = set()
@@ -319,6 +321,10 @@ class Attachment:
             elif parameter is not bound.parameter or not bound.is_in_place():
                 self._rebind(name, bound, parameter, owners[name])
         self._places.note(owners)
+
+    def _after_loading(self) -> None:
+        if self.in_use:
+            self.verify()
 
     def detach(self) -> None:
         """Leave the model as it was found: every parameter trainable again, no trace of the attachment.

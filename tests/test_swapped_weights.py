@@ -186,8 +186,9 @@ def test_weights_that_loading_untied_are_refused_until_they_are_tied_again() -> 
     model(ids).square().mean().backward()
     optimizer.step()
     values = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(values, assign=True)
     with pytest.raises(RuntimeError, match=r"'words.weight' was shared.*load_state_dict\(assign=True\).*tie"):
+        model.load_state_dict(values, assign=True)
+    with pytest.raises(RuntimeError, match=r"'words.weight' was shared"):
         model(ids)
     model.head.weight = model.words.weight
     before = model.words.weight.detach().clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -24,12 +24,14 @@ class ReentrantGuard:
     Attributes:
         running: whether a forward pass of the model runs.
         called: whether one began in grad mode since somebody set this to False.
+        follow: weak reference to what looks for parameters that were replaced.
     """
 
     def __init__(self) -> None:
         self._without_grad = False
         self.running = False
         self.called = False
+        self.follow: Callable[[], Callable[[], None] | None] | None = None
         self._model_hooks: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._checked: list[Any] = []
@@ -38,6 +40,8 @@ class ReentrantGuard:
         """Note from now on whether the model is called without grad mode; done once, until ``remove``."""
         if not self._model_hooks:
             self._model_hooks.append(model.register_forward_pre_hook(_Enter(self)))
+            loaded = model.register_load_state_dict_post_hook(_Loaded(self))  # type: ignore[no-untyped-call]
+            self._model_hooks.append(loaded)
             self._model_hooks.append(
                 model.register_forward_hook(_Leave(self), with_kwargs=True, always_call=True)
             )
@@ -129,6 +133,15 @@ class _Leave(_Hook):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
         return reached(output, (args, kwargs))
+
+
+class _Loaded(_Hook):
+    """After ``load_state_dict``, which may have put other parameters into the model."""
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        follow = None if self.guard is None or self.guard.follow is None else self.guard.follow()
+        if follow is not None:
+            follow()
 
 
 class _Check(_Hook):

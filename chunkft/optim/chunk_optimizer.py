@@ -196,8 +196,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient."""
-        if self._ready:
+        if self._ready and self._is_attached():
             settle(self)
+            self._follow_weights()
         return iter(self._attachment.active())
 
     @torch.no_grad()

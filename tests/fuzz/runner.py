@@ -193,6 +193,8 @@ class Run(Rig):
     def _functional(self, op: dict[str, Any]) -> None:
         if self._amid_updates:
             return
+        if len(list(self.dense.modules())) < len(list(self.dense.named_modules(remove_duplicate=False))):
+            return  # functional_call of torch 2.13 does not put the parameters of a shared module back
         x = self.dense.batch(torch.Generator().manual_seed(8))
         with torch.no_grad():
             outputs = [

@@ -28,7 +28,7 @@ from chunkft.autograd import (
     uncompilable,
 )
 from chunkft.bound import Bound, is_temporary
-from chunkft.places import Places
+from chunkft.places import Places, holders_of
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
 
 _HOOKS = (
@@ -221,7 +221,6 @@ class Attachment:
 
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
-        self.gather()
         for bound in self._bound.values():
             bound.gradients.settle()
         leaves = {piece: leaf for bound in self._bound.values() for piece, leaf in bound.pairs}
@@ -236,7 +235,13 @@ class Attachment:
         for bound in self._bound.values():
             if not bound.is_in_place() and bound.parameter.data_ptr() == bound.address:
                 bound.gather()
-                bound.note_places()
+
+    def holds_active(self) -> bool:
+        """Whether the model holds the weights with active slices still, where they were."""
+        for bound in self._bound.values():  # noqa: SIM110  a generator takes twice as long
+            if not (bound.is_held() and bound.is_in_place()):
+                return False
+        return True
 
     def show_gradients(self) -> None:
         """Let ``weight.grad`` stand for gradients of slices that did not come from a backward pass."""
@@ -294,11 +299,12 @@ class Attachment:
         """Bind leaves anew whose weight was moved or replaced since they were made, and freeze the rest again.
 
         Raises:
-            RuntimeError: if a parameter is gone, or changed its shape or dtype.
+            RuntimeError: if a parameter is gone, changed its shape or dtype, or is not shared any more and was.
         """
         if self._places.are_as_noted(self._bound):
             return
         self._places.forget()
+        self._places.check_ties()
         owners = parameter_owners(self.model)
         for name in self._places.names:
             if name not in owners:
@@ -320,7 +326,7 @@ class Attachment:
                     parameter.grad = None
             elif parameter is not bound.parameter or not bound.is_in_place():
                 self._rebind(name, bound, parameter, owners[name])
-        self._places.note(owners)
+        self._places.note()
 
     def _after_loading(self) -> None:
         if self.in_use:
@@ -386,6 +392,7 @@ class Attachment:
         if sliced and name not in self._untrained:
             record(bound.parameter, True)
             bound.watch = self._watch(name, bound)
+        bound.holders = holders_of(bound.parameter, owners)
         modules = {id(module): (module, attribute) for module, attribute in owners}
         for module, attribute in modules.values():
             operator = operator_for(module) if sliced else None
@@ -428,9 +435,10 @@ class Attachment:
             if owner is None or active is None:
                 parameter.grad = None
                 return
-            active.gradients.settle()
-            if owner.shows_gradients:
-                active.gradients.show()
+            if not active.gradients.is_settled():
+                active.gradients.settle()
+                if owner.shows_gradients:
+                    active.gradients.show()
             # Calls of the module end here too, with nothing for the weight itself.
             if active.gradients.take_arrival() and not active.has_hooks():
                 owner._warn_reader(name)
@@ -467,7 +475,6 @@ class Attachment:
         bound.gradients.settle()
         if not replaced and parameter.data_ptr() == bound.address:
             bound.gather()
-            bound.note_places()
             return
         for i, (piece, leaf) in enumerate(bound.pairs):
             if piece.dim is None:

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from chunkft.autograd import records
+from chunkft.autograd.trained import RECORDS
 from chunkft.bound import Bound
-from chunkft.plan import ParameterSpec
-
-Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]
+from chunkft.plan import ParameterSpec, parameter_owners
 
 
 class Places:
@@ -29,8 +27,13 @@ class Places:
         self._offloaded = {spec.name for spec in specs if model.get_parameter(spec.name).is_meta}
         self._places: list[tuple[str, dict[str, Any], str, nn.Parameter, tuple[int, ...], torch.dtype]] = []
         self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self._ties: list[tuple[dict[str, Any], str, str]] = []
-        self._tied: dict[str, list[tuple[nn.Module, str]]] = {}  # who held each parameter at first
+        owners = parameter_owners(model)
+        holders = {name: holders_of(model.get_parameter(name), owners[name]) for name in self._expected}
+        self._ties = [  # who held a parameter at first that several held
+            (parameters, attribute, name)
+            for name, held in holders.items()
+            for parameters, attribute in (held if len(held) > 1 else ())
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -39,7 +42,7 @@ class Places:
 
     def forget(self) -> None:
         """The next look is a whole one."""
-        self._places, self._links, self._ties = [], [], []
+        self._places, self._links = [], []
 
     def current(self, name: str) -> nn.Parameter:
         """The parameter of this name now.
@@ -72,33 +75,8 @@ class Places:
             )
         return parameter
 
-    def note(self, owners: Owners) -> None:
-        """Remember where every parameter is, so that the next look finds out by identity alone.
-
-        Raises:
-            RuntimeError: names a parameter that is not shared any more, and was.
-        """
-        if not self._tied:  # the first look: nobody can have untied what was tied when the model was attached
-            for name in self._expected:
-                holders = [
-                    holder
-                    for holder in owners[name]
-                    if holder[0]._parameters.get(holder[1]) is self.current(name)
-                ]
-                self._tied[name] = holders
-        self._ties = [
-            (module._parameters, attribute, name)
-            for name, holders in self._tied.items()
-            for module, attribute in (holders if len(holders) > 1 else ())
-        ]
-        for parameters, attribute, name in self._ties:
-            if parameters.get(attribute) is not self.current(name):
-                self._places = []
-                raise RuntimeError(
-                    f"parameter {name!r} was shared with a parameter {attribute!r} of another module when the "
-                    "optimizer was built and is not any more, as after load_state_dict(assign=True); tie them again "
-                    "(model.tie_weights() in transformers), or detach() the optimizer and build a new one"
-                )
+    def note(self) -> None:
+        """Remember where every parameter is, so that the next look finds out by identity alone."""
         links: dict[tuple[int, str], tuple[dict[str, Any], str, nn.Module]] = {}
         for name, (shape, dtype) in self._expected.items():
             *path, attribute = name.split(".")
@@ -111,6 +89,16 @@ class Places:
             self._places.append((name, module._parameters, attribute, self.current(name), shape, dtype))
         self._links = list(links.values())
 
+    def check_ties(self) -> None:
+        """Raise RuntimeError, naming the parameter, if one is not shared any more that was so at first."""
+        for parameters, attribute, name in self._ties:
+            if parameters.get(attribute) is not self.current(name):
+                raise RuntimeError(
+                    f"parameter {name!r} was shared with a parameter {attribute!r} of another module when the "
+                    "optimizer was built and is not any more, as after load_state_dict(assign=True); tie them again "
+                    "(model.tie_weights() in transformers), or detach() the optimizer and build a new one"
+                )
+
     def are_as_noted(self, bound: Mapping[str, Bound]) -> bool:
         """Whether nothing that has to be followed happened since ``note``; it runs in every step."""
         if not self._places:
@@ -118,13 +106,25 @@ class Places:
         for children, part, child in self._links:
             if children.get(part) is not child:
                 return False
+        records = RECORDS
         for name, parameters, attribute, seen, shape, dtype in self._places:
             parameter = parameters.get(attribute)
             if parameter is not seen or parameter.shape != shape or parameter.dtype is not dtype:
                 return False
-            if name not in bound and records(parameter):
+            if records(parameter) and name not in bound:
                 return False
         for parameters, attribute, name in self._ties:
             if name in bound and parameters.get(attribute) is not bound[name].parameter:
                 return False
-        return all(one.is_in_place() for one in bound.values())
+        for one in bound.values():  # noqa: SIM110  a generator takes twice as long
+            if not one.is_in_place():
+                return False
+        return True
+
+
+def holders_of(
+    parameter: Tensor, owners: Sequence[tuple[nn.Module, str]]
+) -> list[tuple[dict[str, Any], str]]:
+    """Where a parameter is held, of the modules that use it (an attention computes with its projection's weight)."""
+    places = [(module._parameters, attribute) for module, attribute in owners]
+    return [(held, attribute) for held, attribute in places if held.get(attribute) is parameter]

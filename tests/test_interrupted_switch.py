@@ -16,6 +16,7 @@ from chunkft.optim.paged import PagedStore
 from chunkft.optim.resident import ChunkResidency
 from chunkft.optim.state import StateStore
 from chunkft.optim.streamed import StreamResidency
+from chunkft.places import Places
 from chunkft.streaming import HostArena, Pager
 
 PLACES = {
@@ -149,7 +150,8 @@ PRIMITIVES = [
     *((StateStore, name) for name in ("take", "put", "_house", "drop")),
     *((PagedStore, name) for name in ("open", "close", "put", "retain", "prefetch_page")),
     *((Pager, name) for name in ("acquire", "release", "prefetch", "discard", "evict")),
-    *((Attachment, name) for name in ("activate", "active", "_let_go", "_install", "_current")),
+    *((Attachment, name) for name in ("activate", "active", "_let_go", "_install")),
+    (Places, "current"),
     (HostArena, "tensor"),
 ]
 

@@ -166,12 +166,13 @@ def wants_weight(ctx: Any, parameter: int, leaves: int) -> bool:
         parameter: number of the weight among its inputs that are tensors; after it come the leaves.
         leaves: how many there are.
     """
-    node = ctx.next_functions[parameter][0]
-    of_leaves = [edge[0] for edge in ctx.next_functions[parameter + 1 : parameter + 1 + leaves]]
+    edges = ctx.next_functions
+    will_execute = torch._C._will_engine_execute_node
     try:
-        if any(leaf is not None and torch._C._will_engine_execute_node(leaf) for leaf in of_leaves):
-            return False
-        return bool(torch._C._will_engine_execute_node(node))
+        for leaf, _ in edges[parameter + 1 : parameter + 1 + leaves]:
+            if leaf is not None and will_execute(leaf):
+                return False
+        return bool(will_execute(edges[parameter][0]))
     except RuntimeError:  # what it says of a leaf in autograd.grad()
         return True
 

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 # place of a parameter (``load_state_dict(assign=True)``) is to be recorded as that one was.
 _MACHINERY = (os.path.join("nn", "parallel", "distributed.py"), os.path.join("nn", "modules", "module.py"))
 _recorded: Any = torch._C.TensorBase.requires_grad
+RECORDS = _recorded.__get__  # ``records`` for loops over all parameters, without a call in Python
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to a weak reference to its owner
 
 

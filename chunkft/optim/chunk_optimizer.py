@@ -242,7 +242,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if self.max_grad_norm is not None:
                 self.grad_norm = clip(leaves, self.max_grad_norm)
             self._residency.step(self._noise_seed())
-            self._attachment.gather()
+            self._gather()
             self._residency.show(self.state)
             self._count_update()
         else:
@@ -257,7 +257,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
         if self._ready and self._is_attached():
             settle(self)
-            self._follow_weights()  # a weight that was replaced since the last step may have a gradient already
+            attachment = self._attachment
+            if attachment.generation != self._generation or not attachment.holds_active():
+                self._follow_weights()  # what replaced a weight may have a gradient already
         super().zero_grad(set_to_none)
         if set_to_none:
             self._attachment.hide_gradients()
@@ -440,6 +442,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self.updates, self.interval_position = self.updates + 1, self.interval_position + 1
         if self.interval_position == 1:  # from now on it does not change until the switch
             self._memory.observe_state(self)
+
+    def _gather(self) -> None:
+        """Take over what the base optimizer assigned to ``.data``; those of torch write in place."""
+        if not self._base_class.__module__.startswith("torch.optim."):
+            self._attachment.gather()
 
     def _follow_weights(self) -> None:
         self._attachment.verify()

@@ -47,7 +47,7 @@ def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> N
         return
     optimizer._attachment.called = False
     residency.step(optimizer._noise_seed())
-    optimizer._attachment.gather()
+    optimizer._gather()
     if residency.dropped:
         optimizer.skipped += 1
     else:

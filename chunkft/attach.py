@@ -63,6 +63,7 @@ class Attachment:
         shares: the attachments of optimizers that do not train all of them.
         called: whether the model was called in grad mode since somebody set this to False.
         generation: counts how often leaves were replaced by other objects, for those who keep references.
+        on_replaced: weak reference to what is to be called once leaves were replaced, or None.
         after_weight: for names of sliced weights what is called once a backward pass is through with the weight itself.
         shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
             which knows the weights only can clip and clear them; for slices that are made active from then on.
@@ -73,6 +74,7 @@ class Attachment:
         self.specs: list[ParameterSpec] = parameter_specs(model) if specs is None else specs
         self.shares: list[Attachment] = []
         self.generation = 0
+        self.on_replaced: Callable[[], Callable[[], None] | None] | None = None
         self.shows_gradients = False
         self.after_weight: dict[str, Callable[[], None]] = {}
         self._places = Places(model, self.specs)
@@ -303,6 +305,7 @@ class Attachment:
         """
         if self._places.are_as_noted(self._bound):
             return
+        before = self.generation
         self._places.forget()
         self._places.check_ties()
         owners = parameter_owners(self.model)
@@ -327,6 +330,9 @@ class Attachment:
             elif parameter is not bound.parameter or not bound.is_in_place():
                 self._rebind(name, bound, parameter, owners[name])
         self._places.note()
+        follow = None if self.on_replaced is None else self.on_replaced()
+        if follow is not None and self.generation != before:
+            follow()
 
     def _after_loading(self) -> None:
         if self.in_use:

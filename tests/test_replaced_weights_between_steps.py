@@ -55,3 +55,39 @@ def test_a_state_dict_of_replaced_weights_still_loads_with_weights_only():
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
     torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("atomic", ["*", "*bias"])
+def test_updates_in_the_backward_pass_go_on_with_weights_that_loading_replaced(atomic):
+    """Replaced weights are updated in their first backward pass, with the rate that is set then, and counted once."""
+    models = []
+    for replace in (False, True):
+        model = mlp()
+        plan = chunkft.partition(model, 2, atomic=atomic)
+        optimizer = chunkft.ChunkAdamW(
+            model, lr=1e-2, chunks=None, partition=plan, interval=2, residency="stream", update="backward"
+        )
+        for batch in range(6):
+            if replace:
+                values = {key: value.clone() for key, value in model.state_dict().items()}
+                model.load_state_dict(values, assign=True)
+            mlp_loss(model, batch).backward()
+            optimizer.param_groups[0]["lr"] = 1e-2 * 0.5**batch  # of the next step
+            optimizer.step()
+        assert optimizer.updates == 6
+        models.append(model)
+    for (name, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        assert same_bits(ours, theirs), name
+
+
+def test_a_step_that_began_counts_where_a_weight_is_replaced_before_it_ends():
+    model = mlp()
+    plan = chunkft.partition(model, 1, atomic="0.bias")
+    optimizer = chunkft.ChunkAdamW(
+        model, lr=1e-2, chunks=None, partition=plan, interval=3, residency="stream", update="backward"
+    )
+    mlp_loss(model, 0).backward()
+    assert model[0].bias.grad is None  # it was updated
+    model[0].bias = torch.nn.Parameter(model[0].bias.detach().clone())
+    optimizer.step()
+    assert (optimizer.updates, optimizer.interval_position) == (1, 1)

@@ -106,3 +106,28 @@ def test_moments_saved_by_an_unfused_run_on_columns_go_on_fused():
     again.load_state_dict(saved)
     train(model, again, mlp_loss, range(5, 9))
     assert_close(straight, model)
+
+
+@pytest.mark.parametrize("mode", PLACES.values(), ids=PLACES)
+def test_momenta_that_some_slices_have_and_others_not_go_together_with_fused_sgd(mode):
+    """What is always active has its momentum when a new chunk comes, which has none."""
+    models = []
+    for fused in (False, True):
+        model = mlp()
+        optimizer = chunkft.ChunkOptimizer(
+            model,
+            torch.optim.SGD,
+            chunks=3,
+            interval=2,
+            always_active="2.*",
+            lr=0.1,
+            momentum=0.9,
+            fused=fused,
+            **mode,
+        )
+        for batch in range(14):
+            mlp_loss(model, batch).backward()
+            optimizer.step()
+        models.append(model)
+    for (name, ours), theirs in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice
@@ -59,7 +61,9 @@ class ActiveSlices:
             working.open()
         done = False
         try:
-            self._base.step()
+            for absent in self._apart():
+                with _without_gradients(absent):
+                    self._base.step()
             done = True
         finally:
             for working in self._working.values():
@@ -102,8 +106,35 @@ class ActiveSlices:
         state: State = self._base.state.get(working.parameter, {})
         return state
 
+    def _apart(self) -> list[list[nn.Parameter]]:
+        """What has to stay out of each call of the base optimizer's step: nothing of one, as a rule.
+
+        torch's fused SGD needs the momenta of all of its parameters or of none (seen in torch 2.13), and some have none
+        at their first gradient: those of a new chunk beside what is always active. They get a call of their own.
+        """
+        if not isinstance(self._base, torch.optim.SGD):
+            return [[]]
+        taking = [w for w in self._working.values() if w.parameter.grad is not None]
+        fresh = [w.parameter for w in taking if self._state(w).get("momentum_buffer") is None]
+        rest = [w.parameter for w in taking if self._state(w).get("momentum_buffer") is not None]
+        uses = any(group["fused"] and group["momentum"] for group in self._base.param_groups)
+        return [rest, fresh] if uses and fresh and rest else [[]]
+
     def _share_hyperparameters(self, to_base: bool) -> None:
         """Both sides' groups hold the same values: schedulers change the outer ones, some bases their own."""
         for outer, base in zip(self._groups, self._base.param_groups, strict=True):
             source, target = (outer, base) if to_base else (base, outer)
             target.update({key: value for key, value in source.items() if key != "params"})
+
+
+@contextmanager
+def _without_gradients(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """For the time being these have none."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient

@@ -73,17 +73,23 @@ class BackwardResidency(StreamResidency):
         self.recent_peak = 0  # the same since somebody set it to 0
 
     def bind(self, pairs: Pairs) -> None:
-        """These slices are active now; watch their gradients."""
+        """These slices are active now; watch their gradients.
+
+        Where they are the same as before, with other leaves (a weight was replaced), the step that began goes on.
+        """
         self._unwatch()
+        before, order = self._unit_of, self._order
         self._order = []
         super().bind(pairs)
         self._unit_of = {piece: n for n, unit in enumerate(self._units) for piece, _ in unit}
-        self._order = list(reversed(range(len(self._units))))
+        again = self._begun and self._unit_of == before
+        self._order = order if again else list(reversed(range(len(self._units))))
         self._together = {}
         for piece, leaf in pairs:
             size = leaf.numel() * leaf.element_size()
             self._together[piece.name] = self._together.get(piece.name, 0) + size
-        self._begin()
+        if not again:
+            self._begin()
         # Hooks live in C++, out of sight of the garbage collector: they must not hold us.
         me = weakref.ref(self)
         for piece, leaf in pairs:

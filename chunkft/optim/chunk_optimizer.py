@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -174,6 +175,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             attachment.freeze()
             attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
+            attachment.on_replaced = weakref.WeakMethod(self._bind_replaced)
             self._replicas = Replicas(self, group)
         except BaseException:
             self._release(keep_attached=not owned)
@@ -450,9 +452,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _follow_weights(self) -> None:
         self._attachment.verify()
-        if self._attachment.generation != self._generation:  # a forward pass may have noticed before us
-            bind(self, self._attachment.active())
+        self._bind_replaced()  # what noticed a new weight may have failed here before
         self._residency.follow_devices()
+
+    def _bind_replaced(self) -> None:
+        if self._ready and self._attachment.generation != self._generation:
+            with torch.inference_mode(False), torch.no_grad():
+                bind(self, self._attachment.active())
 
     def _chunk_of(self, interval_index: int) -> int:
         return active_chunk(self._schedule, interval_index, len(self.plan), self._seed)

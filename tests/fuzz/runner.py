@@ -133,6 +133,12 @@ class Run(Rig):
     def _clip(self, op: dict[str, Any]) -> None:
         if not self.open or self._in_backward:
             return
+        if all(
+            p.grad is None for p in self.dense.parameters()
+        ):  # torch 2.13 cannot clip the values of nothing
+            if any(p.grad is not None for p in self.model.parameters()):
+                raise Difference("there is a gradient, should be none")
+            return
         if op["how"] == "value":
             clip_grad_value_(self.model.parameters(), op["limit"])
             clip_grad_value_(self.dense.parameters(), op["limit"])
@@ -224,6 +230,7 @@ class Run(Rig):
             return
         factor = op["factor"]
         if op["target"] == "leaf":
+            self.trained.append(self.optimizer.plan)  # which leaf that is depends on it
             pairs = list(self.optimizer.active_parameters())
             piece, leaf = pairs[op["which"] % len(pairs)]
             leaf.data = leaf.data * factor
@@ -260,7 +267,8 @@ class Run(Rig):
         self.model.load_state_dict(state, assign=op["assign"] and untied and not self.open)
 
     def _resume(self, op: dict[str, Any]) -> None:
-        if op["plan"] is not None or self._in_backward:
+        # that a batch came which reached nothing is not saved
+        if op["plan"] is not None or self._in_backward or not self.reference.has_gradients():
             self._step(op)
         if not self._may_save():
             return

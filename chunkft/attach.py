@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -30,6 +28,7 @@ from chunkft.autograd import (
 from chunkft.bound import Bound, is_temporary
 from chunkft.places import Places, holders_of
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
+from chunkft.readers import Notices, cutter
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -64,6 +63,7 @@ class Attachment:
         called: whether the model was called in grad mode since somebody set this to False.
         generation: counts how often leaves were replaced by other objects, for those who keep references.
         on_replaced: weak reference to what is to be called once leaves were replaced, or None.
+        notices: what its users are told once.
         after_weight: for names of sliced weights what is called once a backward pass is through with the weight itself.
         shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
             which knows the weights only can clip and clear them; for slices that are made active from then on.
@@ -77,6 +77,7 @@ class Attachment:
         self.on_replaced: Callable[[], Callable[[], None] | None] | None = None
         self.shows_gradients = False
         self.after_weight: dict[str, Callable[[], None]] = {}
+        self.notices = Notices()
         self._places = Places(model, self.specs)
         self._bound: dict[str, Bound] = {}
         self._order: list[Slice] = []
@@ -84,7 +85,6 @@ class Attachment:
         self._guard.follow = weakref.WeakMethod(self._after_loading)
         self._froze = False
         self._untrained: set[str] = set()
-        self._warned: set[tuple[str, str]] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
             self._names[model.get_parameter(spec.name)] = spec.name
@@ -420,7 +420,7 @@ class Attachment:
                     self.verify()
                 self._guard.check(owner)
                 if bound.has_hooks():
-                    self._warn_hooks(name)
+                    self.notices.hooks(name)
                     return False
                 return True
 
@@ -428,51 +428,8 @@ class Attachment:
             put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
 
     def _watch(self, name: str, bound: Bound) -> RemovableHandle:
-        cut = self._cutter(name, bound)
+        cut = cutter(self, name, bound)
         return bound.parameter.register_post_accumulate_grad_hook(cut)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _cutter(self, name: str, bound: Bound) -> Callable[[Tensor], None]:
-        """Hook that hands the gradient of a whole weight, from who read it without its module, to the leaves."""
-        # The hook lives in C++, out of sight of the garbage collector: it must not hold us.
-        attachment, target = weakref.ref(self), weakref.ref(bound)
-
-        def cut(parameter: Tensor) -> None:
-            owner, active = attachment(), target()
-            if owner is None or active is None:
-                parameter.grad = None
-                return
-            if not active.gradients.is_settled():
-                active.gradients.settle()
-                if owner.shows_gradients:
-                    active.gradients.show()
-            # Calls of the module end here too, with nothing for the weight itself.
-            if active.gradients.take_arrival() and not active.has_hooks():
-                owner._warn_reader(name)
-            if name in owner.after_weight:
-                owner.after_weight[name]()
-
-        return cut
-
-    def _warn_hooks(self, name: str) -> None:
-        pattern = _pattern(name)
-        if (pattern, "hooks") not in self._warned:
-            self._warned.add((pattern, "hooks"))
-            warnings.warn(
-                f"the weight {name!r} has a hook on its gradient, so its whole gradient is computed, handed to the "
-                "hook, and its active slice cut out: exact, but without the savings",
-                stacklevel=4,
-            )
-
-    def _warn_reader(self, name: str) -> None:
-        pattern = _pattern(name)
-        if (pattern, "reader") not in self._warned:
-            self._warned.add((pattern, "reader"))
-            warnings.warn(
-                f"the weight {name!r} is used without a call of the module that holds it, so its whole gradient is "
-                "computed before its active slice is cut out: exact, but without the savings. "
-                f"chunkft.partition(..., atomic={pattern!r}) counts its gradient as a whole",
-                stacklevel=2,
-            )
 
     def _rebind(
         self, name: str, bound: Bound, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]
@@ -506,11 +463,6 @@ class Attachment:
         if replaced or (bound.modules and current != {id(module) for module in bound.modules}):
             bound.uninstall()
             self._install(name, bound, owners)
-
-
-def _pattern(name: str) -> str:
-    """The name with a star in place of each number, which stands for all layers."""
-    return re.sub(r"(^|(?<=\.))\d+(?=\.)", "*", name)
 
 
 def attach(model: nn.Module) -> Attachment:

@@ -408,7 +408,9 @@ class Attachment:
                 self._guard.guard(module)
                 continue
 
-            def verify(owner: nn.Module, bound: Bound = bound, attribute: str = attribute) -> bool:
+            def verify(
+                owner: nn.Module, compiled: bool = False, bound: Bound = bound, attribute: str = attribute
+            ) -> bool:
                 weight: Any = owner._parameters[attribute]
                 if not bound.pairs:  # a wrapper kept this forward
                     return True
@@ -420,7 +422,7 @@ class Attachment:
                     self.verify()
                 self._guard.check(owner)
                 if bound.has_hooks():
-                    self.notices.hooks(name)
+                    self.notices.hooks(name, compiled)
                     return False
                 return True
 

@@ -19,8 +19,18 @@ class Notices:
     def __init__(self) -> None:
         self._said: set[tuple[str, str]] = set()
 
-    def hooks(self, name: str) -> None:
-        """Say that the hooks of a weight cost the savings of its slices."""
+    def hooks(self, name: str, compiled: bool) -> None:
+        """Say that the hooks of a weight cost the savings of its slices.
+
+        Raises:
+            RuntimeError: if its layer is compiled, which has no whole gradient to hand to them.
+        """
+        if compiled:
+            raise RuntimeError(
+                f"the weight {name!r} has a hook on its gradient, which a compiled layer cannot call; leave this "
+                "layer out of what is compiled, or train the weight as a whole: chunkft.partition(..., "
+                f"atomic={_pattern(name)!r})"
+            )
         self._say(
             "hooks",
             name,

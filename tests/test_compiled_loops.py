@@ -94,3 +94,31 @@ def test_gradients_of_an_input_alone_leave_the_leaves_alone(backend: str) -> Non
     assert all(leaf.grad is None for _, leaf in optimizer.active_parameters())
     call(x).square().sum().backward()
     assert all(leaf.grad is not None for _, leaf in optimizer.active_parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("late", [False, True], ids=["before-compiling", "after-a-step"])
+def test_a_hook_on_a_sliced_weight_is_refused_by_name(backend: str, late: bool) -> None:
+    model = Twice()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1)
+    call = compiled(model, backend)
+    if late:
+        call(IDS).square().sum().backward()
+        optimizer.step()
+    handle = model.layer.weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.raises(RuntimeError, match=r"'layer\.weight' has a hook.*compiled layer"):
+        call(IDS).square().sum().backward()
+    handle.remove()
+    optimizer.zero_grad()
+    call(IDS).square().sum().backward()
+    optimizer.step()
+
+
+def test_a_hook_on_an_atomic_weight_of_a_compiled_model_is_called() -> None:
+    model = Twice()
+    plan = chunkft.partition(model, 1, atomic="layer.weight")
+    chunkft.ChunkAdamW(model, lr=1e-2, chunks=None, partition=plan)
+    call, seen = compiled(model, "aot_eager"), []
+    model.layer.weight.register_hook(lambda gradient: seen.append(gradient.shape))
+    call(IDS).square().sum().backward()
+    assert seen == [(8, 8)]

@@ -84,9 +84,9 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
 class SlicedForward:
     """The forward of a module while slices of it are active; set on the instance, so the class stays as it is.
 
-    ``verify`` is called first and lets the owner notice that the weight was moved; False says that the module is to
-    compute by itself in this call, with whatever it holds. ``attribute`` is the name of the weight, for operators with
-    several; ``parts`` holds what is active of each.
+    ``verify`` is called first, with the module and whether the call is one of compiled code, and lets the owner notice
+    that the weight was moved; False says that the module is to compute by itself in this call, with whatever it holds.
+    ``attribute`` is the name of the weight, for operators with several; ``parts`` holds what is active of each.
     """
 
     # no __dict__: functools.update_wrapper would copy it into whatever is put around this forward
@@ -97,7 +97,7 @@ class SlicedForward:
         module: nn.Module,
         operator: SlicedOperator,
         active: Active,
-        verify: Callable[[nn.Module], bool] | None,
+        verify: Callable[[nn.Module, bool], bool] | None,
         attribute: str | None = None,
     ) -> None:
         self.module = module
@@ -113,7 +113,7 @@ class SlicedForward:
         sliced = own is self.stands_for
         for _, verify in self.parts.values():
             if verify is not None:
-                sliced = verify(self.module) and sliced
+                sliced = verify(self.module, False) and sliced
         if not sliced or not any(active for active, _ in self.parts.values()):
             result: Tensor = own(self.module, *args, **kwargs)
             return result
@@ -162,7 +162,7 @@ class CompiledForward(Anchored):
             whole = weight is not None and records(weight)
             return [((0, 0, weight.shape[0]), weight)] if whole and weight is not None else []
         if self.current.verify is not None:
-            self.current.verify(self.module)
+            self.current.verify(self.module, True)
         active = self.current.active
         return [
             ((p.dim, p.start, p.stop), leaf) for p, leaf in active if p.dim is not None and leaf.requires_grad

@@ -129,3 +129,30 @@ def test_what_is_passed_through_stays_the_same_object_and_results_may_be_changed
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
         assert not model(x, mask)[0].requires_grad
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_loop_with_a_scaler_leaves_it_out_where_no_gradient_exists(chunks: int) -> None:
+    """As docs/semantics.md says; PyTorch's scaler asserts that it saw a gradient."""
+    model, plain = build().float(), build().float()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=chunks, interval=2)
+    reference = chunkft.ChunkAdamW(plain, lr=1e-2, chunks=chunks, interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    left_out = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for image in BATCHES:
+            image = None if image is None else image.float()
+            scaler.scale(loss_of(model(IDS, image))).backward()
+            if any(p.grad is not None for p in model.parameters()):
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                left_out += 1
+                optimizer.step()
+            loss_of(plain(IDS, image)).backward()
+            reference.step()
+    assert bool(left_out) == (chunks > 1)
+    assert (optimizer.active, optimizer.updates) == (reference.active, reference.updates)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)

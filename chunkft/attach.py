@@ -12,11 +12,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from chunkft.autograd import (
+    Passes,
     ReentrantGuard,
     Slice,
     SlicedForward,
     SliceGradients,
     disown,
+    is_transformed,
     operator_for,
     own,
     put_forward,
@@ -81,8 +83,8 @@ class Attachment:
         self._places = Places(model, self.specs)
         self._bound: dict[str, Bound] = {}
         self._order: list[Slice] = []
-        self._guard = ReentrantGuard()
-        self._guard.follow = weakref.WeakMethod(self._after_loading)
+        self._passes = Passes(self)
+        self._guard = ReentrantGuard(self._passes)
         self._froze = False
         self._untrained: set[str] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -91,7 +93,7 @@ class Attachment:
 
     def hold(self, handles: Iterable[RemovableHandle]) -> None:
         """Take these hooks out again with our own, and out of copies of the model."""
-        self._guard.hold(handles)
+        self._passes.hold(handles)
 
     def name_of(self, parameter: Tensor) -> str | None:
         """Name of a parameter that was trainable when the model was attached, or None."""
@@ -118,6 +120,23 @@ class Attachment:
         self.shares.append(part)
         return part
 
+    def refresh(self) -> None:
+        """Know what came into the model, or went, since it was attached."""
+        for part in self.shares:
+            part.verify()
+        if self.in_use:
+            return
+        self.specs = parameter_specs(self.model)
+        self._places = Places(self.model, self.specs)
+        self.know()
+
+    def know(self) -> None:
+        """Remember which parameters there are, under their names, and that the model is this one's."""
+        for spec in self.specs:
+            parameter = self.model.get_parameter(spec.name)
+            self._names[parameter] = spec.name
+            _attachments[parameter] = weakref.ref(self._primary())
+
     @property
     def in_use(self) -> bool:
         """Whether some of its parameters are active."""
@@ -132,16 +151,16 @@ class Attachment:
     @property
     def called(self) -> bool:
         """Whether the model was called in grad mode since this was set to False."""
-        return self._guard.called
+        return self._passes.called
 
     @called.setter
     def called(self, called: bool) -> None:
-        self._guard.called = called
+        self._passes.called = called
 
     @property
     def computes(self) -> bool:
         """Whether a forward pass of the model runs."""
-        return self._guard.running
+        return self._passes.running
 
     def is_trained(self, parameter: Tensor) -> bool:
         """Whether a parameter is trained when its turn comes; False after somebody froze it."""
@@ -176,13 +195,10 @@ class Attachment:
         if not self._froze:
             return
         self._froze = False
-        for spec in self.specs:
-            try:
-                parameter = self.model.get_parameter(spec.name)
-            except AttributeError:
-                continue  # removed by its owner since
+        # by object: a parameter may have another name by now (its layer was wrapped), or be out of the model
+        for parameter, name in list(self._names.items()):  # type: ignore[no-untyped-call]
             disown(parameter)
-            record(parameter, spec.name not in self._untrained)
+            record(parameter, name not in self._untrained)
 
     def activate(self, slices: Iterable[Slice]) -> list[tuple[Slice, nn.Parameter]]:
         """Make these slices the active ones, in place of those that were active before.
@@ -197,25 +213,18 @@ class Attachment:
         wanted = list(slices)
         current = {name: self._places.current(name) for name in {piece.name for piece in wanted}}
         self._let_go()
-        self._guard.watch(self.model)
+        self._passes.watch(self.model)
         self._order = wanted
         owners = parameter_owners(self.model)
         for piece in wanted:
             parameter = current[piece.name]
             bound = self._bound.get(piece.name)
             if bound is None:
+                if piece.dim is not None:
+                    parameter.grad = None  # from before its turn
                 bound = Bound(parameter, parameter.data_ptr(), parameter.device, [])
                 self._bound[piece.name] = bound
-            trained = piece.name not in self._untrained
-            if piece.dim is None:
-                leaf = parameter
-                record(leaf, trained)
-            else:
-                leaf = nn.Parameter(piece.of(parameter.detach()))
-                if self.shows_gradients:
-                    bound.gradients.watch(leaf)
-                record(leaf, trained)
-            bound.pairs.append((piece, leaf))
+            bound.pairs.append((piece, self._leaf(piece, parameter, bound)))
             bound.note_places()
         for name, bound in self._bound.items():
             self._install(name, bound, owners[name])
@@ -224,7 +233,7 @@ class Attachment:
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
         for bound in self._bound.values():
-            bound.gradients.settle()
+            bound.gradients.follow(self.shows_gradients)
         leaves = {piece: leaf for bound in self._bound.values() for piece, leaf in bound.pairs}
         return [(piece, leaves[piece]) for piece in self._order]
 
@@ -281,7 +290,7 @@ class Attachment:
 
     def deactivate(self) -> None:
         """Freeze the active slices and give their modules their own forward back."""
-        self._guard.remove()
+        self._passes.remove()
         self._let_go()
 
     def _let_go(self) -> None:
@@ -320,8 +329,7 @@ class Attachment:
             if self.name_of(parameter) is None:  # it was replaced
                 self._names[parameter] = name
                 _attachments[parameter] = weakref.ref(self._primary())
-                if records(parameter):  # else it is trained if that was which it replaces
-                    self._untrained.discard(name)
+                (self._untrained.discard if records(parameter) else self._untrained.add)(name)
                 own(parameter, self)
             if bound is None:
                 if records(parameter):
@@ -334,7 +342,13 @@ class Attachment:
         if follow is not None and self.generation != before:
             follow()
 
-    def _after_loading(self) -> None:
+    @property
+    def trains(self) -> bool:
+        """Whether not all of its parameters are frozen."""
+        return len(self._untrained) < len(self.specs)
+
+    def after_loading(self) -> None:
+        """``load_state_dict`` is through: follow what it put in the place of parameters."""
         if self.in_use:
             self.verify()
 
@@ -377,7 +391,7 @@ class Attachment:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of the model is not attached: all of its parameters are trainable, without hooks of ours."""
-        hooks = [key for part in (self, *self.shares) for key in part._guard.hook_ids()]
+        hooks = [key for part in (self, *self.shares) for key in part._hook_ids()]
         for module in self.model.modules():
             strip_forward(getattr(memo.get(id(module)), "__dict__", {}))
             for kind in _HOOKS:
@@ -393,6 +407,16 @@ class Attachment:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
+    def _hook_ids(self) -> list[int]:
+        return self._passes.hook_ids() + self._guard.hook_ids()
+
+    def _leaf(self, piece: Slice, parameter: nn.Parameter, bound: Bound) -> nn.Parameter:
+        leaf = parameter if piece.dim is None else nn.Parameter(piece.of(parameter.detach()))
+        if piece.dim is not None and self.shows_gradients:
+            bound.gradients.watch(leaf)
+        record(leaf, piece.name not in self._untrained)
+        return leaf
+
     def _install(self, name: str, bound: Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
         sliced = bound.sliced
         if sliced and name not in self._untrained:
@@ -405,17 +429,19 @@ class Attachment:
             if (
                 operator is None
             ):  # atomic, or its forward was replaced since: then the weight itself is watched
-                self._guard.guard(module)
+                self._guard.guard(module, self._follower(attribute, bound))
                 continue
 
             def verify(
                 owner: nn.Module, compiled: bool = False, bound: Bound = bound, attribute: str = attribute
             ) -> bool:
-                weight: Any = owner._parameters[attribute]
                 if not bound.pairs:  # a wrapper kept this forward
                     return True
+                if is_transformed():
+                    return False
+                weight = owner._parameters.get(attribute)
                 if weight is not bound.parameter:
-                    if is_temporary(weight):
+                    if attribute in owner._parameters and is_temporary(weight):
                         return False
                     self.verify()
                 elif not bound.is_in_place():
@@ -429,6 +455,18 @@ class Attachment:
             bound.modules.append(module)  # first: what may have been put must be taken out again
             put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
 
+    def _follower(self, attribute: str, bound: Bound) -> Callable[[nn.Module], None]:
+        """What looks, before a module computes, whether it holds the same atomic parameter still."""
+
+        def follow(module: nn.Module) -> None:
+            parameter = module._parameters.get(attribute)
+            if parameter is None or parameter is bound.parameter or not bound.pairs:
+                return
+            if not is_transformed() and not is_temporary(parameter):
+                self.verify()
+
+        return follow
+
     def _watch(self, name: str, bound: Bound) -> RemovableHandle:
         cut = cutter(self, name, bound)
         return bound.parameter.register_post_accumulate_grad_hook(cut)  # type: ignore[no-any-return, no-untyped-call]
@@ -441,18 +479,18 @@ class Attachment:
         if not replaced and parameter.data_ptr() == bound.address:
             bound.gather()
             return
+        own_gradient = (
+            replaced and parameter.grad is not None
+        )  # which then counts in place of the old weight's
         for i, (piece, leaf) in enumerate(bound.pairs):
-            if piece.dim is None:
-                if replaced:
-                    record(parameter, name not in self._untrained)
-                    bound.pairs[i] = (piece, parameter)
-                    self.generation += 1
-                continue
             grad, leaf.grad = leaf.grad, None
-            leaf.data = piece.of(parameter.detach())
-            record(leaf, name not in self._untrained)
-            if grad is not None:
-                leaf.grad = grad.to(parameter.device)
+            if replaced:
+                bound.pairs[i] = piece, self._leaf(piece, parameter, bound)
+            elif piece.dim is not None:
+                leaf.data = piece.of(parameter.detach())
+            if grad is not None and not own_gradient:
+                bound.pairs[i][1].grad = grad.to(parameter.device)
+        self.generation += replaced
         bound.gradients.hide()
         if replaced:
             record(bound.parameter, False)
@@ -474,8 +512,8 @@ def attach(model: nn.Module) -> Attachment:
         model: a module with at least one trainable parameter.
 
     Returns:
-        The attachment; the same one if the model is attached already. Nothing is frozen before an optimizer is
-        built.
+        The attachment; if the model is attached already the same one, which knows of parameters that were replaced or
+        added since. Nothing is frozen before an optimizer is built.
 
     Raises:
         TypeError: if ``model`` is not a module.
@@ -486,6 +524,7 @@ def attach(model: nn.Module) -> Attachment:
     model = uncompiled(model)
     existing = model.__dict__.get("_chunkft")
     if isinstance(existing, Attachment) and existing.model is model:
+        existing.refresh()
         return existing
     attachment = Attachment(model)
     for spec in attachment.specs:
@@ -495,8 +534,7 @@ def attach(model: nn.Module) -> Attachment:
                 "one or a model it is shared with; detach() that optimizer first"
             )
     model.__dict__["_chunkft"] = attachment
-    for spec in attachment.specs:
-        _attachments[model.get_parameter(spec.name)] = weakref.ref(attachment)
+    attachment.know()
     return attachment
 
 

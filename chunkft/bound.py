@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd import Slice, SliceGradients, take_forward
@@ -100,7 +101,7 @@ def is_temporary(weight: Tensor | None) -> bool:
     ``torch.func.functional_call`` puts tensors, or parameters of another model, there and takes them out again. Where
     nothing is recorded nothing is trained, so that a replacement may wait for its first forward pass in grad mode.
     """
-    if not isinstance(weight, nn.Parameter) or not torch.is_grad_enabled():
+    if not isinstance(weight, nn.Parameter) or isinstance(weight, FakeTensor) or not torch.is_grad_enabled():
         return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -73,10 +73,7 @@ def cutter(owner: Owner, name: str, bound: Bound) -> Callable[[Tensor], None]:
         if owner is None or active is None:
             parameter.grad = None
             return
-        if not active.gradients.is_settled():
-            active.gradients.settle()
-            if owner.shows_gradients:
-                active.gradients.show()
+        active.gradients.follow(owner.shows_gradients)
         # Calls of the module end here too, with nothing for the weight itself.
         if active.gradients.take_arrival() and not active.has_hooks():
             owner.notices.reader(name)

@@ -15,6 +15,7 @@ from chunkft.autograd.operators import (
     take_forward,
     uncompilable,
 )
+from chunkft.autograd.passes import Passes, is_transformed
 from chunkft.autograd.reentrant import ReentrantGuard
 from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
@@ -23,6 +24,7 @@ from chunkft.autograd.trained import disown, own, record, records
 __all__ = [
     "GradientView",
     "Gradients",
+    "Passes",
     "ReentrantGuard",
     "Slice",
     "SliceGradients",
@@ -30,6 +32,7 @@ __all__ = [
     "SlicedOperator",
     "compilable",
     "disown",
+    "is_transformed",
     "joint_norm",
     "operator_for",
     "own",

@@ -153,7 +153,7 @@ class CompiledForward(Anchored):
         super().__init__(module, operator.weight, shape, dtype)
         self.operator = operator
         self.current: SlicedForward | None = None
-        self.check: Callable[[nn.Module], None] | None = None  # before eager calls
+        self.checks: list[Callable[[nn.Module, Any], None]] = []  # before eager calls
 
     def pairs(self) -> list[tuple[Window, Tensor]]:
         """Active windows with their leaves; the weight itself where it is trained as a whole."""
@@ -187,8 +187,8 @@ def _stable_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     owner: CompiledForward = module._chunkft_forward  # type: ignore[assignment]
     if torch.compiler.is_compiling() and owner.operator.compiled is not None:
         return owner.operator.compiled(owner, *args, **kwargs)
-    if owner.check is not None:
-        owner.check(module)
+    for check in owner.checks:
+        check(module, args)
     if owner.current is not None:
         return owner.current(*args, **kwargs)
     return type(module).forward(module, *args, **kwargs)

@@ -66,11 +66,15 @@ class SliceGradients(Gradients):
             owner.parameter.grad = None
         self._shown = False
 
-    def is_settled(self) -> bool:
-        """Whether ``weight.grad`` shows the leaves' gradients, and nothing was done to it."""
+    def follow(self, shows: bool) -> None:
+        """``settle``, then ``show`` if ``weight.grad`` shows gradients at all."""
         owner = self._sliced()
         grad = None if owner is None else owner.parameter.grad
-        return self._shown and isinstance(grad, GradientView) and grad.gradients is self and not grad.steps
+        if self._shown and isinstance(grad, GradientView) and grad.gradients is self and not grad.steps:
+            return
+        self.settle()
+        if shows:
+            self.show()
 
     def settle(self) -> None:
         """Do to the leaves what was done to ``weight.grad``: clear them, or take a dense gradient in its place."""

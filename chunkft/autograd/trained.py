@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# DistributedDataParallel waits for a gradient of each parameter that autograd records, and what a module puts in the
-# place of a parameter (``load_state_dict(assign=True)``) is to be recorded as that one was.
-_MACHINERY = (os.path.join("nn", "parallel", "distributed.py"), os.path.join("nn", "modules", "module.py"))
+# DistributedDataParallel waits for a gradient of each parameter that autograd records.
+_MACHINERY = os.path.join("nn", "parallel", "distributed.py")
+_NEW = nn.Parameter.__new__.__code__
 _recorded: Any = torch._C.TensorBase.requires_grad
 RECORDS = _recorded.__get__  # ``records`` for loops over all parameters, without a call in Python
 _owners: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter to a weak reference to its owner
@@ -61,6 +61,12 @@ class TrainedParameter(nn.Parameter):
             record(self, trained)
         else:
             owner.set_trained(self, bool(trained))
+
+    def detach(self) -> Tensor:
+        # nn.Parameter(weight) wants something of the class of the weight from this, and makes that the parameter.
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _NEW:
+            return torch.Tensor._make_subclass(TrainedParameter, super().detach())
+        return super().detach()
 
     def requires_grad_(self, requires_grad: bool = True) -> TrainedParameter:
         self.requires_grad = requires_grad

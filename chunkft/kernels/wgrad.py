@@ -149,7 +149,9 @@ def _torch_wgrad(
     if row_crop is None and col_crop is None:
         return full
     # A copy even of contiguous rows: a view would keep the whole block alive as a gradient.
-    return full[row_crop or slice(None), col_crop or slice(None)].clone(memory_format=torch.contiguous_format)
+    for dim, crop in enumerate((row_crop, col_crop)):
+        full = full if crop is None else full.narrow(dim, crop.start, crop.stop - crop.start)
+    return full.clone(memory_format=torch.contiguous_format)
 
 
 def _narrow(matrix: Tensor, selection: Selection, other: int) -> tuple[Tensor, slice | None]:
@@ -158,12 +160,11 @@ def _narrow(matrix: Tensor, selection: Selection, other: int) -> tuple[Tensor, s
         return matrix, None
     if isinstance(selection, Tensor | Blocks):
         return gathered(matrix, selection), None
-    if not _needs_blocks(matrix):
-        return matrix[:, selection], None
-    low, high = _window(selection.start, selection.stop, matrix.shape[1], other)
-    if (low, high) == (selection.start, selection.stop):
-        return matrix[:, selection], None
-    return matrix[:, low:high], slice(selection.start - low, selection.stop - low)
+    low, high = start, stop = selection.start, selection.stop
+    if _needs_blocks(matrix):
+        low, high = _window(start, stop, matrix.shape[1], other)
+    crop = None if (low, high) == (start, stop) else slice(start - low, stop - low)
+    return matrix.narrow(1, low, high - low), crop  # indexing has no rule for batches of gradients
 
 
 def _needs_blocks(matrix: Tensor) -> bool:

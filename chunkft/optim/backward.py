@@ -180,6 +180,11 @@ class BackwardResidency(StreamResidency):
         if not self._begun:  # what is frozen is known now
             self._missing = [{piece for piece, leaf in unit if leaf.requires_grad} for unit in self._units]
         missing = self._missing[number]
+        if piece not in missing and not leaf.requires_grad:
+            raise RuntimeError(
+                f"{piece} was frozen between its forward and its backward pass; update='backward' has to know before "
+                "the forward pass what is trained in a step"
+            )
         if piece not in missing:
             raise RuntimeError(
                 f"a second backward pass reached {piece} before step(): update='backward' updates a slice as soon as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -130,6 +131,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
+        self._lock = (
+            threading.RLock()
+        )  # of step() and of the switch, which a call of the model may have to finish
         try:
             self._specs = specs = trained_specs(attachment, groups)
             self._attachment = attachment = attachment.share({spec.name for spec in specs})
@@ -220,7 +224,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with tracing.span("step"):
+        with self._lock, tracing.span("step"):
             self._step()
         return loss
 

@@ -81,8 +81,8 @@ def settle(optimizer: ChunkOptimizer) -> None:
     Raises:
         What stopped it, if that is still there; the next call tries again.
     """
-    # Also in evaluation: what is made here must be fit for training.
-    with torch.inference_mode(False), torch.no_grad():
+    # Also in evaluation: what is made here must be fit for training. Other threads may evaluate during step().
+    with optimizer._lock, torch.inference_mode(False), torch.no_grad():
         if optimizer._switch is not None:
             _complete(optimizer, optimizer._switch)
         elif optimizer.interval_position >= optimizer.interval:

@@ -1,0 +1,162 @@
+"""Forward passes of an attached model: which thread is in one, and what is done at their ends."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from chunkft.autograd.reach import reached
+
+
+class Owner(Protocol):
+    """Who wants to know of forward passes."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything in the model is trained."""
+
+    def after_loading(self) -> None:
+        """``load_state_dict`` is through, and may have put other parameters into the model."""
+
+
+class Passes:
+    """The forward passes of a model.
+
+    Attributes:
+        called: whether one began in grad mode since somebody set this to False.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self.called = False
+        self._owner = weakref.ref(owner)
+        # By thread the frame that called the hook at the beginning, and whether it was without grad mode. What ended
+        # by an interrupt never came to the hook at the end: the frame tells.
+        self._inside: dict[int, tuple[FrameType, bool]] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, model: nn.Module) -> None:
+        """Note the forward passes of ``model`` from now on; done once, until ``remove``."""
+        if not self._handles:
+            self._handles.append(model.register_forward_pre_hook(_Enter(self)))
+            loaded = model.register_load_state_dict_post_hook(_Loaded(self))  # type: ignore[no-untyped-call]
+            self._handles.append(loaded)
+            self._handles.append(
+                model.register_forward_hook(_Leave(self), with_kwargs=True, always_call=True)
+            )
+
+    def hold(self, handles: Iterable[RemovableHandle]) -> None:
+        """Treat hooks of others as ours of the model: gone after ``remove``, and listed in ``hook_ids``."""
+        self._handles.extend(handles)
+
+    def remove(self) -> None:
+        """Take all hooks out again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def hook_ids(self) -> list[int]:
+        """Keys of the hooks in the model's hook dicts."""
+        return [handle.id for handle in self._handles]
+
+    @property
+    def running(self) -> bool:
+        """Whether this thread is in a forward pass of the model."""
+        return self._current() is not None
+
+    @property
+    def without_grad(self) -> bool:
+        """Whether it is in one that was called without grad mode."""
+        current = self._current()
+        return current is not None and current[1]
+
+    def enter(self, module: nn.Module, frame: FrameType) -> None:
+        """A forward pass begins, called from this frame."""
+        if module.__dict__.get("_is_replica"):
+            raise RuntimeError(
+                "nn.DataParallel copies the model in every call, and the copies would compute with the slices of the "
+                "first device; use DistributedDataParallel, which is one process a device"
+            )
+        recorded = torch.is_grad_enabled()
+        self._inside[threading.get_ident()] = frame, not recorded
+        self.called = self.called or recorded
+
+    def leave(self, module: nn.Module, output: Any, inputs: Any) -> Any:
+        """It ends; None, or what is to be returned in place of ``output``."""
+        self._inside.pop(threading.get_ident(), None)
+        owner = self._owner()
+        if owner is None or not torch.is_grad_enabled() or is_transformed() or not owner.trains:
+            return None
+        return reached(output, module, inputs)
+
+    def loaded(self) -> None:
+        """Weights were loaded into the model."""
+        owner = self._owner()
+        if owner is not None:
+            owner.after_loading()
+
+    def _current(self) -> tuple[FrameType, bool] | None:
+        thread = threading.get_ident()
+        current = self._inside.get(thread)
+        if current is None:
+            return None
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame is current[0]:
+                return current
+            frame = frame.f_back
+        self._inside.pop(thread, None)
+        return None
+
+
+def is_transformed() -> bool:
+    """Whether the operators that run are those of a function transform (``torch.func``) or of a trace.
+
+    Neither knows our functions; what the layers do by themselves they transform and record.
+    """
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
+
+
+class _Hook:
+    """A hook that survives pickling and copying of its module, but without effect: a copy is not attached."""
+
+    def __init__(self, passes: Passes | None) -> None:
+        self.passes = passes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (None,)
+
+
+class _Enter(_Hook):
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.passes is None:
+            return
+        if torch.compiler.is_compiling():  # flags are asked for while it is traced only
+            self.passes.called = True
+        else:
+            self.passes.enter(module, sys._getframe(1))
+
+
+class _Leave(_Hook):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.passes is None or torch.compiler.is_compiling():
+            return None
+        return self.passes.leave(module, output, (args, kwargs))
+
+
+class _Loaded(_Hook):
+    """After ``load_state_dict``, which may have put other parameters into the model."""
+
+    def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
+        if self.passes is not None:
+            self.passes.loaded()

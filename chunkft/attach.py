@@ -447,7 +447,7 @@ class Attachment:
                 elif not bound.is_in_place():
                     self.verify()
                 self._guard.check(owner)
-                if bound.has_hooks():
+                if torch.is_grad_enabled() and bound.has_hooks():
                     self.notices.hooks(name, compiled)
                     return False
                 return True

@@ -177,3 +177,39 @@ def test_a_copy_is_free_and_trains_what_was_not_frozen(copied: Callable[[nn.Modu
     second = chunkft.ChunkAdamW(other, chunks=2, interval=1)
     for _ in range(2):
         step(other, second)
+
+
+@pytest.mark.parametrize("way", ["set", "made frozen", "loaded part"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_what_replaces_a_weight_is_frozen_if_it_says_so(chunks: int, way: str) -> None:
+    model = net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=chunks, interval=1)
+    if way == "loaded part":
+        loaded = {key: value.clone() for key, value in model[4].state_dict().items()}
+        model[4].load_state_dict(loaded, assign=True)
+        assert all(p.requires_grad for p in model.parameters())
+        model[4].requires_grad_(False)
+    else:
+        pretrained = torch.randn(4, 16, dtype=torch.float64)
+        model[4].weight = nn.Parameter(pretrained, requires_grad=way == "set")
+        model[4].requires_grad_(False)
+    before = values(model)
+    for _ in range(6):
+        step(model, optimizer)
+    assert [p.requires_grad for p in model.parameters()] == [True] * 5 + [False] * 2
+    assert changed(model, before) == before.keys() - {"4.weight", "4.bias"}
+    model[4].requires_grad_(True)
+    for _ in range(6):
+        step(model, optimizer)
+    assert changed(model, before) == before.keys()
+
+
+def test_a_weight_that_is_frozen_between_forward_and_backward_with_early_updates_is_named() -> None:
+    model = net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1, **MODES["backward"])
+    loss = model(X).square().mean()
+    model[4].weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"4\.weight.* frozen between its forward and its backward pass"):
+        loss.backward()
+    optimizer.zero_grad()
+    step(model, optimizer)

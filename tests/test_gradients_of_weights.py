@@ -425,3 +425,36 @@ def test_clipping_makes_no_dense_gradient(foreach, monkeypatch):
         if p.grad is not None:
             p.grad.nan_to_num_().data.mul_(0.5).div_(torch.tensor(2.0)).pow_(2).add_(0.1, alpha=2)
     model.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("look", [None, "active_parameters", "memory", "state_dict"])
+def test_a_gradient_that_is_put_in_the_place_of_another_counts_alone(look):
+    """As loops do that compute gradients elsewhere: private or federated training."""
+    model = nn.Sequential(nn.Linear(6, 16, bias=False), nn.Tanh(), nn.Linear(16, 6, bias=False))
+    optimizer = chunkft.ChunkOptimizer(model, torch.optim.SGD, lr=1.0, chunks=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    if look is not None:
+        getattr(optimizer, look)()
+    assert all(p.grad.mean() == 1 for p in model.parameters())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    for p, was in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(was - p, torch.full_like(p, 2.0))
+
+
+@pytest.mark.parametrize("clear", ["optimizer", "model", "nothing"])
+def test_gradients_that_are_put_into_all_weights_move_the_active_ones(clear):
+    model = nn.Sequential(nn.Linear(6, 16, bias=False), nn.Tanh(), nn.Linear(16, 6, bias=False))
+    optimizer = chunkft.ChunkOptimizer(model, torch.optim.SGD, lr=1.0, chunks=2, interval=1)
+    for number in range(4):
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        if clear != "nothing":
+            {"optimizer": optimizer, "model": model}[clear].zero_grad()
+        moved = [(was - p).mean().item() for p, was in zip(model.parameters(), before, strict=True)]
+        assert moved == pytest.approx([1.0, 0.0] if number % 2 == 0 else [0.0, 1.0], abs=1e-6)

@@ -128,3 +128,23 @@ def test_weights_tied_after_the_fact_are_refused():
     model[1].weight = model[0].weight
     with pytest.raises(RuntimeError, match=r"'1\.weight' is tied to another parameter now"):
         walk(optimizer, model, 1, lambda m: m(torch.randn(2, 6)).sum())
+
+
+@pytest.mark.parametrize("move", ["assign", "replaced"])
+@pytest.mark.parametrize("slice_dim", [0, 1])
+def test_gradients_of_a_window_are_complete_where_weights_are_replaced_in_it(move, slice_dim):
+    """Sliced and whole parameters alike: what comes in the place of a weight takes its gradient along."""
+    model, still = small(), small()
+    ours = [chunkft.ChunkAdamW(m, lr=0.1, chunks=1, slice_dim=slice_dim) for m in (model, still)]
+    for batch in range(2):
+        for m in (model, still):
+            torch.manual_seed(batch)
+            small_loss(m).backward()
+        if move == "assign" and not batch:
+            model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        elif not batch:
+            MOVES[move](model)
+    for optimizer in ours:
+        optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), still.named_parameters(), strict=True):
+        assert torch.equal(p, q[1]), name

@@ -172,3 +172,20 @@ def test_a_copy_of_a_model_with_two_is_free() -> None:
         warnings.simplefilter("error")
         train(other, [torch.optim.AdamW(other.parameters())], steps=1)
         train(model, optimizers, steps=1)
+
+
+@pytest.mark.parametrize("change", ["assign", "new head"])
+def test_what_came_into_the_model_before_its_optimizer_is_known_after_attaching_again(change: str) -> None:
+    model = net()
+    chunkft.attach(model)
+    parts = [list(part.parameters()) for part in model]
+    first = chunkft.ChunkAdamW([p for part in parts[:-1] for p in part], lr=1e-2, chunks=1)
+    if change == "assign":
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    else:
+        model[-1] = nn.Linear(model[-1].in_features, 7).to(model[-1].weight.dtype)
+    chunkft.attach(model)
+    second = chunkft.ChunkAdamW(model[-1].parameters(), lr=1e-2, chunks=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, [first, second])
+    assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))

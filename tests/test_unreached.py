@@ -156,3 +156,57 @@ def test_a_loop_with_a_scaler_leaves_it_out_where_no_gradient_exists(chunks: int
     assert (optimizer.active, optimizer.updates) == (reference.active, reference.updates)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+class WithMetrics(TwoTowers):
+    """Returns what loops log beside the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, ids: torch.Tensor, image: torch.Tensor | None = None) -> Any:
+        out = super().forward(ids, image)
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(out.mean(0) * 0.1)
+        return {
+            "loss": out.square().mean(),
+            "mean": self.mean,
+            "weight": self.head.weight,
+            "best": out.argmax(1),
+        }
+
+
+def test_what_belongs_to_the_model_is_returned_as_it_is() -> None:
+    model = WithMetrics()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=4, interval=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for image in BATCHES:
+            out = model(IDS, None if image is None else image.float())
+            assert out["mean"] is model.mean
+            assert out["weight"] is model.head.weight
+            assert not out["mean"].requires_grad
+            out["loss"].backward()
+            optimizer.step()
+
+
+def test_outputs_that_stand_for_others_share_their_memory() -> None:
+    model = build()
+    chunkft.ChunkAdamW(model, lr=1e-2, chunks=4)
+    kept = []
+    model.head.register_forward_hook(lambda module, args, output: kept.append(output))
+    out = model(IDS)
+    assert out.requires_grad
+    assert not kept[0].requires_grad
+    assert out.data_ptr() == kept[0].data_ptr()
+    out.mul_(2)
+
+
+def test_outputs_of_a_model_of_which_all_is_frozen_need_no_gradient() -> None:
+    model = build()
+    chunkft.ChunkAdamW(model, lr=1e-2, chunks=4)
+    model.requires_grad_(False)
+    assert not model(IDS).requires_grad
+    model.requires_grad_(True)
+    assert model(IDS).requires_grad

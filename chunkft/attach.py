@@ -447,7 +447,7 @@ class Attachment:
                 elif not bound.is_in_place():
                     self.verify()
                 self._guard.check(owner)
-                if torch.is_grad_enabled() and bound.has_hooks():
+                if (compiled or torch.is_grad_enabled()) and bound.has_hooks():
                     self.notices.hooks(name, compiled)
                     return False
                 return True
@@ -516,11 +516,16 @@ def attach(model: nn.Module) -> Attachment:
         added since. Nothing is frozen before an optimizer is built.
 
     Raises:
-        TypeError: if ``model`` is not a module.
+        TypeError: if ``model`` is not a module, or a scripted one.
         ValueError: if it has no trainable parameter, or shares one with another attached model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be a module of Python code, got a {type(model).__name__}: what is scripted or traced as a "
+            "whole has no layers to cut; build the optimizer for the model that it was made from"
+        )
     model = uncompiled(model)
     existing = model.__dict__.get("_chunkft")
     if isinstance(existing, Attachment) and existing.model is model:

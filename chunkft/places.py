@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.autograd.trained import RECORDS
 from chunkft.bound import Bound
@@ -27,6 +28,7 @@ class Places:
         self._offloaded = {spec.name for spec in specs if model.get_parameter(spec.name).is_meta}
         self._places: list[tuple[str, dict[str, Any], str, nn.Parameter, tuple[int, ...], torch.dtype]] = []
         self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
+        self._wrapped = {spec.name for spec in specs if _is_made_of_others(model.get_parameter(spec.name))}
         owners = parameter_owners(model)
         holders = {name: holders_of(model.get_parameter(name), owners[name]) for name in self._expected}
         self._ties = [  # who held a parameter at first that several held
@@ -48,14 +50,15 @@ class Places:
         """The parameter of this name now.
 
         Raises:
-            RuntimeError: if it is gone, or changed its shape, dtype or, to "meta", its device.
+            RuntimeError: if it is gone, or changed its shape, dtype or, to "meta", its device, or is made of others.
         """
         shape, dtype = self._expected[name]
         *path, attribute = name.split(".")
         module: nn.Module | None = self.model
         for part in path:  # get_parameter() takes ten times as long
-            module = None if module is None else module._modules.get(part)
-        parameter = None if module is None else module._parameters.get(attribute)
+            module = None if module is None else _entries(module._modules).get(part)
+        held: dict[str, nn.Parameter] = {} if module is None else _entries(module._parameters)
+        parameter = held.get(attribute)
         if parameter is None:
             raise RuntimeError(f"parameter {name!r} is no longer in the model; build a new optimizer")
         if tuple(parameter.shape) != shape:
@@ -67,6 +70,11 @@ class Places:
             raise RuntimeError(
                 f"parameter {name!r} is on device 'meta' now: its values were offloaded after the optimizer was built. "
                 "Use a device_map without offloading for what is trained"
+            )
+        if name not in self._wrapped and _is_made_of_others(parameter):
+            raise RuntimeError(
+                f"parameter {name!r} is a {type(parameter).__name__} now, made of other tensors: the model was sharded "
+                "or quantised after the optimizer was built, which cannot be followed; detach() the optimizer"
             )
         if parameter.dtype != dtype:
             raise RuntimeError(
@@ -82,11 +90,13 @@ class Places:
             *path, attribute = name.split(".")
             module = self.model
             for part in path:
-                child = module._modules[part]
+                children = _entries(module._modules)
+                child = children[part]
                 assert child is not None
-                links[id(module), part] = (module._modules, part, child)
+                links[id(module), part] = (children, part, child)
                 module = child
-            self._places.append((name, module._parameters, attribute, self.current(name), shape, dtype))
+            held = _entries(module._parameters)
+            self._places.append((name, held, attribute, self.current(name), shape, dtype))
         self._links = list(links.values())
 
     def check_ties(self) -> None:
@@ -126,5 +136,14 @@ def holders_of(
     parameter: Tensor, owners: Sequence[tuple[nn.Module, str]]
 ) -> list[tuple[dict[str, Any], str]]:
     """Where a parameter is held, of the modules that use it (an attention computes with its projection's weight)."""
-    places = [(module._parameters, attribute) for module, attribute in owners]
+    places = [(_entries(module._parameters), attribute) for module, attribute in owners]
     return [(held, attribute) for held, attribute in places if held.get(attribute) is parameter]
+
+
+def _entries(held: Any) -> dict[str, Any]:
+    """What a module holds by name; of scripted modules, whose parts stay what they are, as it is now."""
+    return held if isinstance(held, dict) else dict(held.items())
+
+
+def _is_made_of_others(parameter: Tensor) -> bool:
+    return is_traceable_wrapper_subclass(parameter)

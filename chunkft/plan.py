@@ -149,7 +149,9 @@ class ChunkPlan:
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` put its wrapper around: its names and hooks are those of the model."""
-    while isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+    while "_orig_mod" in model._modules:  # of scripted modules this is no dict
+        inner = model._modules["_orig_mod"]
+        assert inner is not None
         model = inner
     return model
 

@@ -47,6 +47,7 @@ def test_given_options_are_known_apart_from_defaults():
         ("finetune --grad-accum 0", ["--grad-accum", "'0'"]),
         ("finetune --seq-len 4", ["--seq-len", "'4'", "at least 8"]),
         ("finetune --seed -1", ["--seed"]),
+        ("finetune --seed 4294967296", ["--seed", "'4294967296'", "from 0 to 4294967295"]),
         ("finetune --partition rows", ["--partition", "'rows'", "interleaved"]),
         ("finetune --schedule sorted", ["--schedule", "'sorted'", "cyclic"]),
         ("finetune --task translate", ["--task", "'translate'", "causal-lm"]),

@@ -319,8 +319,9 @@ def test_directory_with_something_in_it_is_left_alone(place, tmp_path, capsys):
     assert (out / "metrics.jsonl").read_bytes() == before
     assert finetune(place, place) == 2
     assert "not empty" in capsys.readouterr().err
-    assert finetune(place, place / "train.tsv") == 2
-    assert "expected a directory" in capsys.readouterr().err
+    for wrong in (place / "train.tsv", place / "train.tsv" / "below"):
+        assert finetune(place, wrong) == 2
+        assert "expected a directory" in capsys.readouterr().err
 
 
 def test_resume_refuses_what_would_make_it_another_run(place, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -122,3 +123,46 @@ def test_a_hook_on_an_atomic_weight_of_a_compiled_model_is_called() -> None:
     model.layer.weight.register_hook(lambda gradient: seen.append(gradient.shape))
     call(IDS).square().sum().backward()
     assert seen == [(8, 8)]
+
+
+@pytest.mark.parametrize("way", ["wrapper", "in place", "function"])
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_a_chunk_that_is_frozen_as_a_whole_is_a_step_that_changes_nothing(backend: str, way: str) -> None:
+    model, eager = Twice(), Twice()
+    optimizers = [chunkft.ChunkAdamW(m, lr=1e-2, chunks=2, interval=1) for m in (model, eager)]
+    call = model if way == "in place" else torch.compile(model, backend=backend)
+    if way == "in place":
+        model.compile(backend=backend)
+    if way == "function":
+        call = torch.compile(lambda ids: model(ids) * 1.0, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(6):
+            for m, forward, optimizer in ((model, call, optimizers[0]), (eager, eager, optimizers[1])):
+                m.table.requires_grad_(step // 2 % 2 == 1)
+                forward(IDS).square().sum().backward()
+                optimizer.step()
+    assert optimizers[0].active == optimizers[1].active
+    for (name, ours), theirs in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_blocks_without_fullgraph_have_one_graph_too() -> None:
+    model, graphs = Twice(), []
+
+    class Block(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.inner(ids)
+
+    block = Block(model)
+    optimizer = chunkft.ChunkAdamW(block, lr=1e-2, chunks=2, interval=1)
+    compilable(block)
+    call = torch.compile(block.inner.forward, backend=lambda graph, inputs: (graphs.append(graph), graph)[1])
+    for _ in range(4):
+        call(IDS).square().sum().backward()
+        optimizer.step()
+    assert len(graphs) == 1

@@ -120,6 +120,9 @@ GOOD = {"prompt": "a", "completion": "b"}
     [
         (["{not json"], 1, ["not JSON", "{not json"]),
         ([json.dumps(GOOD), "[1, 2]"], 2, ["[1, 2]", "JSON object"]),
+        ([json.dumps(GOOD), "[" * 100_000], 2, ["cannot be read as JSON", "recursion"]),
+        (['{"text": ' + "1" * 5000 + "}"], 1, ["cannot be read as JSON", "5000 digits"]),
+        ([json.dumps({"text": "a \ud800 b"})], 1, ["half of a surrogate pair"]),
         (
             [json.dumps({"input": "a", "output": "b"})],
             1,
@@ -170,6 +173,13 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path, tokenizer):
     path.write_bytes(b'{"text": "ok"}\n{"text": "\xff"}\n')
     with pytest.raises(UserError, match=r"line 2: byte 0xff at column 11 is not UTF-8"):
         causal_dataset(path, tokenizer, 64)
+
+
+def test_escaped_characters_outside_of_the_basic_plane_are_read(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "escaped.jsonl", [{"text": "a \U0001f600"}])
+    assert "\\ud83d" in path.read_text()
+    tokens, _ = only(causal_dataset(path, tokenizer, 64)[0])
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "a \U0001f600"
 
 
 def test_byte_order_mark_and_windows_line_ends_are_understood(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy_models import tiny_batch, tiny_net, weights
 
@@ -134,6 +138,16 @@ def refusals(rank):
         wrapped = DistributedDataParallel(model, **wrapper)
         found.append(message_of(lambda wrapped=wrapped: loss_of(wrapped, 0)))
         optimizer.detach()
+    model = tiny_net()
+    optimizer = chunkft.ChunkAdamW(model, chunks=2)
+    wrapped = DistributedDataParallel(model)
+    with Join([wrapped]):
+        found.append(message_of(lambda: loss_of(wrapped, 0)))
+    optimizer.detach()
+    model = tiny_net()
+    optimizer = chunkft.ChunkAdamW(model, chunks=2)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    found.append(message_of(lambda: (loss_of(model, 0).backward(), optimizer.step())))
     holder = nn.ModuleList([DistributedDataParallel(nn.Linear(4, 4))])
     found.append(message_of(lambda: chunkft.ChunkAdamW(holder, chunks=1)))
     return found
@@ -233,7 +247,7 @@ def test_ranks_that_do_not_train_alike_are_told_so_by_one_sentence(results, aspe
 
 def test_what_cannot_be_averaged_is_refused_by_name(results):
     for result in results:
-        backward, wrapped, static, nested = result["refusals"]
+        backward, wrapped, static, uneven, sharded, nested = result["refusals"]
         assert backward.startswith(
             "ValueError: update='backward' works in one process, got a process_group of 2"
         )
@@ -241,6 +255,8 @@ def test_what_cannot_be_averaged_is_refused_by_name(results):
             "ValueError: update='backward' works in one process, got a process_group of 2"
         )
         assert static.startswith("RuntimeError: DistributedDataParallel with static_graph=True")
+        assert uneven.startswith("RuntimeError: DistributedDataParallel with Join (uneven inputs)")
+        assert re.match(r"RuntimeError: parameter '.*' is a DTensor now.* sharded", sharded)
         assert nested.startswith("ValueError: model has a DistributedDataParallel at '0'")
 
 

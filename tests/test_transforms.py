@@ -125,3 +125,34 @@ def test_a_weight_that_was_taken_away_is_named_and_detach_gives_all_back(change:
         assert parameter.requires_grad, name
         assert parameter.grad is not None, name
         assert type(parameter) is nn.Parameter, name
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_or_traced_part_trains_as_with_adamw(how: str) -> None:
+    def build() -> nn.Module:
+        inner = net()
+        part = torch.jit.script(inner) if how == "script" else torch.jit.trace(inner, X)
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 6).double(), part)
+
+    model, dense = build(), build()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1)
+    reference = torch.optim.AdamW(dense.parameters(), lr=1e-2)
+    for _ in range(3):
+        for m, o in ((model, optimizer), (dense, reference)):
+            m(X).square().mean().backward()
+            o.step()
+            o.zero_grad()
+    for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused_and_a_copy_of_an_attached_one_can_be_scripted() -> None:
+    with pytest.raises(TypeError, match="RecursiveScriptModule: what is scripted or traced as a whole"):
+        chunkft.ChunkAdamW(torch.jit.script(net()), lr=1e-2, chunks=2)
+    model = net()
+    chunkft.ChunkAdamW(model, lr=1e-2, chunks=2)
+    scripted = torch.jit.script(copy.deepcopy(model))
+    assert torch.equal(scripted(X), model(X))

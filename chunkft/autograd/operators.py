@@ -269,7 +269,9 @@ def compilable(model: nn.Module) -> int:
     that is an operator which the compiler does not look into; eager calls compute as before. The price: the backward
     pass of compiled code runs through all blocks, also through those below the active slices. Parameters without a
     sliced operator (norms, biases) still require grad only while they are active, and a block that holds some is
-    compiled once for either case: make them ``always_active``. ``uncompilable`` undoes it.
+    compiled once for either case: make them ``always_active``. ``uncompilable`` undoes it, except for
+    ``torch._dynamo.config.capture_dynamic_output_shape_ops``, which is on from then on: how much of an input is kept
+    depends on what is active.
 
     Args:
         model: a module; whether an optimizer was built for it does not matter.
@@ -277,6 +279,7 @@ def compilable(model: nn.Module) -> int:
     Returns:
         How many modules got such a forward.
     """
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
     count = 0
     for module in model.modules():
         operator = operator_for(module)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.autograd.reach import reached
+from chunkft.autograd.eager import runs_as_it_is, undisturbed
+from chunkft.autograd.reach import is_cut_off, reached
 
 
 class Owner(Protocol):
@@ -121,6 +122,8 @@ def is_transformed() -> bool:
 
     Neither knows our functions; what the layers do by themselves they transform and record.
     """
+    if torch.compiler.is_compiling():
+        return False
     return bool(torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 
 
@@ -137,6 +140,7 @@ class _Hook:
         return type(self), (None,)
 
 
+@runs_as_it_is
 class _Enter(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.passes is None:
@@ -144,14 +148,17 @@ class _Enter(_Hook):
         if torch.compiler.is_compiling():  # flags are asked for while it is traced only
             self.passes.called = True
         else:
-            self.passes.enter(module, sys._getframe(1))
+            undisturbed(self.passes.enter, module, sys._getframe(1))
 
 
+@runs_as_it_is
 class _Leave(_Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.passes is None or torch.compiler.is_compiling():
+        if self.passes is None:
             return None
-        return self.passes.leave(module, output, (args, kwargs))
+        if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and is_cut_off(output)):
+            return None
+        return undisturbed(self.passes.leave, module, output, (args, kwargs))
 
 
 class _Loaded(_Hook):

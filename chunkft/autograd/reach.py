@@ -38,18 +38,22 @@ def reached(output: Any, model: nn.Module, inputs: Any) -> Any:
         The output itself if every floating-point tensor in it requires grad, else one of the same structure, in which
         others stand for the rest, in the same memory.
     """
-    if isinstance(output, Tensor):  # the usual case, without a walk
-        leaves = [output] if _is_cut_off(output) else []
-    else:
-        leaves = [leaf for leaf in tree_leaves(output) if _is_cut_off(leaf)]
-    if not leaves:
+    if not is_cut_off(output):
         return output
+    leaves = [leaf for leaf in tree_leaves(output) if _lacks_graph(leaf)]
     kept = {id(tensor) for tensor in (*tree_leaves(inputs), *model.parameters(), *model.buffers())}
     wanted = {id(leaf) for leaf in leaves} - kept
     return tree_map(lambda leaf: _anchored(leaf) if id(leaf) in wanted else leaf, output)
 
 
-def _is_cut_off(leaf: Any) -> bool:
+def is_cut_off(output: Any) -> bool:
+    """Whether some floating-point tensor in an output does not require grad."""
+    if isinstance(output, Tensor):  # the usual case, without a walk
+        return _lacks_graph(output)
+    return any(_lacks_graph(leaf) for leaf in tree_leaves(output))
+
+
+def _lacks_graph(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and not leaf.requires_grad and leaf.is_floating_point()
 
 

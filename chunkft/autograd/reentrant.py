@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from chunkft.autograd.eager import runs_as_it_is, undisturbed
 from chunkft.autograd.passes import Passes
 
 
@@ -32,6 +33,8 @@ class ReentrantGuard:
 
     def guard(self, module: nn.Module, follow: Callable[[nn.Module], None]) -> None:
         """Check at every call of a module that has active parameters; ``follow`` is called then, too."""
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # takes no hooks
         check = _Check(self, follow)
         stable = module.__dict__.get("_chunkft_forward")
         if stable is not None:  # of a model that is compiled: hooks that come and go would compile it again
@@ -77,6 +80,7 @@ def move_checks(module: nn.Module) -> None:
             hook.guard.guard(module, hook.follow)
 
 
+@runs_as_it_is
 class _Check:
     """A hook that survives pickling and copying of its module, but without its guard: a copy is not attached."""
 
@@ -94,8 +98,8 @@ class _Check:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.guard is None or self.follow is None or torch.compiler.is_compiling():
             return
-        self.guard.check(module)
-        self.follow(module)
+        undisturbed(self.guard.check, module)
+        undisturbed(self.follow, module)
 
 
 def _checkpointed_inputs(frame: FrameType | None) -> tuple[Any, ...] | None:

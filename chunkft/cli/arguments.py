@@ -20,6 +20,7 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("chunkadamw", "adamw")
 RESIDENCIES = ("chunk", "stream")
 UPDATES = ("step", "backward")
+MAX_SEED = 2**32 - 1  # of numpy, which transformers seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +124,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _integer(least: int) -> Callable[[str], int]:
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if value < least or (most is not None and value > most):
+            bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
         return value
 
     return convert
@@ -231,7 +233,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         help="of the weights: fp32, bf16, or auto: bf16 if the model is 16-bit and on a GPU",
     )
     add("--device", type=_device, help="auto (default), cpu, cuda or cuda:N")
-    add("--seed", type=_integer(0), help="of data order, chunk order and dropout (default 0)")
+    add("--seed", type=_integer(0, MAX_SEED), help="of data order, chunk order and dropout (default 0)")
     add("--text-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
     add("--label-column", metavar="COLUMN", help="of tsv/csv data: name, or number from 1")
     add("--quiet", action="store_true", help="no progress bar")

@@ -151,6 +151,9 @@ def open_run(
     with usable(path):
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path}: a file, expected a directory")
+        above = next((parent for parent in path.absolute().parents if parent.exists()), None)
+        if above is not None and not above.is_dir():
+            raise UserError(f"--out {path}: {above} is a file, expected a directory")
         if (path / RUN_FILE).exists():
             raise UserError(
                 f"--out {path}: already holds a run; add --resume to go on with it, or choose"

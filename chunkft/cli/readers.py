@@ -67,9 +67,24 @@ def read_json_rows(path: Path) -> Iterator[Row]:
                 f"{where(path, number)}: not JSON: {error.msg} at column {error.colno}, found {_shown(line)};"
                 " each line is one JSON object"
             ) from error
+        except (ValueError, RecursionError) as error:  # numbers and nesting without end
+            raise UserError(f"{where(path, number)}: cannot be read as JSON: {error}") from error
+        if "\\u" in line and not _is_text(row):
+            raise UserError(
+                f"{where(path, number)}: has half of a surrogate pair, an escape like \\ud800 that is no character"
+            )
         if not isinstance(row, dict):
             raise UserError(f"{where(path, number)}: found {_shown(line)}; each line is one JSON object")
         yield number, row
+
+
+def _is_text(row: Any) -> bool:
+    """Whether all of its strings can be written as UTF-8."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _shown(text: str, limit: int = 40) -> str:

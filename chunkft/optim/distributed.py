@@ -156,6 +156,7 @@ class Replicas:
             ("a communication hook", bool(wrapper._comm_hooks)),
             ("delay_all_reduce_named_params", wrapper._delay_all_reduce_all_params),
             ("the Python reducer of a compiler", wrapper._use_python_reducer),
+            ("Join (uneven inputs)", wrapper._join_config.enable),
         ):
             if used:
                 raise RuntimeError(
@@ -273,6 +274,12 @@ class _Idle:
                 "the optimizer that averaged gradients in place of this DistributedDataParallel was detached; wrap "
                 "the module anew"
             )
+
+    def _set_forward_pass_work_handle(self, *args: Any) -> None:
+        raise RuntimeError(
+            "DistributedDataParallel with Join (uneven inputs) cannot wrap a model that is trained in chunks, whose "
+            "gradients chunkft averages itself; give each process the same number of batches"
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

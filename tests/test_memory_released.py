@@ -94,3 +94,23 @@ def test_a_model_that_is_dropped_takes_everything_along(options):
         optimizer.step()
     del model, optimizer
     assert alive() - before == Counter()
+
+
+def test_after_detach_nothing_waits_for_the_garbage_collector(options):
+    model = tiny_net()
+    optimizer = chunkft.ChunkAdamW(model, **options)
+    for batch in range(5):
+        tiny_loss(model, batch).backward()
+        optimizer.step()
+    alive = weakref.ref(model), weakref.ref(optimizer), weakref.ref(optimizer._attachment)
+    gc.collect()
+    gc.disable()
+    try:
+        optimizer.detach()
+        del optimizer
+        assert alive[1]() is None
+        assert alive[2]() is None
+        del model
+        assert alive[0]() is None
+    finally:
+        gc.enable()

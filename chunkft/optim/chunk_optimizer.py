@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -468,11 +469,15 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return active_chunk(self._schedule, interval_index, len(self.plan), self._seed)
 
     def _rule(self) -> UpdateRule:
-        return UpdateRule(self._base_class, self._make_base, self.param_groups, self._group_of, self._modes)
-
-    def _make_base(self, groups: Groups) -> torch.optim.Optimizer:
-        return self._base_class(groups, **self._base_kwargs)
+        make_base = partial(_base_of, self._base_class, self._base_kwargs)
+        return UpdateRule(self._base_class, make_base, self.param_groups, self._group_of, self._modes)
 
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""
         return self._residency.states()
+
+
+def _base_of(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], groups: Groups
+) -> torch.optim.Optimizer:
+    return base(groups, **options)

@@ -176,7 +176,7 @@ def _probe(optimizer: ChunkOptimizer, group: dict[str, Any], dims: int) -> State
         key: False for key in ("fused", "foreach", "capturable", "differentiable") if key in group
     }
     try:
-        made = optimizer._make_base([{**group, **plain, "params": [parameter]}])
+        made = optimizer._rule().make_base([{**group, **plain, "params": [parameter]}])
         made.param_groups[0].update(plain)
         made.step()
     except Exception as error:

@@ -15,7 +15,7 @@ FEATURES = (
     "freezing",  # requires_grad_() in the middle of a run
     "unreached",  # batches that reach no active slice
     "functional",  # functional_call with other parameters under no_grad
-    "assigning",  # p.data = ... on weights and on leaves
+    "assigning",  # p.data = ... on weights and on leaves, other parameters in the place of weights
     "fused",  # fused=True
     "paged_saves",  # saves of paged or streamed state
     "reading",  # weight.grad is read like a tensor
@@ -184,7 +184,11 @@ def _op(one: Any, features: list[str]) -> dict[str, Any]:
     elif kind in ("freeze", "unfreeze", "read"):
         op |= {"which": one(range(12))}
     elif kind == "assign":
-        op |= {"which": one(range(12)), "target": one(["weight", "leaf", "all"]), "factor": one([1.0, 1.01])}
+        op |= {
+            "which": one(range(12)),
+            "target": one(["weight", "leaf", "all", "module"]),
+            "factor": one([1.0, 1.01]),
+        }
     elif kind == "load":
         op |= {"assign": one([False, True]), "factor": one([1.0, 0.99])}
     return op

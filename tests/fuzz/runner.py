@@ -229,6 +229,8 @@ class Run(Rig):
         if self._amid_updates:
             return
         factor = op["factor"]
+        if op["target"] == "module" and self.open:
+            return  # the gradient comes to the new parameter with the next look only
         if op["target"] == "leaf":
             self.trained.append(self.optimizer.plan)  # which leaf that is depends on it
             pairs = list(self.optimizer.active_parameters())
@@ -242,8 +244,15 @@ class Run(Rig):
         names = sorted(self.trainable)
         for name in names if op["target"] == "all" else [names[op["which"] % len(names)]]:
             weight = self.model.get_parameter(name)
-            weight.data = weight.data * factor
             self.reference.parameters[name].data.mul_(factor)
+            if op["target"] != "module":
+                weight.data = weight.data * factor
+                continue
+            other = torch.nn.Parameter(weight.detach() * factor, requires_grad=weight.requires_grad)
+            for module in self.model.modules():
+                for attribute, held in list(module._parameters.items()):
+                    if held is weight:
+                        setattr(module, attribute, other)
 
     def _read(self, op: dict[str, Any]) -> None:
         names = [name for name in self.reference.names() if self.reference.parameters[name].grad is not None]
@@ -264,7 +273,7 @@ class Run(Rig):
         state = {key: value.clone() * op["factor"] for key, value in self.model.state_dict().items()}
         untied = len(state) == len(list(self.model.parameters()))
         self.dense.load_state_dict(state)
-        self.model.load_state_dict(state, assign=op["assign"] and untied and not self.open)
+        self.model.load_state_dict(state, assign=op["assign"] and untied)
 
     def _resume(self, op: dict[str, Any]) -> None:
         # that a batch came which reached nothing is not saved

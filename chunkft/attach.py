@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from chunkft.autograd import (
     strip_forward,
     uncompilable,
 )
-from chunkft.bound import Bound, is_temporary
+from chunkft.bound import Bound, is_swapped, is_temporary
 from chunkft.places import Places, holders_of
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
 from chunkft.readers import Notices, cutter
@@ -86,6 +87,7 @@ class Attachment:
         self._passes = Passes(self)
         self._guard = ReentrantGuard(self._passes)
         self._froze = False
+        self._lock = threading.RLock()  # other threads may call the model
         self._untrained: set[str] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
@@ -210,7 +212,10 @@ class Attachment:
             RuntimeError: if a parameter is gone, or changed its shape or dtype since the model was attached;
                 those that were active stay so.
         """
-        wanted = list(slices)
+        with self._lock:
+            return self._activate(list(slices))
+
+    def _activate(self, wanted: list[Slice]) -> list[tuple[Slice, nn.Parameter]]:
         current = {name: self._places.current(name) for name in {piece.name for piece in wanted}}
         self._let_go()
         self._passes.watch(self.model)
@@ -312,8 +317,11 @@ class Attachment:
         Raises:
             RuntimeError: if a parameter is gone, changed its shape or dtype, or is not shared any more and was.
         """
-        if self._places.are_as_noted(self._bound):
-            return
+        with self._lock:
+            if not self._places.are_as_noted(self._bound):
+                self._follow()
+
+    def _follow(self) -> None:
         before = self.generation
         self._places.forget()
         self._places.check_ties()
@@ -346,6 +354,13 @@ class Attachment:
     def trains(self) -> bool:
         """Whether not all of its parameters are frozen."""
         return len(self._untrained) < len(self.specs)
+
+    def before_forward(self) -> None:
+        """Follow what was put in the place of parameters, which would get gradients otherwise."""
+        with self._lock:
+            noted = self._places.are_as_noted(self._bound)
+        if self.in_use and not noted and not is_transformed() and not is_swapped():
+            self.verify()
 
     def after_loading(self) -> None:
         """``load_state_dict`` is through: follow what it put in the place of parameters."""

@@ -10,7 +10,6 @@ from types import FrameType
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd import Slice, SliceGradients, take_forward
@@ -98,10 +97,19 @@ class Bound:
 def is_temporary(weight: Tensor | None) -> bool:
     """Whether what a module holds in place of its weight is there for one call only, and not to be trained.
 
-    ``torch.func.functional_call`` puts tensors, or parameters of another model, there and takes them out again. Where
-    nothing is recorded nothing is trained, so that a replacement may wait for its first forward pass in grad mode.
+    Where nothing is recorded nothing is trained, so that a replacement may wait for its first forward pass in grad
+    mode.
     """
-    if not isinstance(weight, nn.Parameter) or isinstance(weight, FakeTensor) or not torch.is_grad_enabled():
+    return not isinstance(weight, nn.Parameter) or not torch.is_grad_enabled() or is_swapped()
+
+
+def is_swapped() -> bool:
+    """Whether a call runs that puts tensors in the place of parameters and takes them out again at its end.
+
+    ``torch.func.functional_call`` does, with tensors or parameters of another model, and what exports a model, with
+    tensors that have no memory.
+    """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -24,6 +24,9 @@ class Owner(Protocol):
     def trains(self) -> bool:
         """Whether anything in the model is trained."""
 
+    def before_forward(self) -> None:
+        """A forward pass begins in grad mode."""
+
     def after_loading(self) -> None:
         """``load_state_dict`` is through, and may have put other parameters into the model."""
 
@@ -86,6 +89,9 @@ class Passes:
                 "first device; use DistributedDataParallel, which is one process a device"
             )
         recorded = torch.is_grad_enabled()
+        owner = self._owner()
+        if recorded and owner is not None:
+            owner.before_forward()
         self._inside[threading.get_ident()] = frame, not recorded
         self.called = self.called or recorded
 

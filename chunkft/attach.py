@@ -130,6 +130,7 @@ class Attachment:
             return
         self.specs = parameter_specs(self.model)
         self._places = Places(self.model, self.specs)
+        self._names = WeakTensorKeyDictionary()
         self.know()
 
     def know(self) -> None:

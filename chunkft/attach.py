@@ -87,7 +87,7 @@ class Attachment:
         self._passes = Passes(self)
         self._guard = ReentrantGuard(self._passes)
         self._froze = False
-        self._lock = threading.RLock()  # other threads may call the model
+        self.lock = threading.RLock()  # other threads may call the model
         self._untrained: set[str] = set()
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
@@ -213,7 +213,7 @@ class Attachment:
             RuntimeError: if a parameter is gone, or changed its shape or dtype since the model was attached;
                 those that were active stay so.
         """
-        with self._lock:
+        with self.lock:
             return self._activate(list(slices))
 
     def _activate(self, wanted: list[Slice]) -> list[tuple[Slice, nn.Parameter]]:
@@ -318,7 +318,7 @@ class Attachment:
         Raises:
             RuntimeError: if a parameter is gone, changed its shape or dtype, or is not shared any more and was.
         """
-        with self._lock:
+        with self.lock:
             if not self._places.are_as_noted(self._bound):
                 self._follow()
 
@@ -333,13 +333,10 @@ class Attachment:
                 raise RuntimeError(
                     f"parameter {name!r} is tied to another parameter now; detach() the optimizer, then build a new one"
                 )
-            parameter = self._places.current(name)
+        current = {name: self._places.current(name) for name in self._places.names}
+        self._exchange(current)
+        for name, parameter in current.items():
             bound = self._bound.get(name)
-            if self.name_of(parameter) is None:  # it was replaced
-                self._names[parameter] = name
-                _attachments[parameter] = weakref.ref(self._primary())
-                (self._untrained.discard if records(parameter) else self._untrained.add)(name)
-                own(parameter, self)
             if bound is None:
                 if records(parameter):
                     record(parameter, False)
@@ -351,6 +348,28 @@ class Attachment:
         if follow is not None and self.generation != before:
             follow()
 
+    def _exchange(self, current: dict[str, nn.Parameter]) -> None:
+        """Take parameters in that came into the places of others, which are ordinary ones from then on."""
+        before = {name: known for known, name in self._names.items()}  # type: ignore[no-untyped-call]
+        came = {name: parameter for name, parameter in current.items() if before.get(name) is not parameter}
+        trained = {
+            name: self.is_trained(p) if self.name_of(p) is not None else records(p)
+            for name, p in came.items()
+        }
+        stay = {id(parameter) for parameter in current.values()}
+        for name in came:
+            gone = before.get(name)
+            if gone is not None and id(gone) not in stay:
+                self._names.pop(gone)  # type: ignore[no-untyped-call]
+                _attachments.pop(gone, None)  # type: ignore[no-untyped-call]
+                disown(gone)
+                record(gone, name not in self._untrained)
+        for name, parameter in came.items():
+            self._names[parameter] = name
+            _attachments[parameter] = weakref.ref(self._primary())
+            (self._untrained.discard if trained[name] else self._untrained.add)(name)
+            own(parameter, self)
+
     @property
     def trains(self) -> bool:
         """Whether not all of its parameters are frozen."""
@@ -358,14 +377,17 @@ class Attachment:
 
     def before_forward(self) -> None:
         """Follow what was put in the place of parameters, which would get gradients otherwise."""
-        with self._lock:
+        with self.lock:
             noted = self._places.are_as_noted(self._bound)
         if self.in_use and not noted and not is_transformed() and not is_swapped():
             self.verify()
 
     def after_loading(self) -> None:
-        """``load_state_dict`` is through: follow what it put in the place of parameters."""
-        if self.in_use:
+        """``load_state_dict`` is through: follow what it put in the place of parameters.
+
+        What it untied may be tied again in the next line.
+        """
+        if self.in_use and self._places.are_tied:
             self.verify()
 
     def detach(self) -> None:
@@ -417,7 +439,8 @@ class Attachment:
             copied_parameter = memo.get(id(self._places.current(spec.name)))
             if copied_parameter is not None:
                 owner = next((part for part in self.shares if spec.name in part._places.names), self)
-                copied_parameter.requires_grad_(spec.name not in owner._untrained)
+                if owner.in_use:
+                    copied_parameter.requires_grad_(spec.name not in owner._untrained)
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -500,16 +523,16 @@ class Attachment:
         )  # which then counts in place of the old weight's
         for i, (piece, leaf) in enumerate(bound.pairs):
             grad, leaf.grad = leaf.grad, None
-            if replaced:
-                bound.pairs[i] = piece, self._leaf(piece, parameter, bound)
-            elif piece.dim is not None:
+            if piece.dim is not None:  # the same leaf: a gradient may be on its way to it
                 leaf.data = piece.of(parameter.detach())
+                record(leaf, name not in self._untrained)
+            elif replaced:
+                bound.pairs[i] = piece, self._leaf(piece, parameter, bound)
+                self.generation += 1
             if grad is not None and not own_gradient:
                 bound.pairs[i][1].grad = grad.to(parameter.device)
-        self.generation += replaced
         bound.gradients.hide()
         if replaced:
-            record(bound.parameter, False)
             bound.uninstall()
         bound.parameter, bound.address, bound.device = parameter, parameter.data_ptr(), parameter.device
         bound.note_places()

@@ -99,6 +99,11 @@ class Places:
             self._places.append((name, held, attribute, self.current(name), shape, dtype))
         self._links = list(links.values())
 
+    @property
+    def are_tied(self) -> bool:
+        """Whether all that was shared at first is so."""
+        return all(held.get(attribute) is self.current(name) for held, attribute, name in self._ties)
+
     def check_ties(self) -> None:
         """Raise RuntimeError, naming the parameter, if one is not shared any more that was so at first."""
         for parameters, attribute, name in self._ties:

@@ -189,3 +189,13 @@ def test_what_came_into_the_model_before_its_optimizer_is_known_after_attaching_
     before = [p.detach().clone() for p in model.parameters()]
     train(model, [first, second])
     assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_a_copy_leaves_flags_alone_that_no_optimizer_of_ours_owns() -> None:
+    model = net()
+    chunkft.attach(model)
+    chunkft.ChunkAdamW(model[-1].parameters(), lr=1e-2, chunks=1)
+    model[0].requires_grad_(False)
+    copied = copy.deepcopy(model)
+    assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert not any(p.requires_grad for p in copied[0].parameters())

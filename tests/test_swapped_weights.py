@@ -186,13 +186,83 @@ def test_weights_that_loading_untied_are_refused_until_they_are_tied_again() -> 
     model(ids).square().mean().backward()
     optimizer.step()
     values = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r"'words.weight' was shared.*load_state_dict\(assign=True\).*tie"):
-        model.load_state_dict(values, assign=True)
-    with pytest.raises(RuntimeError, match=r"'words.weight' was shared"):
-        model(ids)
+    model.load_state_dict(values, assign=True)  # the next line may tie them again
+    for call in (lambda: model(ids), optimizer.step, lambda: model(ids)):
+        with pytest.raises(
+            RuntimeError, match=r"'words.weight' was shared.*load_state_dict\(assign=True\).*tie"
+        ):
+            call()
     model.head.weight = model.words.weight
     before = model.words.weight.detach().clone()
     model(ids).square().mean().backward()
     optimizer.step()
     assert not torch.equal(model.words.weight, before)
     assert model.head.weight is model.words.weight
+
+
+@pytest.mark.parametrize("mode", RESIDENCIES)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trainable"])
+def test_parameters_that_are_put_in_for_one_call_and_taken_out_by_hand_change_no_training(
+    mode: str, trained: bool
+) -> None:
+    """A mean teacher by hand, in grad mode, between the student's forward and its backward pass."""
+    model, undisturbed = net(), net()
+    optimizers = [
+        chunkft.ChunkAdamW(m, lr=1e-2, chunks=3, interval=1, **RESIDENCIES[mode])
+        for m in (model, undisturbed)
+    ]
+    for _ in range(5):
+        loss = model(X).square().mean()
+        kept = {
+            name: (module, module.weight)
+            for name, module in model.named_children()
+            if hasattr(module, "weight")
+        }
+        for module, weight in kept.values():
+            module.weight = nn.Parameter(weight.detach() * 0.9, requires_grad=trained)
+        teacher_says = model(X).detach()
+        for module, weight in kept.values():
+            module.weight = weight
+        assert not torch.equal(teacher_says, model(X))
+        loss.backward()
+        undisturbed(X).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for (name, a), b in zip(model.named_parameters(), undisturbed.parameters(), strict=True):
+            assert a.requires_grad, name
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_a_weight_that_was_taken_out_is_an_ordinary_one() -> None:
+    model = net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1)
+    old = model[3].weight
+    model[3].weight = nn.Parameter(old.detach().clone())
+    model(X).square().mean().backward()
+    optimizer.step()
+    assert old.requires_grad
+    assert type(old) is nn.Parameter
+    old.requires_grad_(False)
+    assert model[3].weight.requires_grad
+    before = model[3].weight.detach().clone()
+    model(X).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, model[3].weight)
+    old.requires_grad_(True)
+    (old * 2).sum().backward()
+    assert old.grad is not None
+
+
+def test_weights_that_change_places_are_followed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=2, interval=1)
+    model[2].weight.requires_grad_(False)
+    model[0].weight, model[2].weight = model[2].weight, model[0].weight
+    before = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
+    for _ in range(4):
+        model(X).square().mean().backward()
+        optimizer.step()
+    assert [model[0].weight.requires_grad, model[2].weight.requires_grad] == [False, True]
+    assert torch.equal(model[0].weight, before[0])
+    assert not torch.equal(model[2].weight, before[1])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pkgutil
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 from residencies import MODES
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import chunkft
+from chunkft.autograd import records
+from chunkft.optim.switch import at_work
 
 X = torch.randn(60, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -117,3 +123,159 @@ def test_copies_of_data_parallel_are_refused_by_name() -> None:
     replica = model._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match=r"DataParallel.*DistributedDataParallel"):
         replica(X[0])
+
+
+SITES = {
+    "the update": ("chunkft.optim.resident.ChunkResidency", "step"),
+    "the rest of a chunk": ("chunkft.optim.resident.ChunkResidency", "stash"),
+    "taking out": ("chunkft.attach.Attachment", "_let_go"),
+    "putting in": ("chunkft.attach.Attachment", "activate"),
+    "binding": ("chunkft.optim.resident.ChunkResidency", "bind"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("what", ["evaluates", "saves"])
+def test_a_signal_handler_in_the_middle_of_a_step(
+    site: str, late: bool, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may evaluate, and is told that it cannot save; what it interrupted goes on."""
+    model, alone = net(), net()
+    optimizer, other = (chunkft.ChunkAdamW(m, lr=1e-2, chunks=3, interval=1) for m in (model, alone))
+    path, method = SITES[site]
+    owner = pkgutil.resolve_name(path)
+    real, heard = getattr(owner, method), []
+
+    def handler() -> None:
+        if what == "evaluates":
+            with torch.no_grad():
+                heard.append(model(X[0]))
+            return
+        with pytest.raises(
+            RuntimeError, match=r"state_dict\(\) inside of step\(\), as from a signal handler"
+        ):
+            optimizer.state_dict()
+        heard.append(None)
+
+    def interrupted(self: object, *args: object, **options: object) -> object:
+        ours = self in (optimizer._residency, optimizer._attachment) and at_work(optimizer)
+        if ours and not late:
+            handler()
+        result = real(self, *args, **options)
+        if ours and late:
+            handler()
+        return result
+
+    monkeypatch.setattr(owner, method, interrupted)
+    for x in X[:7]:
+        for m, o in ((model, optimizer), (alone, other)):
+            m(x).square().mean().backward()
+            o.step()
+    assert len(heard) == 7
+    optimizer.state_dict()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_saving_from_another_thread_gives_a_state_between_two_steps() -> None:
+    model = net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=4, interval=1)
+    stop, saved = threading.Event(), []
+
+    def save() -> None:
+        while not stop.is_set():
+            saved.append(optimizer.state_dict()["cursor"])
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        for x in X:
+            model(x).square().mean().backward()
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
+    assert saved
+    assert optimizer.updates == len(X)
+
+
+def test_a_thread_that_is_gone_leaves_nothing_behind() -> None:
+    model = net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=2)
+    inputs = []
+
+    def interrupt(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        raise KeyboardInterrupt
+
+    def evaluate() -> None:
+        x = X[0].clone()
+        inputs.append(weakref.ref(x))
+        with contextlib.suppress(KeyboardInterrupt):
+            model(x)
+
+    handle = model[2].register_forward_pre_hook(interrupt)
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    thread.join()
+    handle.remove()
+    model(X[1]).sum().backward()
+    optimizer.step()
+    assert inputs[0]() is None
+
+
+class Recursive(nn.Module):
+    """Calls itself, and notes what it sees of its flags afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.seen: list[list[bool]] = []
+
+    def forward(self, x: torch.Tensor, depth: int = 1) -> torch.Tensor:
+        x = self.first(x)
+        x = self(x, depth - 1) if depth else x
+        self.seen.append([p.requires_grad for p in self.parameters()])
+        return self.second(x)
+
+
+def test_a_model_that_calls_itself_is_in_its_pass_until_the_outer_call_ends() -> None:
+    model = Recursive().double()
+    chunkft.ChunkAdamW(model, lr=1e-2, chunks=2)
+    model(X[0]).sum().backward()
+    assert model.seen[0] == model.seen[1] == [records(p) for p in model.parameters()]
+    assert not all(model.seen[0])
+
+
+class Choosing(nn.Module):
+    """A layer whose path depends on whether its weight is to get a gradient, as fused kernels have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (
+            torch.tanh(x @ self.weight)
+            if self.weight.requires_grad
+            else torch.tanh((x * 1.0) @ self.weight).exp().log()
+        )
+
+
+def test_flags_are_the_same_where_a_checkpoint_computes_again() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Choosing() for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    model = Checkpointed().double()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=3, interval=1)
+    for x in X[:6]:
+        model(x.requires_grad_()).square().mean().backward()
+        optimizer.step()
+    assert optimizer.updates == 6

@@ -210,3 +210,39 @@ def test_outputs_of_a_model_of_which_all_is_frozen_need_no_gradient() -> None:
     assert not model(IDS).requires_grad
     model.requires_grad_(True)
     assert model(IDS).requires_grad
+
+
+def test_changing_an_output_in_place_that_the_backward_pass_needs_is_noticed() -> None:
+    class Gated(TwoTowers):
+        def forward(self, ids: torch.Tensor, image: torch.Tensor | None = None) -> Any:
+            gate = torch.sigmoid(self.words(ids)).detach()
+            return self.head(gate).square().mean(), gate
+
+    model = Gated()
+    chunkft.ChunkAdamW(model, lr=1e-2, chunks=1)
+    loss, gate = model(IDS)
+    with torch.no_grad():
+        gate.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_outputs_that_no_function_takes_are_left_alone() -> None:
+    class Nested(TwoTowers):
+        def forward(self, ids: torch.Tensor, image: torch.Tensor | None = None) -> Any:
+            out = super().forward(ids, image)
+            return (
+                out,
+                torch.nested.nested_tensor([out[0].detach(), out[1, :2].detach()]),
+                out.to(torch.complex64).detach(),
+            )
+
+    model = Nested()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=4, interval=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            out, nested, waves = model(IDS)
+            assert nested.is_nested
+            (out.square().mean() + waves.abs().mean()).backward()
+            optimizer.step()

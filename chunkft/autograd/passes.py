@@ -41,9 +41,9 @@ class Passes:
     def __init__(self, owner: Owner) -> None:
         self.called = False
         self._owner = weakref.ref(owner)
-        # By thread the frame that called the hook at the beginning, and whether it was without grad mode. What ended
-        # by an interrupt never came to the hook at the end: the frame tells.
-        self._inside: dict[int, tuple[FrameType, bool]] = {}
+        # By thread, of each pass that runs, the frame that called the hook at the beginning, and whether it was without
+        # grad mode. What ended by an interrupt never came to the hook at the end: the frame tells.
+        self._inside: dict[int, list[tuple[FrameType, bool]]] = {}
         self._handles: list[RemovableHandle] = []
 
     def watch(self, model: nn.Module) -> None:
@@ -92,12 +92,16 @@ class Passes:
         owner = self._owner()
         if recorded and owner is not None:
             owner.before_forward()
-        self._inside[threading.get_ident()] = frame, not recorded
+        if self._inside:
+            self._forget_ended()
+        self._inside.setdefault(threading.get_ident(), []).append((frame, not recorded))
         self.called = self.called or recorded
 
     def leave(self, module: nn.Module, output: Any, inputs: Any) -> Any:
         """It ends; None, or what is to be returned in place of ``output``."""
-        self._inside.pop(threading.get_ident(), None)
+        if self._current() is not None:
+            self._inside[threading.get_ident()].pop()
+            self._forget_ended()
         owner = self._owner()
         if owner is None or not torch.is_grad_enabled() or is_transformed() or not owner.trains:
             return None
@@ -110,17 +114,23 @@ class Passes:
             owner.after_loading()
 
     def _current(self) -> tuple[FrameType, bool] | None:
-        thread = threading.get_ident()
-        current = self._inside.get(thread)
-        if current is None:
-            return None
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame is current[0]:
-                return current
-            frame = frame.f_back
-        self._inside.pop(thread, None)
+        """The innermost pass of this thread that has not ended."""
+        passes = self._inside.get(threading.get_ident(), [])
+        while passes:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None:
+                if frame is passes[-1][0]:
+                    return passes[-1]
+                frame = frame.f_back
+            passes.pop()
         return None
+
+    def _forget_ended(self) -> None:
+        """Let go of what threads left that are gone, or are in no pass."""
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread, passes in list(self._inside.items()):
+            if not passes or thread not in alive:
+                self._inside.pop(thread, None)
 
 
 def is_transformed() -> bool:

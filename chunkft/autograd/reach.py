@@ -19,7 +19,7 @@ class _Reached(Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
-        return output.data  # no view, which could not be changed in place
+        return output.detach()  # no view, which could not be changed in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
@@ -54,7 +54,13 @@ def is_cut_off(output: Any) -> bool:
 
 
 def _lacks_graph(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and not leaf.requires_grad and leaf.is_floating_point()
+    if (
+        not isinstance(leaf, Tensor)
+        or leaf.requires_grad
+        or not (leaf.is_floating_point() or leaf.is_complex())
+    ):
+        return False
+    return not (leaf.is_nested and leaf.layout == torch.strided)  # which no function takes
 
 
 def _anchored(output: Tensor) -> Tensor:

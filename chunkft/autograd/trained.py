@@ -50,7 +50,10 @@ class TrainedParameter(nn.Parameter):
     def requires_grad(self) -> bool:
         owner = _owner(self)
         inside = sys._getframe(1).f_code.co_filename.endswith(_MACHINERY)
-        if owner is None or owner.computes or inside or TracingContext.try_get() is not None:
+        computes = (
+            owner is None or owner.computes or torch._C._current_graph_task_id() != -1
+        )  # as a checkpoint again
+        if owner is None or computes or inside or TracingContext.try_get() is not None:
             return records(self)
         return owner.is_trained(self)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -39,7 +40,16 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
-from chunkft.optim.switch import Switch, activate, advance_if_due, bind, close_backward, settle, watch
+from chunkft.optim.switch import (
+    Switch,
+    activate,
+    advance_if_due,
+    at_work,
+    bind,
+    close_backward,
+    settle,
+    watch,
+)
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -132,12 +142,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
-        self._lock = (
-            threading.RLock()
-        )  # of step() and of the switch, which a call of the model may have to finish
         try:
             self._specs = specs = trained_specs(attachment, groups)
             self._attachment = attachment = attachment.share({spec.name for spec in specs})
+            self._lock = (
+                attachment.lock
+            )  # of step() and of the switch, which a call of the model may have to finish
+            self._work: FrameType | None = None  # where step() or a switch is done
         except BaseException:
             if owned:
                 attachment.detach()
@@ -226,12 +237,17 @@ class ChunkOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._lock, tracing.span("step"):
-            self._step()
+            self._check_attached("step")
+            self._check_idle("step")
+            settle(self)
+            try:
+                self._work = sys._getframe()
+                self._step()
+            finally:
+                self._work = None
         return loss
 
     def _step(self) -> None:
-        self._check_attached("step")
-        settle(self)
         self._follow_weights()
         if isinstance(self._residency, BackwardResidency):
             close_backward(self, self._residency)
@@ -282,14 +298,16 @@ class ChunkOptimizer(torch.optim.Optimizer):
             window, ``gradients``.
         """
         self._check_attached("state_dict")
-        settle(self)
-        self._check_between_steps("state_dict")
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        result = optimizer_state(self)
-        for after in self._optimizer_state_dict_post_hooks.values():
-            replaced = after(self, result)
-            result = result if replaced is None else replaced
+        self._check_idle("state_dict")
+        with self._lock:  # other threads may save
+            settle(self)
+            self._check_between_steps("state_dict")
+            for before in self._optimizer_state_dict_pre_hooks.values():
+                before(self)
+            result = optimizer_state(self)
+            for after in self._optimizer_state_dict_post_hooks.values():
+                replaced = after(self, result)
+                result = result if replaced is None else replaced
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -301,12 +319,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
             ValueError: if it is not a state of chunkft, or of another model; nothing is changed then.
         """
         self._check_attached("load_state_dict")
+        self._check_idle("load_state_dict")
         if isinstance(state_dict, dict):
             state_dict = state_dict.copy()  # hooks may put their own entries into it
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        restore(self, read_state(self, state_dict))
+        with self._lock:
+            restore(self, read_state(self, state_dict))
         self._replicas.forget_agreement()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
@@ -411,6 +431,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _check_attached(self, method: str) -> None:
         if not self._ready or not self._is_attached():
             raise RuntimeError(f"{method}() after detach() is not possible; build a new optimizer")
+
+    def _check_idle(self, method: str) -> None:
+        if at_work(self):
+            raise RuntimeError(
+                f"{method}() inside of step(), as from a signal handler, is not possible: some slices are updated and "
+                "others not; note the signal, and do it after step()"
+            )
 
     def _check_between_steps(self, method: str) -> None:
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,19 +85,37 @@ def settle(optimizer: ChunkOptimizer) -> None:
     """
     # Also in evaluation: what is made here must be fit for training. Other threads may evaluate during step().
     with optimizer._lock, torch.inference_mode(False), torch.no_grad():
-        if optimizer._switch is not None:
-            _complete(optimizer, optimizer._switch)
-        elif optimizer.interval_position >= optimizer.interval:
-            try:
-                optimizer._chunk_of(optimizer._interval_index + 1)
-            except Exception:
-                return  # the schedule fails: step() will say so, and what is there can be saved
-            _advance(optimizer)
-        elif optimizer._generation == UNBOUND:
-            bind(optimizer, optimizer._attachment.active())
-        if optimizer._switch_hook is not None:
-            optimizer._switch_hook.remove()
-            optimizer._switch_hook = None
+        if at_work(optimizer):  # a signal handler interrupted it: it goes on afterwards
+            return
+        try:
+            optimizer._work = sys._getframe()
+            _settle(optimizer)
+        finally:
+            optimizer._work = None
+
+
+def at_work(optimizer: ChunkOptimizer) -> bool:
+    """Whether this thread is inside of a step, or of what ``settle`` finishes."""
+    frame: FrameType | None = None if optimizer._work is None else sys._getframe(1)
+    while frame is not None and frame is not optimizer._work:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _settle(optimizer: ChunkOptimizer) -> None:
+    if optimizer._switch is not None:
+        _complete(optimizer, optimizer._switch)
+    elif optimizer.interval_position >= optimizer.interval:
+        try:
+            optimizer._chunk_of(optimizer._interval_index + 1)
+        except Exception:
+            return  # the schedule fails: step() will say so, and what is there can be saved
+        _advance(optimizer)
+    elif optimizer._generation == UNBOUND:
+        bind(optimizer, optimizer._attachment.active())
+    if optimizer._switch_hook is not None:
+        optimizer._switch_hook.remove()
+        optimizer._switch_hook = None
 
 
 def watch(optimizer: ChunkOptimizer) -> None:

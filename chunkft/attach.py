@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -239,7 +240,8 @@ class Attachment:
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
         for bound in self._bound.values():
-            bound.gradients.follow(self.shows_gradients)
+            if bound.sliced:
+                bound.gradients.follow(self.shows_gradients)
         leaves = {piece: leaf for bound in self._bound.values() for piece, leaf in bound.pairs}
         return [(piece, leaves[piece]) for piece in self._order]
 
@@ -255,9 +257,10 @@ class Attachment:
 
     def holds_active(self) -> bool:
         """Whether the model holds the weights with active slices still, where they were."""
-        for bound in self._bound.values():  # noqa: SIM110  a generator takes twice as long
-            if not (bound.is_held() and bound.is_in_place()):
-                return False
+        with DisableTorchFunctionSubclass():  # which every look at a parameter of a class of its own asks for
+            for bound in self._bound.values():
+                if not (bound.is_held() and bound.is_in_place()):
+                    return False
         return True
 
     def show_gradients(self) -> None:
@@ -378,8 +381,8 @@ class Attachment:
     def before_forward(self) -> None:
         """Follow what was put in the place of parameters, which would get gradients otherwise."""
         with self.lock:
-            noted = self._places.are_as_noted(self._bound)
-        if self.in_use and not noted and not is_transformed() and not is_swapped():
+            same = self._places.hold_the_same(self._bound)
+        if self.in_use and not same and not is_transformed() and not is_swapped():
             self.verify()
 
     def after_loading(self) -> None:

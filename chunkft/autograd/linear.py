@@ -61,7 +61,7 @@ def _sliced_matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool, active: Active
 ) -> Tensor:
     parameter = weight
-    x, weight, bias = autocast_inputs(x, weight.detach(), bias)
+    x, weight, bias = autocast_inputs(x, Tensor.detach(weight), bias)  # not that of a class of its own
     windows, leaves = split_active(active)
     return _apply(x, weight, bias, parameter, input_major, windows, leaves, backward_name(active))
 

@@ -98,8 +98,12 @@ class _Check:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if self.guard is None or self.follow is None or torch.compiler.is_compiling():
             return
-        undisturbed(self.guard.check, module)
-        undisturbed(self.follow, module)
+        undisturbed(self._look, module)
+
+    def _look(self, module: nn.Module) -> None:
+        if self.guard is not None and self.follow is not None:
+            self.guard.check(module)
+            self.follow(module)
 
 
 def _checkpointed_inputs(frame: FrameType | None) -> tuple[Any, ...] | None:

@@ -196,3 +196,31 @@ def test_exit_on_another_thread_with_a_pager_of_its_own():
         """
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.parametrize("moves", ["_acquiring", "_releasing"])
+def test_a_thread_waits_for_room_while_calls_of_others_may_make_some(tmp_path, monkeypatch, moves):
+    with Pager([4096] * 12, slots=3, state_dir=tmp_path / "state") as pager, ThreadPoolExecutor(1) as pool:
+        engine = pager._home.engine
+        real, asked, made = engine._room, threading.Event(), threading.Event()
+
+        def room():
+            asked.set()
+            return real() if made.is_set() else None
+
+        monkeypatch.setattr(engine, "_room", room)
+        with engine._changed:
+            setattr(engine, moves, 1)  # a call of another thread is under way in the core
+        waiting = pool.submit(pager.acquire, 3)
+        assert asked.wait(20)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        made.set()
+        with engine._changed:
+            setattr(engine, moves, 0)
+            engine._changed.notify_all()
+        waiting.result(20)
+        pager.release(3, dirty=False)
+        made.clear()
+        with pytest.raises(RuntimeError, match="no room for page 4"):
+            pager.acquire(4)  # nobody is there to make any

@@ -42,6 +42,7 @@ class StagedEngine:
         self._exposed: set[int] = set()
         self._closing = False
         self._releasing = 0  # calls whose changes `close` has to wait for
+        self._acquiring = 0  # calls that may take the slot of another page
         self._changed = Condition()
         self._clock = 0
         # One reads ahead while the other writes behind.
@@ -75,6 +76,7 @@ class StagedEngine:
                 raise ValueError(f"Pager.acquire: page {page} is acquired; release it first")
             entry.held = True
             self._touch(entry)
+            self._acquiring += 1
         try:
             return int(self._call(entry, self._core.acquire, entry.index, stream, load=load))
         except BaseException:
@@ -82,6 +84,10 @@ class StagedEngine:
                 entry.held = False
                 self._forget_unless_used(entry)
             raise
+        finally:
+            with self._changed:
+                self._acquiring -= 1
+                self._changed.notify_all()
 
     def release(self, page: int, stream: int, *, dirty: bool, keep: bool) -> None:
         """Give an acquired page back."""
@@ -260,7 +266,8 @@ class StagedEngine:
                     else:
                         self._assign(room, page)
                     continue
-                if all(other.phase is Phase.READY for other in self._entries):
+                moving = self._releasing or self._acquiring  # other threads, which may make room
+                if not moving and all(other.phase is Phase.READY for other in self._entries):
                     self._raise_failure()
                     raise RuntimeError(
                         f"Pager.acquire: no room for page {page}: all slots and buffers are in use"

@@ -229,7 +229,7 @@ class Attachment:
             if bound is None:
                 if piece.dim is not None:
                     parameter.grad = None  # from before its turn
-                bound = Bound(parameter, parameter.data_ptr(), parameter.device, [])
+                bound = Bound(parameter, parameter.data_ptr(), [])
                 self._bound[piece.name] = bound
             bound.pairs.append((piece, self._leaf(piece, parameter, bound)))
             bound.note_places()
@@ -521,9 +521,8 @@ class Attachment:
         if not replaced and parameter.data_ptr() == bound.address:
             bound.gather()
             return
-        own_gradient = (
-            replaced and parameter.grad is not None
-        )  # which then counts in place of the old weight's
+        # that of a new parameter counts in place of the old one's
+        own_gradient = replaced and parameter.grad is not None
         for i, (piece, leaf) in enumerate(bound.pairs):
             grad, leaf.grad = leaf.grad, None
             if piece.dim is not None:  # the same leaf: a gradient may be on its way to it
@@ -537,7 +536,7 @@ class Attachment:
         bound.gradients.hide()
         if replaced:
             bound.uninstall()
-        bound.parameter, bound.address, bound.device = parameter, parameter.data_ptr(), parameter.device
+        bound.parameter, bound.address = parameter, parameter.data_ptr()
         bound.note_places()
         if self.shows_gradients:
             bound.gradients.show()

@@ -23,7 +23,6 @@ class Bound:
 
     parameter: Tensor
     address: int
-    device: torch.device
     pairs: list[tuple[Slice, nn.Parameter]]
     modules: list[nn.Module] = field(default_factory=list)
     watch: RemovableHandle | None = None

@@ -103,17 +103,26 @@ class Places:
     @property
     def are_tied(self) -> bool:
         """Whether all that was shared at first is so."""
-        return all(held.get(attribute) is self.current(name) for held, attribute, name in self._ties)
+        return self._untied() is None
 
     def check_ties(self) -> None:
         """Raise RuntimeError, naming the parameter, if one is not shared any more that was so at first."""
-        for parameters, attribute, name in self._ties:
-            if parameters.get(attribute) is not self.current(name):
-                raise RuntimeError(
-                    f"parameter {name!r} was shared with a parameter {attribute!r} of another module when the "
-                    "optimizer was built and is not any more, as after load_state_dict(assign=True); tie them again "
-                    "(model.tie_weights() in transformers), or detach() the optimizer and build a new one"
-                )
+        untied = self._untied()
+        if untied is not None:
+            name, attribute = untied
+            raise RuntimeError(
+                f"parameter {name!r} was shared with a parameter {attribute!r} of another module when the "
+                "optimizer was built and is not any more, as after load_state_dict(assign=True); tie them again "
+                "(model.tie_weights() in transformers), or detach() the optimizer and build a new one"
+            )
+
+    def _untied(self) -> tuple[str, str] | None:
+        ties = (
+            (name, attribute)
+            for held, attribute, name in self._ties
+            if held.get(attribute) is not self.current(name)
+        )
+        return next(ties, None)
 
     def are_as_noted(self, bound: Mapping[str, Bound]) -> bool:
         """Whether nothing that has to be followed happened since ``note``; it runs in every step."""

@@ -212,13 +212,15 @@ def test_a_thread_waits_for_room_while_calls_of_others_may_make_some(tmp_path, m
         with engine._changed:
             setattr(engine, moves, 1)  # a call of another thread is under way in the core
         waiting = pool.submit(pager.acquire, 3)
-        assert asked.wait(20)
-        with pytest.raises(TimeoutError):
-            waiting.result(0.2)
-        made.set()
-        with engine._changed:
-            setattr(engine, moves, 0)
-            engine._changed.notify_all()
+        try:
+            assert asked.wait(20)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+        finally:
+            made.set()
+            with engine._changed:
+                setattr(engine, moves, 0)
+                engine._changed.notify_all()
         waiting.result(20)
         pager.release(3, dirty=False)
         made.clear()

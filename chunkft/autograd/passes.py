@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.autograd.eager import runs_as_it_is, undisturbed
+from chunkft.autograd.hooks import Hook, runs_as_it_is, undisturbed
 from chunkft.autograd.reach import is_cut_off, reached
 
 
@@ -100,8 +100,10 @@ class Passes:
     def leave(self, module: nn.Module, output: Any, inputs: Any) -> Any:
         """It ends; None, or what is to be returned in place of ``output``."""
         if self._current() is not None:
-            self._inside[threading.get_ident()].pop()
-            self._forget_ended()
+            thread = threading.get_ident()
+            self._inside[thread].pop()
+            if not self._inside[thread]:
+                del self._inside[thread]
         owner = self._owner()
         if owner is None or not torch.is_grad_enabled() or is_transformed() or not owner.trains:
             return None
@@ -143,43 +145,30 @@ def is_transformed() -> bool:
     return bool(torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 
 
-class _Hook:
-    """A hook that survives pickling and copying of its module, but without effect: a copy is not attached."""
-
-    def __init__(self, passes: Passes | None) -> None:
-        self.passes = passes
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return type(self)(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (None,)
-
-
 @runs_as_it_is
-class _Enter(_Hook):
+class _Enter(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.passes is None:
+        if self.target is None:
             return
         if torch.compiler.is_compiling():  # flags are asked for while it is traced only
-            self.passes.called = True
+            self.target.called = True
         else:
-            undisturbed(self.passes.enter, module, sys._getframe(1))
+            undisturbed(self.target.enter, module, sys._getframe(1))
 
 
 @runs_as_it_is
-class _Leave(_Hook):
+class _Leave(Hook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.passes is None:
+        if self.target is None:
             return None
         if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and is_cut_off(output)):
             return None
-        return undisturbed(self.passes.leave, module, output, (args, kwargs))
+        return undisturbed(self.target.leave, module, output, (args, kwargs))
 
 
-class _Loaded(_Hook):
+class _Loaded(Hook):
     """After ``load_state_dict``, which may have put other parameters into the model."""
 
     def __call__(self, module: nn.Module, incompatible_keys: Any) -> None:
-        if self.passes is not None:
-            self.passes.loaded()
+        if self.target is not None:
+            self.target.loaded()

@@ -54,13 +54,10 @@ def is_cut_off(output: Any) -> bool:
 
 
 def _lacks_graph(leaf: Any) -> bool:
-    if (
-        not isinstance(leaf, Tensor)
-        or leaf.requires_grad
-        or not (leaf.is_floating_point() or leaf.is_complex())
-    ):
+    if not isinstance(leaf, Tensor) or leaf.requires_grad:
         return False
-    return not (leaf.is_nested and leaf.layout == torch.strided)  # which no function takes
+    differentiable = leaf.is_floating_point() or leaf.is_complex()
+    return differentiable and not (leaf.is_nested and leaf.layout == torch.strided)  # which no function takes
 
 
 def _anchored(output: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.autograd.eager import runs_as_it_is, undisturbed
+from chunkft.autograd.hooks import Hook, runs_as_it_is, undisturbed
 from chunkft.autograd.passes import Passes
 
 
@@ -35,7 +35,7 @@ class ReentrantGuard:
         """Check at every call of a module that has active parameters; ``follow`` is called then, too."""
         if isinstance(module, torch.jit.ScriptModule):
             return  # takes no hooks
-        check = _Check(self, follow)
+        check = _Check((self, follow))
         stable = module.__dict__.get("_chunkft_forward")
         if stable is not None:  # of a model that is compiled: hooks that come and go would compile it again
             stable.checks.append(check)
@@ -75,35 +75,24 @@ def move_checks(module: nn.Module) -> None:
     """Let the stable forward of a module make the checks that hooks made before it got one."""
     hooks = module._forward_pre_hooks
     for number, hook in list(hooks.items()):
-        if isinstance(hook, _Check) and hook.guard is not None and hook.follow is not None:
+        if isinstance(hook, _Check) and hook.target is not None:
             del hooks[number]
-            hook.guard.guard(module, hook.follow)
+            guard, follow = hook.target
+            guard.guard(module, follow)
 
 
 @runs_as_it_is
-class _Check:
-    """A hook that survives pickling and copying of its module, but without its guard: a copy is not attached."""
-
-    def __init__(
-        self, guard: ReentrantGuard | None = None, follow: Callable[[nn.Module], None] | None = None
-    ) -> None:
-        self.guard, self.follow = guard, follow
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Check:
-        return _Check()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Check, ()
+class _Check(Hook):
+    """Its target is a guard with what follows replaced parameters."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.guard is None or self.follow is None or torch.compiler.is_compiling():
-            return
-        undisturbed(self._look, module)
+        if self.target is not None and not torch.compiler.is_compiling():
+            undisturbed(self._look, module)
 
     def _look(self, module: nn.Module) -> None:
-        if self.guard is not None and self.follow is not None:
-            self.guard.check(module)
-            self.follow(module)
+        guard, follow = self.target
+        guard.check(module)
+        follow(module)
 
 
 def _checkpointed_inputs(frame: FrameType | None) -> tuple[Any, ...] | None:

@@ -70,13 +70,10 @@ class SliceGradients(Gradients):
         """``settle``, then ``show`` if ``weight.grad`` shows gradients at all."""
         owner = self._owner()
         grad = None if owner is None else owner.parameter.grad
-        if grad is None and not self._shown:
-            if shows:
-                self.show()
-            return
         if self._shown and isinstance(grad, GradientView) and grad.gradients is self and not grad.steps:
             return
-        self.settle()
+        if self._shown or grad is not None:
+            self.settle()
         if shows:
             self.show()
 

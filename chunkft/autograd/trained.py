@@ -49,11 +49,10 @@ class TrainedParameter(nn.Parameter):
     @property
     def requires_grad(self) -> bool:
         owner = _owner(self)
-        inside = sys._getframe(1).f_code.co_filename.endswith(_MACHINERY)
-        computes = (
-            owner is None or owner.computes or torch._C._current_graph_task_id() != -1
-        )  # as a checkpoint again
-        if owner is None or computes or inside or TracingContext.try_get() is not None:
+        if owner is None or owner.computes or TracingContext.try_get() is not None:
+            return records(self)
+        recomputes = torch._C._current_graph_task_id() != -1  # a checkpoint in the backward pass
+        if recomputes or sys._getframe(1).f_code.co_filename.endswith(_MACHINERY):
             return records(self)
         return owner.is_trained(self)
 

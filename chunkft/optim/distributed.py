@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # that of torch.compiler imports the compiler at once
 from torch.nn.parallel import DistributedDataParallel
 
+from chunkft.autograd.hooks import Hook
+
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+_CANNOT_WRAP = (
+    "DistributedDataParallel with {} cannot wrap a model that is trained in chunks, whose gradients chunkft averages "
+    "itself; leave that out, or do not wrap and pass process_group="
+)
 
 
 def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
@@ -159,10 +166,7 @@ class Replicas:
             ("Join (uneven inputs)", wrapper._join_config.enable),
         ):
             if used:
-                raise RuntimeError(
-                    f"DistributedDataParallel with {name} cannot wrap a model that is trained in chunks, whose "
-                    "gradients chunkft averages itself; leave that out, or do not wrap and pass process_group="
-                )
+                raise RuntimeError(_CANNOT_WRAP.format(name))
         group = self.group if self._asked else wrapper.process_group
         check_backward_group(group, "backward" if optimizer.updates_in_backward else "step")
         if not isinstance(wrapper.reducer, _Idle):
@@ -219,32 +223,19 @@ class Replicas:
         self._agreed = (self.group, optimizer.plan)
 
 
-class _Hook:
-    """A hook that survives pickling and copying of its module, but without us: a copy is not attached."""
-
-    def __init__(self, replicas: Replicas | None) -> None:
-        self.replicas = replicas
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return type(self)(None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (None,)
-
-
-class _Enter(_Hook):
+class _Enter(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
-        replicas = self.replicas
+        replicas = self.target
         if replicas is not None and (
             replicas.adopted or DistributedDataParallel._active_ddp_module is not None
         ):
             replicas.entered()
 
 
-class _Leave(_Hook):
+class _Leave(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.replicas is not None and self.replicas.adopted:
-            self.replicas.left(output)
+        if self.target is not None and self.target.adopted:
+            self.target.left(output)
 
 
 class _Idle:
@@ -276,10 +267,7 @@ class _Idle:
             )
 
     def _set_forward_pass_work_handle(self, *args: Any) -> None:
-        raise RuntimeError(
-            "DistributedDataParallel with Join (uneven inputs) cannot wrap a model that is trained in chunks, whose "
-            "gradients chunkft averages itself; give each process the same number of batches"
-        )
+        raise RuntimeError(_CANNOT_WRAP.format("Join (uneven inputs)"))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

@@ -1,4 +1,4 @@
-"""Keeps compilers out of what is no part of a model's computation: our hooks."""
+"""What our hooks have in common: copies of a model do not call them, and compilers stay out of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,23 @@ import torch
 from torch._C._dynamo import eval_frame
 from torch._dynamo.eval_frame import skip_code
 
-Hook = TypeVar("Hook", bound=type)
+HookClass = TypeVar("HookClass", bound=type)
 
 
-def runs_as_it_is(hook: Hook) -> Hook:
+class Hook:
+    """A hook that survives pickling and copying of its module, but without its target: a copy is not attached."""
+
+    def __init__(self, target: Any = None) -> None:
+        self.target = target
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+def runs_as_it_is(hook: HookClass) -> HookClass:
     """Class decorator for hooks whose calls may be part of a larger trace, but are never a trace of their own.
 
     Where a compiler cannot trace a module's call as a whole it takes the functions in it one by one; in a trace of a

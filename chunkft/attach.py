@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import DisableTorchFunctionSubclass
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from chunkft.autograd import (
     Passes,
-    ReentrantGuard,
     Slice,
-    SlicedForward,
-    SliceGradients,
     disown,
     is_transformed,
-    operator_for,
     own,
-    put_forward,
     record,
     records,
     strip_forward,
     uncompilable,
 )
-from chunkft.bound import Bound, is_swapped, is_temporary
-from chunkft.places import Places, holders_of
+from chunkft.bound import is_swapped
+from chunkft.places import Places
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
-from chunkft.readers import Notices, cutter
+from chunkft.wiring import Wiring
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -65,31 +59,22 @@ class Attachment:
         specs: its trainable parameters at the time of attaching.
         shares: the attachments of optimizers that do not train all of them.
         called: whether the model was called in grad mode since somebody set this to False.
-        generation: counts how often leaves were replaced by other objects, for those who keep references.
+        wiring: the leaves of the active slices, and what is in the model for them.
         on_replaced: weak reference to what is to be called once leaves were replaced, or None.
-        notices: what its users are told once.
-        after_weight: for names of sliced weights what is called once a backward pass is through with the weight itself.
-        shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
-            which knows the weights only can clip and clear them; for slices that are made active from then on.
+        lock: held while any of this changes; other threads may call the model.
     """
 
     def __init__(self, model: nn.Module, specs: list[ParameterSpec] | None = None) -> None:
         self.model = model
         self.specs: list[ParameterSpec] = parameter_specs(model) if specs is None else specs
         self.shares: list[Attachment] = []
-        self.generation = 0
         self.on_replaced: Callable[[], Callable[[], None] | None] | None = None
-        self.shows_gradients = False
-        self.after_weight: dict[str, Callable[[], None]] = {}
-        self.notices = Notices()
         self._places = Places(model, self.specs)
-        self._bound: dict[str, Bound] = {}
-        self._order: list[Slice] = []
         self._passes = Passes(self)
-        self._guard = ReentrantGuard(self._passes)
         self._froze = False
-        self.lock = threading.RLock()  # other threads may call the model
+        self.lock = threading.RLock()
         self._untrained: set[str] = set()
+        self.wiring = Wiring(self._passes, self._untrained, weakref.WeakMethod(self.verify))
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
             self._names[model.get_parameter(spec.name)] = spec.name
@@ -144,7 +129,7 @@ class Attachment:
     @property
     def in_use(self) -> bool:
         """Whether some of its parameters are active."""
-        return bool(self._order)
+        return bool(self.wiring.bound)
 
     @property
     def is_attached(self) -> bool:
@@ -177,13 +162,7 @@ class Attachment:
             record(parameter, trained)
             return
         (self._untrained.discard if trained else self._untrained.add)(name)
-        bound = self._bound.get(name)
-        if bound is not None:
-            record(bound.parameter, trained)
-            for _, leaf in bound.pairs:
-                record(leaf, trained)
-            if bound.sliced and trained and bound.watch is None:
-                bound.watch = self._watch(name, bound)
+        self.wiring.set_trained(name, trained)
 
     def freeze(self) -> None:
         """Make every trainable parameter inactive."""
@@ -219,101 +198,18 @@ class Attachment:
 
     def _activate(self, wanted: list[Slice]) -> list[tuple[Slice, nn.Parameter]]:
         current = {name: self._places.current(name) for name in {piece.name for piece in wanted}}
-        self._let_go()
         self._passes.watch(self.model)
-        self._order = wanted
-        owners = parameter_owners(self.model)
-        for piece in wanted:
-            parameter = current[piece.name]
-            bound = self._bound.get(piece.name)
-            if bound is None:
-                if piece.dim is not None:
-                    parameter.grad = None  # from before its turn
-                bound = Bound(parameter, parameter.data_ptr(), [])
-                self._bound[piece.name] = bound
-            bound.pairs.append((piece, self._leaf(piece, parameter, bound)))
-            bound.note_places()
-        for name, bound in self._bound.items():
-            self._install(name, bound, owners[name])
+        self.wiring.bind(wanted, current, parameter_owners(self.model))
         return self.active()
 
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
-        for bound in self._bound.values():
-            if bound.sliced:
-                bound.gradients.follow(self.shows_gradients)
-        leaves = {piece: leaf for bound in self._bound.values() for piece, leaf in bound.pairs}
-        return [(piece, leaves[piece]) for piece in self._order]
-
-    def gather(self) -> None:
-        """Take the values of leaves whose ``.data`` was replaced into their weights.
-
-        Raises:
-            RuntimeError: if they have another shape.
-        """
-        for bound in self._bound.values():
-            if not bound.is_in_place() and bound.parameter.data_ptr() == bound.address:
-                bound.gather()
-
-    def holds_active(self) -> bool:
-        """Whether the model holds the weights with active slices still, where they were."""
-        with DisableTorchFunctionSubclass():  # which every look at a parameter of a class of its own asks for
-            for bound in self._bound.values():
-                if not (bound.is_held() and bound.is_in_place()):
-                    return False
-        return True
-
-    def show_gradients(self) -> None:
-        """Let ``weight.grad`` stand for gradients of slices that did not come from a backward pass."""
-        for bound in self._bound.values():
-            if self.shows_gradients:
-                bound.gradients.show()
-
-    def carrier(self) -> tuple[Tensor, SliceGradients | None] | None:
-        """A weight whose ``.grad`` is not in use, and the gradients of its slices if some are active; None if there
-        is none.
-        """
-        for bound in self._bound.values():
-            if bound.pairs[0][0].dim is not None:
-                return bound.parameter, bound.gradients
-        taken = {id(bound.parameter) for bound in self._bound.values()}
-        rest = (p for p in self.model.parameters() if not records(p) and id(p) not in taken)
-        return next(((p, None) for p in rest), None)
-
-    def backward_reaches(self, name: str) -> bool:
-        """Whether the backward pass that runs comes to a sliced weight itself, at its end, beside its leaves.
-
-        Before that, some reader of the weight may still need its values.
-        """
-        bound = self._bound.get(name)
-        if bound is None or bound.watch is None:
-            return False
-        with torch.enable_grad():
-            view: Any = bound.parameter.view_as(bound.parameter)
-        return bool(torch._C._will_engine_execute_node(view.grad_fn.next_functions[0][0]))
-
-    def hide_gradients(self) -> None:
-        """Set the ``weight.grad`` that stand for gradients of slices to None."""
-        for bound in self._bound.values():
-            bound.gradients.hide()
+        return self.wiring.active()
 
     def deactivate(self) -> None:
         """Freeze the active slices and give their modules their own forward back."""
         self._passes.remove()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._guard.release()
-        for bound in self._bound.values():
-            bound.uninstall()
-            bound.gradients.hide()
-            record(bound.parameter, False)
-            for _, leaf in bound.pairs:
-                leaf.grad = None
-            bound.places.clear()
-            bound.pairs.clear()  # a wrapper may have kept the sliced forward: from now on it is the plain one
-        self._bound.clear()
-        self._order = []
+        self.wiring.release()
 
     def verify(self) -> None:
         """Bind leaves anew whose weight was moved or replaced since they were made, and freeze the rest again.
@@ -322,11 +218,11 @@ class Attachment:
             RuntimeError: if a parameter is gone, changed its shape or dtype, or is not shared any more and was.
         """
         with self.lock:
-            if not self._places.are_as_noted(self._bound):
+            if not self._places.are_as_noted(self.wiring.bound):
                 self._follow()
 
     def _follow(self) -> None:
-        before = self.generation
+        before = self.wiring.generation
         self._places.forget()
         self._places.check_ties()
         owners = parameter_owners(self.model)
@@ -339,16 +235,14 @@ class Attachment:
         current = {name: self._places.current(name) for name in self._places.names}
         self._exchange(current)
         for name, parameter in current.items():
-            bound = self._bound.get(name)
-            if bound is None:
-                if records(parameter):
-                    record(parameter, False)
-                    parameter.grad = None
-            elif parameter is not bound.parameter or not bound.is_in_place():
-                self._rebind(name, bound, parameter, owners[name])
+            if name in self.wiring.bound:
+                self.wiring.rebind(name, parameter, owners[name])
+            elif records(parameter):
+                record(parameter, False)
+                parameter.grad = None
         self._places.note()
         follow = None if self.on_replaced is None else self.on_replaced()
-        if follow is not None and self.generation != before:
+        if follow is not None and self.wiring.generation != before:
             follow()
 
     def _exchange(self, current: dict[str, nn.Parameter]) -> None:
@@ -381,7 +275,7 @@ class Attachment:
     def before_forward(self) -> None:
         """Follow what was put in the place of parameters, which would get gradients otherwise."""
         with self.lock:
-            same = self._places.hold_the_same(self._bound)
+            same = self._places.hold_the_same(self.wiring.bound)
         if self.in_use and not same and not is_transformed() and not is_swapped():
             self.verify()
 
@@ -450,100 +344,7 @@ class Attachment:
         return type(None), ()
 
     def _hook_ids(self) -> list[int]:
-        return self._passes.hook_ids() + self._guard.hook_ids()
-
-    def _leaf(self, piece: Slice, parameter: nn.Parameter, bound: Bound) -> nn.Parameter:
-        leaf = parameter if piece.dim is None else nn.Parameter(piece.of(parameter.detach()))
-        if piece.dim is not None and self.shows_gradients:
-            bound.gradients.watch(leaf)
-        record(leaf, piece.name not in self._untrained)
-        return leaf
-
-    def _install(self, name: str, bound: Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
-        sliced = bound.sliced
-        if sliced and name not in self._untrained:
-            record(bound.parameter, True)
-            bound.watch = self._watch(name, bound)
-        bound.holders = holders_of(bound.parameter, owners)
-        modules = {id(module): (module, attribute) for module, attribute in owners}
-        for module, attribute in modules.values():
-            operator = operator_for(module) if sliced else None
-            if (
-                operator is None
-            ):  # atomic, or its forward was replaced since: then the weight itself is watched
-                self._guard.guard(module, self._follower(attribute, bound))
-                continue
-
-            def verify(
-                owner: nn.Module, compiled: bool = False, bound: Bound = bound, attribute: str = attribute
-            ) -> bool:
-                if not bound.pairs:  # a wrapper kept this forward
-                    return True
-                if is_transformed():
-                    return False
-                weight = owner._parameters.get(attribute)
-                if weight is not bound.parameter:
-                    if attribute in owner._parameters and is_temporary(weight):
-                        return False
-                    self.verify()
-                elif not bound.is_in_place():
-                    self.verify()
-                self._guard.check(owner)
-                if (compiled or torch.is_grad_enabled()) and bound.has_hooks():
-                    self.notices.hooks(name, compiled)
-                    return False
-                return True
-
-            bound.modules.append(module)  # first: what may have been put must be taken out again
-            put_forward(module, SlicedForward(module, operator, bound.pairs, verify, attribute))
-
-    def _follower(self, attribute: str, bound: Bound) -> Callable[[nn.Module], None]:
-        """What looks, before a module computes, whether it holds the same atomic parameter still."""
-
-        def follow(module: nn.Module) -> None:
-            parameter = module._parameters.get(attribute)
-            if parameter is None or parameter is bound.parameter or not bound.pairs:
-                return
-            if not is_transformed() and not is_temporary(parameter):
-                self.verify()
-
-        return follow
-
-    def _watch(self, name: str, bound: Bound) -> RemovableHandle:
-        cut = cutter(self, name, bound)
-        return bound.parameter.register_post_accumulate_grad_hook(cut)  # type: ignore[no-any-return, no-untyped-call]
-
-    def _rebind(
-        self, name: str, bound: Bound, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]
-    ) -> None:
-        replaced = parameter is not bound.parameter
-        bound.gradients.settle()
-        if not replaced and parameter.data_ptr() == bound.address:
-            bound.gather()
-            return
-        # that of a new parameter counts in place of the old one's
-        own_gradient = replaced and parameter.grad is not None
-        for i, (piece, leaf) in enumerate(bound.pairs):
-            grad, leaf.grad = leaf.grad, None
-            if piece.dim is not None:  # the same leaf: a gradient may be on its way to it
-                leaf.data = piece.of(parameter.detach())
-                record(leaf, name not in self._untrained)
-            elif replaced:
-                bound.pairs[i] = piece, self._leaf(piece, parameter, bound)
-                self.generation += 1
-            if grad is not None and not own_gradient:
-                bound.pairs[i][1].grad = grad.to(parameter.device)
-        bound.gradients.hide()
-        if replaced:
-            bound.uninstall()
-        bound.parameter, bound.address = parameter, parameter.data_ptr()
-        bound.note_places()
-        if self.shows_gradients:
-            bound.gradients.show()
-        current = {id(module) for module, _ in owners}
-        if replaced or (bound.modules and current != {id(module) for module in bound.modules}):
-            bound.uninstall()
-            self._install(name, bound, owners)
+        return self._passes.hook_ids() + self.wiring.hook_ids()
 
 
 def attach(model: nn.Module) -> Attachment:

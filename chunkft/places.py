@@ -14,6 +14,8 @@ from chunkft.autograd.trained import RECORDS
 from chunkft.bound import Bound
 from chunkft.plan import ParameterSpec, parameter_owners
 
+Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]  # by name who uses a parameter, and as what
+
 
 class Places:
     """The parameters of an attachment by name, as they were when it was made and as they are.

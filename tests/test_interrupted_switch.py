@@ -18,6 +18,7 @@ from chunkft.optim.state import StateStore
 from chunkft.optim.streamed import StreamResidency
 from chunkft.places import Places
 from chunkft.streaming import HostArena, Pager
+from chunkft.wiring import Wiring
 
 PLACES = {
     "host": {},
@@ -150,7 +151,8 @@ PRIMITIVES = [
     *((StateStore, name) for name in ("take", "put", "_house", "drop")),
     *((PagedStore, name) for name in ("open", "close", "put", "retain", "prefetch_page")),
     *((Pager, name) for name in ("acquire", "release", "prefetch", "discard", "evict")),
-    *((Attachment, name) for name in ("activate", "active", "_let_go", "_install")),
+    *((Attachment, name) for name in ("activate", "active")),
+    *((Wiring, name) for name in ("bind", "active", "release", "_install")),
     (Places, "current"),
     (HostArena, "tensor"),
 ]
@@ -243,7 +245,7 @@ def test_cause_that_stays_is_told_each_time_and_forgotten_when_gone(place, monke
 def test_switch_is_finished_by_an_evaluation_too(mode, references):
     model, _, state = references("host")
     ours, optimizer = build("host")
-    run(ours, optimizer, range(CUT + 1), Interrupt(4, "_let_go"))
+    run(ours, optimizer, range(CUT + 1), Interrupt(4, "release"))
     with mode():
         ours(X)
     run(ours, optimizer, range(CUT + 1, STEPS))

@@ -128,7 +128,7 @@ def test_copies_of_data_parallel_are_refused_by_name() -> None:
 SITES = {
     "the update": ("chunkft.optim.resident.ChunkResidency", "step"),
     "the rest of a chunk": ("chunkft.optim.resident.ChunkResidency", "stash"),
-    "taking out": ("chunkft.attach.Attachment", "_let_go"),
+    "taking out": ("chunkft.wiring.Wiring", "release"),
     "putting in": ("chunkft.attach.Attachment", "activate"),
     "binding": ("chunkft.optim.resident.ChunkResidency", "bind"),
 }
@@ -159,7 +159,11 @@ def test_a_signal_handler_in_the_middle_of_a_step(
         heard.append(None)
 
     def interrupted(self: object, *args: object, **options: object) -> object:
-        ours = self in (optimizer._residency, optimizer._attachment) and at_work(optimizer)
+        ours = self in (
+            optimizer._residency,
+            optimizer._attachment,
+            optimizer._attachment.wiring,
+        ) and at_work(optimizer)
         if ours and not late:
             handler()
         result = real(self, *args, **options)

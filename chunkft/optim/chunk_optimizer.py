@@ -189,7 +189,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.plan: ChunkPlan = plan
             self._ready = True
             attachment.freeze()
-            attachment.shows_gradients = not isinstance(self._residency, BackwardResidency)
+            attachment.wiring.shows_gradients = not isinstance(self._residency, BackwardResidency)
             activate(self)
             attachment.on_replaced = weakref.WeakMethod(self._bind_replaced)
             self._replicas = Replicas(self, group)
@@ -272,7 +272,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.skipped += 1
         for leaf in leaves:
             leaf.grad = None
-        self._attachment.hide_gradients()
+        self._attachment.wiring.hide_gradients()
         self._attachment.called = False
         advance_if_due(self)
 
@@ -281,11 +281,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         if self._ready and self._is_attached():
             settle(self)
             attachment = self._attachment
-            if attachment.generation != self._generation or not attachment.holds_active():
+            if attachment.wiring.generation != self._generation or not attachment.wiring.holds_active():
                 self._follow_weights()  # what replaced a weight may have a gradient already
         super().zero_grad(set_to_none)
         if set_to_none:
-            self._attachment.hide_gradients()
+            self._attachment.wiring.hide_gradients()
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:
             self._residency.reset()
 
@@ -480,7 +480,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _gather(self) -> None:
         """Take over what the base optimizer assigned to ``.data``; those of torch write in place."""
         if not self._base_class.__module__.startswith("torch.optim."):
-            self._attachment.gather()
+            self._attachment.wiring.gather()
 
     def _follow_weights(self) -> None:
         self._attachment.verify()
@@ -488,7 +488,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         self._residency.follow_devices()
 
     def _bind_replaced(self) -> None:
-        if self._ready and self._attachment.generation != self._generation:
+        if self._ready and self._attachment.wiring.generation != self._generation:
             with torch.inference_mode(False), torch.no_grad():
                 bind(self, self._attachment.active())
 

@@ -190,7 +190,7 @@ class Replicas:
         if optimizer is None or self.closed:
             return
         self._average([leaf for _, leaf in optimizer._attachment.active()])
-        optimizer._attachment.show_gradients()
+        optimizer._attachment.wiring.show_gradients()
         self._pending = False
 
     def _average(self, leaves: Sequence[nn.Parameter]) -> None:

@@ -81,7 +81,7 @@ def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
     for piece, leaf in optimizer._attachment.active():
         if piece in restored.gradients:
             leaf.grad = restored.gradients[piece].to(device=leaf.device, dtype=leaf.dtype, copy=True)
-    optimizer._attachment.show_gradients()
+    optimizer._attachment.wiring.show_gradients()
 
 
 def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:

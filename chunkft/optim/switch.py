@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +165,9 @@ def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> 
         optimizer.param_groups[optimizer._group_of[piece.name]]["params"].append(leaf)
     if isinstance(optimizer._residency, BackwardResidency):
         optimizer._residency.seed = optimizer._noise_seed()
-        optimizer._residency.carrier = optimizer._attachment.carrier
-        optimizer._residency.weights = optimizer._attachment
+        attachment = optimizer._attachment
+        optimizer._residency.carrier = partial(attachment.wiring.carrier, attachment.model)
+        optimizer._residency.weights = attachment.wiring
     optimizer._residency.bind(pairs)
     optimizer._residency.show(optimizer.state)
-    optimizer._generation = optimizer._attachment.generation
+    optimizer._generation = optimizer._attachment.wiring.generation

@@ -28,7 +28,10 @@ PLACES = {
     "forgetting": {"keep_state": False, "master": "fp32", "always_active": ["2.*"]},
 }
 STEPS, CUT = 9, 6  # the seventh step ends in a switch to a chunk that has state already
-PARTS = tuple(os.path.join("chunkft", *part) for part in (("optim",), ("attach.py",)))
+PARTS = tuple(
+    os.path.join("chunkft", part)
+    for part in ("optim", "attach.py", "wiring.py", "places.py", "bound.py", "readers.py")
+)
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(3))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -30,7 +29,6 @@ from chunkft.optim.arguments import (
 )
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
-from chunkft.optim.gradients import all_finite, clip, unscale
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
@@ -40,15 +38,13 @@ from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
 from chunkft.optim.state import State
+from chunkft.optim.stepping import take
 from chunkft.optim.switch import (
     Switch,
     activate,
-    advance_if_due,
     at_work,
     bind,
-    close_backward,
     settle,
-    watch,
 )
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
@@ -242,39 +238,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
             settle(self)
             try:
                 self._work = sys._getframe()
-                self._step()
+                self._follow_weights()
+                take(self)
             finally:
                 self._work = None
         return loss
-
-    def _step(self) -> None:
-        self._follow_weights()
-        if isinstance(self._residency, BackwardResidency):
-            close_backward(self, self._residency)
-            return
-        leaves = [leaf for _, leaf in self._attachment.active()]
-        self._memory.observe_gradients(leaves)
-        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        unscale(grads, getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        self._replicas.finish(leaves)
-        leaves = [leaf for leaf in leaves if leaf.grad is not None]
-        if not leaves:
-            self._pass_unreached()
-            return
-        if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
-            if self.max_grad_norm is not None:
-                self.grad_norm = clip(leaves, self.max_grad_norm)
-            self._residency.step(self._noise_seed())
-            self._gather()
-            self._residency.show(self.state)
-            self._count_update()
-        else:
-            self.skipped += 1
-        for leaf in leaves:
-            leaf.grad = None
-        self._attachment.wiring.hide_gradients()
-        self._attachment.called = False
-        advance_if_due(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of the active slices; with ``update="backward"`` also begin the step anew."""
@@ -448,39 +416,6 @@ class ChunkOptimizer(torch.optim.Optimizer):
 
     def _noise_seed(self) -> str:
         return f"{self._seed}/{self.updates}"
-
-    def _pass_unreached(self) -> None:
-        """A step whose loss did not depend on the active slices: nothing changes, and the interval goes on.
-
-        A step before which the model was not called is no step.
-        """
-        if not self._attachment.called:
-            return
-        self._attachment.called = False
-        if not self._warned_unreached:
-            self._warned_unreached = True
-            warnings.warn(
-                f"no parameter of chunk {self.active} had a gradient in this step: the loss did not depend on them, or "
-                "they were cleared or frozen. As in dense training they stay as they are, and the interval goes on "
-                "(said once)",
-                stacklevel=4,
-            )
-        if self.interval_position + 1 >= self.interval:
-            watch(self)
-        self.interval_position += 1
-        advance_if_due(self)
-
-    def _count_update(self) -> None:
-        if self.interval_position + 1 >= self.interval:
-            watch(self)
-        self.updates, self.interval_position = self.updates + 1, self.interval_position + 1
-        if self.interval_position == 1:  # from now on it does not change until the switch
-            self._memory.observe_state(self)
-
-    def _gather(self) -> None:
-        """Take over what the base optimizer assigned to ``.data``; those of torch write in place."""
-        if not self._base_class.__module__.startswith("torch.optim."):
-            self._attachment.wiring.gather()
 
     def _follow_weights(self) -> None:
         self._attachment.verify()

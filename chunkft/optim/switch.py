@@ -1,4 +1,4 @@
-"""The end of a step and of an interval: the state of one chunk rests, another chunk becomes active."""
+"""The end of an interval: the state of one chunk rests, another chunk becomes active."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import nn
 
 from chunkft import tracing
 from chunkft.autograd import Slice
-from chunkft.optim.arguments import check_backward_step
 from chunkft.optim.backward import BackwardResidency
 
 if TYPE_CHECKING:
@@ -39,24 +38,6 @@ class Switch:
     position: int
     changes: bool
     stashed: bool = False
-
-
-def close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> None:
-    """``step()`` for slices that were updated in the backward pass."""
-    scale = getattr(optimizer, "grad_scale", None)  # None after scaler.unscale_(optimizer)
-    check_backward_step(getattr(optimizer, "found_inf", None) if scale is None else scale)
-    if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
-        optimizer._pass_unreached()
-        return
-    optimizer._attachment.called = False
-    residency.step(optimizer._noise_seed())
-    optimizer._gather()
-    if residency.dropped:
-        optimizer.skipped += 1
-    else:
-        optimizer._count_update()
-    residency.seed = optimizer._noise_seed()
-    advance_if_due(optimizer)
 
 
 def advance_if_due(optimizer: ChunkOptimizer) -> None:

@@ -146,6 +146,14 @@ def refusals(rank):
     optimizer.detach()
     model = tiny_net()
     optimizer = chunkft.ChunkAdamW(model, chunks=2)
+    wrapped = DistributedDataParallel(model)
+    loss_of(wrapped, 0).backward()
+    optimizer.step()
+    with Join([wrapped]):
+        found.append(message_of(lambda: loss_of(wrapped, 0)))
+    optimizer.detach()
+    model = tiny_net()
+    optimizer = chunkft.ChunkAdamW(model, chunks=2)
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     found.append(message_of(lambda: (loss_of(model, 0).backward(), optimizer.step())))
     holder = nn.ModuleList([DistributedDataParallel(nn.Linear(4, 4))])
@@ -247,7 +255,7 @@ def test_ranks_that_do_not_train_alike_are_told_so_by_one_sentence(results, aspe
 
 def test_what_cannot_be_averaged_is_refused_by_name(results):
     for result in results:
-        backward, wrapped, static, uneven, sharded, nested = result["refusals"]
+        backward, wrapped, static, uneven, late, sharded, nested = result["refusals"]
         assert backward.startswith(
             "ValueError: update='backward' works in one process, got a process_group of 2"
         )
@@ -255,7 +263,10 @@ def test_what_cannot_be_averaged_is_refused_by_name(results):
             "ValueError: update='backward' works in one process, got a process_group of 2"
         )
         assert static.startswith("RuntimeError: DistributedDataParallel with static_graph=True")
-        assert uneven.startswith("RuntimeError: DistributedDataParallel with Join (uneven inputs)")
+        assert uneven.startswith(
+            "RuntimeError: DistributedDataParallel with Join (uneven inputs) cannot wrap"
+        )
+        assert late == uneven
         assert re.match(r"RuntimeError: parameter '.*' is a DTensor now.* sharded", sharded)
         assert nested.startswith("ValueError: model has a DistributedDataParallel at '0'")
 

@@ -149,8 +149,7 @@ def refusals(rank):
     wrapped = DistributedDataParallel(model)
     loss_of(wrapped, 0).backward()
     optimizer.step()
-    with Join([wrapped]):
-        found.append(message_of(lambda: loss_of(wrapped, 0)))
+    found.append(message_of(lambda: Join([wrapped])))
     optimizer.detach()
     model = tiny_net()
     optimizer = chunkft.ChunkAdamW(model, chunks=2)

@@ -266,7 +266,8 @@ class _Idle:
                 "the module anew"
             )
 
-    def _set_forward_pass_work_handle(self, *args: Any) -> None:
+    def _set_uneven_input_join(self) -> None:
+        """Raise RuntimeError: Join, begun after the first step, asks for this."""
         raise RuntimeError(_CANNOT_WRAP.format("Join (uneven inputs)"))
 
     def __getattr__(self, name: str) -> Any:

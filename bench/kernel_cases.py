@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # name of a weight: rows (output features), columns (input features); several that share an input stand together
 MODELS: dict[str, tuple[dict[str, tuple[int, int]], ...]] = {
@@ -18,6 +18,11 @@ MODELS: dict[str, tuple[dict[str, tuple[int, int]], ...]] = {
         {"gate": (14336, 4096), "up": (14336, 4096)},
         {"down": (4096, 14336)},
     ),
+    "qwen3-8b": (
+        {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096)},
+        {"gate": (12288, 4096), "up": (12288, 4096)},
+        {"down": (4096, 12288)},
+    ),
     "llama-3-70b": (
         {"q": (8192, 8192), "k": (1024, 8192), "v": (1024, 8192)},
         {"gate": (28672, 8192), "up": (28672, 8192)},
@@ -31,7 +36,7 @@ MODELS: dict[str, tuple[dict[str, tuple[int, int]], ...]] = {
 EXPERTS, EXPERTS_A_TOKEN = 128, 8
 CHUNKS = (8, 32, 128)
 TOKENS = (1024, 4096, 16384)
-FORMS = ("slice", "misaligned", "blocks", "group", "experts")
+FORMS = ("slice", "misaligned", "accumulate", "blocks", "group", "experts")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class Case:
     def cols(self) -> int:
         """Columns, which are common to all slices of a case."""
         return self.weights[0][1]
+
+    @property
+    def key(self) -> str:
+        """What names the case in a file of results."""
+        return f"{self.form}/{self.model}/{self.name}/K{self.chunks}/T{self.tokens}"
 
     @property
     def title(self) -> str:
@@ -77,6 +87,15 @@ def cases(
                     yield from (c for c in _of_group(model, group, k, t) if c.form in forms)
 
 
+def small(case: Case) -> Case:
+    """The case with a few rows, columns and tokens, for a rehearsal on a CPU."""
+    if case.form == "experts":
+        return replace(case, tokens=8, weights=((32, 16),), rows=(16,))
+    rows = tuple(64 if case.form == "blocks" else 20 + 3 * i for i in range(len(case.rows)))
+    weights = tuple((128, 40) for _ in case.weights)
+    return replace(case, tokens=70, weights=weights, rows=rows, start=case.start % 8)
+
+
 def _of_group(model: str, group: dict[str, tuple[int, int]], chunks: int, tokens: int) -> Iterator[Case]:
     if "experts" in group:
         rows, _ = group["experts"]
@@ -89,6 +108,7 @@ def _of_group(model: str, group: dict[str, tuple[int, int]], chunks: int, tokens
         size = slice_rows(rows, chunks)
         start = size if 2 * size <= rows else 0
         yield Case("slice", model, name, chunks, tokens, ((rows, cols),), (size,), start)
+        yield Case("accumulate", model, name, chunks, tokens, ((rows, cols),), (size,), start)
         yield Case("misaligned", model, name, chunks, tokens, ((rows, cols),), (size - 5,), start + 3)
         if size >= 64:
             yield Case("blocks", model, name, chunks, tokens, ((rows, cols),), (size // 64 * 64,))

@@ -12,17 +12,23 @@ fails there is no figure. Both sides take turns, with cold L2; medians are compa
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import math
+import os
+import re
 import statistics
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from chunkft.kernels import Blocks, expert_wgrad, grouped_wgrad, measured, wgrad
+from chunkft.kernels import gpu, measured, triton_wgrad
 from chunkft.kernels.heuristics import (
     Config,
     Problem,
@@ -36,23 +42,13 @@ from chunkft.kernels.heuristics import (
 from chunkft.kernels.targets import TARGETS, Target
 
 from . import common
-from .kernel_cases import CHUNKS, EXPERTS, EXPERTS_A_TOKEN, FORMS, MODELS, TOKENS, Case, cases
+from .clock import Clock, Run
+from .harness import CheckFailed
+from .kernel_cases import CHUNKS, EXPERTS, FORMS, MODELS, TOKENS, Case, cases, small
+from .kernel_setup import EXPERTS_A_TOKEN, Setup, problem_of
+from .records import Records
 
-Run = Callable[[], Any]
 ROUNDS = 30
-SAMPLE = 64
-
-
-def problem_of(case: Case) -> Problem:
-    """What the picker is asked for a case; groups and experts are read through pointers."""
-    if case.form == "group":
-        return Problem(case.tokens, sum(case.rows), case.cols, described=False, parts=case.rows)
-    if case.form == "experts":
-        each = -(-case.tokens * EXPERTS_A_TOKEN // EXPERTS)
-        parts = case.rows * EXPERTS
-        return Problem(each, sum(parts), case.cols, described=False, parts=parts)
-    block = 64 if case.form == "blocks" else 0
-    return Problem(case.tokens, case.rows[0], case.cols, row_block=block, row_shift=case.start % 8)
 
 
 def config_of(case: Case, target: Target) -> Config:
@@ -80,7 +76,7 @@ def prediction(case: Case, target: Target) -> dict[str, Any]:
         mine, theirs = max(mine, bound / 0.85 + 4.0), bound / 0.9 + 4.0
     else:
         theirs = predict_torch(problem, target).microseconds
-    single = case.form in ("slice", "misaligned", "blocks")
+    single = case.form in ("slice", "misaligned", "accumulate", "blocks")
     return {
         "config": asdict(config),
         "bound": ours.bound,
@@ -91,141 +87,66 @@ def prediction(case: Case, target: Target) -> dict[str, Any]:
     }
 
 
-class Setup:
-    """Operands of a case on a device, and the calls that are compared; every call overwrites its own results."""
-
-    def __init__(self, case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.case = case
-        tokens = case.tokens * (EXPERTS_A_TOKEN if case.form == "experts" else 1)
-        self.dys = [torch.randn(tokens, rows, device=device).to(dtype) for rows, _ in case.weights]
-        self.x = torch.randn(tokens, case.cols, device=device).to(dtype)
-        self.spans = [slice(case.start, case.start + rows) for rows in case.rows]
-        shapes = [(rows, case.cols) for rows in case.rows]
-        if case.form == "experts":
-            ends = torch.randint(0, tokens + 1, (EXPERTS - 1,)).sort().values.tolist()
-            self.offsets = torch.tensor([*ends, tokens], dtype=torch.int32, device=device)
-            shapes = [(EXPERTS, *shapes[0])]
-        if case.form == "blocks":
-            blocks = torch.randperm(case.weights[0][0] // 64)[: case.rows[0] // 64]
-            self.blocks = Blocks(blocks.to(device), 64)
-        self.ours = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        self.theirs = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-
-    def triton(self, config: Config) -> None:
-        """The kernel in one configuration."""
-        case, dy = self.case, self.dys[0]
-        if case.form == "group":
-            grouped_wgrad(self.dys, self.x, self.spans, outs=self.ours, backend="triton", config=config)
-        elif case.form == "experts":
-            rows = self.spans[0]
-            expert_wgrad(
-                dy, self.x, self.offsets, rows=rows, out=self.ours[0], backend="triton", config=config
-            )
-        else:
-            rows_of = self.blocks if case.form == "blocks" else self.spans[0]
-            wgrad(dy, self.x, rows_of, out=self.ours[0], backend="triton", config=config)
-
-    def torch(self) -> None:
-        """The best that PyTorch offers for the same result."""
-        case, dy = self.case, self.dys[0]
-        if case.form == "experts":
-            self.theirs[0] = torch._grouped_mm(dy[:, self.spans[0]].t(), self.x, offs=self.offsets)
-        elif case.form == "blocks":
-            parts = dy.view(dy.shape[0], -1, 64).index_select(1, self.blocks.index)
-            torch.mm(parts.flatten(1).t(), self.x, out=self.theirs[0])
-        else:
-            for member, span, out in zip(self.dys, self.spans, self.theirs, strict=True):
-                torch.mm(member[:, span].t(), self.x, out=out)
-
-    def exact(self, result: int) -> tuple[Tensor, tuple[Any, ...]]:
-        """fp64 values of a sample of a result, and where they are in it."""
-        rows = torch.randint(0, self.case.rows[result], (SAMPLE,))
-        cols = torch.randint(0, self.case.cols, (SAMPLE,))
-        x, dy = self.x[:, cols].double(), self.dys[result]
-        if self.case.form == "experts":
-            expert = int(torch.randint(0, EXPERTS, ()))
-            ends = [0, *self.offsets.tolist()]
-            tokens = slice(ends[expert], ends[expert + 1])
-            source = dy[tokens][:, rows + self.spans[0].start].double()
-            return source.t() @ x[tokens], (expert, rows[:, None], cols[None, :])
-        if self.case.form == "blocks":
-            index = self.blocks.index.cpu()
-            source = dy[:, index[rows // 64] * 64 + rows % 64].double()
-        else:
-            source = dy[:, rows + self.spans[result].start].double()
-        return source.t() @ x, (rows[:, None], cols[None, :])
-
-    def check(self, config: Config) -> str:
-        """Why the kernel's result may not be timed; empty if it is as accurate as PyTorch's."""
-        for out in self.ours:
-            out.fill_(float("nan"))
-        self.triton(config)
-        self.torch()
-        for i, (ours, theirs) in enumerate(zip(self.ours, self.theirs, strict=True)):
-            exact, place = self.exact(i)
-            off = float((ours[place].double() - exact).abs().max())
-            allowed = 2 * float((theirs[place].double() - exact).abs().max()) + 1e-6 * (
-                1 + float(exact.abs().max())
-            )
-            if not off <= allowed:
-                return f"off by {off:.3g}, allowed {allowed:.3g}"
-        return ""
-
-
-def timed(runs: Sequence[Run], rounds: int, flush: Tensor) -> list[float]:
-    """Median microseconds of each run, taken in turn, L2 written over before each."""
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(rounds + 3):
-        for run, kept in zip(runs, times, strict=True):
-            flush.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            if turn >= 3:
-                kept.append(begin.elapsed_time(end) * 1e3)
-    return [statistics.median(kept) for kept in times]
-
-
-def in_graph(run: Run) -> Run:
-    """The same launches without Python between them."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def measure(case: Case, target: Target, flush: Tensor, tune: int, rounds: int) -> dict[str, Any]:
-    """One case on this machine's GPU; `tune` configurations, the most promising by the model, are tried."""
-    setup = Setup(case, "cuda")
+def tried(case: Case, target: Target, count: int) -> list[Config]:
+    """The legal configurations that the model finds most promising."""
     problem = problem_of(case)
     legal = [c for c in candidates(problem, target) if case.form != "experts" or c.splits == 1]
     legal.sort(key=lambda c: predict(c, problem, target).microseconds)
-    tried = legal[:tune]
-    for config in tried:
-        if reason := setup.check(config):
-            return {"error": f"{config}: {reason}"}
-    runs: list[Run] = [setup.torch, *(lambda c=c: setup.triton(c) for c in tried)]
-    eager = timed(runs, rounds, flush)
-    best = min(range(len(tried)), key=lambda i: eager[i + 1])
-    graphs = timed([in_graph(setup.torch), in_graph(runs[best + 1])], rounds, flush)
+    return legal[:count]
+
+
+def measure(case: Case, target: Target, clock: Clock, tune: int, rounds: int) -> dict[str, Any]:
+    """One case on a device: `tune` configurations of ours, `backend="auto"`, and PyTorch's forms, by turns.
+
+    Raises CheckFailed where a result of ours is less accurate than PyTorch's: it gets no figure.
+    """
+    setup = Setup(case, clock.device)
+    configs = tried(case, target, tune)
+    runs: dict[str, Run] = {"auto": lambda: setup.chunkft("auto")}
+    runs |= {str(i): (lambda c=c: setup.chunkft("triton", c)) for i, c in enumerate(configs)}
+    for name, run in runs.items():
+        if reason := setup.check(run):
+            raise CheckFailed(f"{configs[int(name)] if name.isdigit() else name}: {reason}")
+    theirs = setup.torch()
+    runs |= {f"torch {name}": run for name, run in theirs.items()}
+    eager = dict(zip(runs, clock.microseconds(list(runs.values()), rounds), strict=True))
+    best = min(range(len(configs)), key=lambda i: eager[str(i)])
+    # PyTorch's form of experts asks the device for their sizes, which no graph can hold
+    graphed = [
+        name for name in runs if not name.isdigit() and not (case.form == "experts" and name == "auto")
+    ]
+    graphs = clock.microseconds([clock.graph(runs[name]) for name in (*graphed, str(best))], rounds)
+    alone = dict(zip((*graphed, "triton"), graphs, strict=True))
+    alone.setdefault("auto", eager["auto"])
+    fastest = min(theirs, key=lambda name: alone[f"torch {name}"])
+    base = alone[f"torch {fastest}"]
     each = case.tokens * EXPERTS_A_TOKEN if case.form == "experts" else case.tokens
     flop = 2.0 * each * sum(case.rows) * case.cols
-    moved = 2.0 * (each * (sum(case.rows) + case.cols) + sum(out.numel() for out in setup.ours))
+    written = sum(out.numel() * out.element_size() for out in setup.ours) * (2 if setup.accumulate else 1)
+    moved = 2.0 * each * (sum(case.rows) + case.cols) + written
     return {
-        "config": asdict(tried[best]),
-        "triton_us": round(graphs[1], 2),
-        "torch_us": round(graphs[0], 2),
-        "triton_eager_us": round(eager[best + 1], 2),
-        "torch_eager_us": round(eager[0], 2),
+        "config": asdict(configs[best]),
+        "triton_us": round(alone["triton"], 2),
+        "torch_us": round(base, 2),
+        "torch_form": fastest,
+        "auto_us": round(alone["auto"], 2),
+        "eager_us": {name: round(us, 2) for name, us in eager.items() if not name.isdigit()}
+        | {"triton": round(eager[str(best)], 2)},
+        "tried": [{"config": asdict(c), "us": round(eager[str(i)], 2)} for i, c in enumerate(configs)],
         "roofline_us": round(least(case, target), 2),
-        "tflops": round(flop / graphs[1] / 1e6, 1),
-        "gbytes_per_s": round(moved / graphs[1] / 1e3, 1),
-        "speedup": round(graphs[0] / graphs[1], 3),
+        "tflops": round(flop / alone["triton"] / 1e6, 1),
+        "gbytes_per_s": round(moved / alone["triton"] / 1e3, 1),
+        "speedup": round(base / alone["triton"], 3),
+        "auto_speedup": round(base / alone["auto"], 3),
     }
+
+
+def compile_only(case: Case, target: Target, device: torch.device, tune: int) -> None:
+    """Launches what `measure` would, once, so that Triton's cache holds it; several processes can share the work."""
+    setup = Setup(case, device)
+    setup.chunkft("auto")
+    for config in tried(case, target, tune):
+        setup.chunkft("triton", config)
 
 
 def line(case: Case, found: dict[str, Any], predicted: bool) -> str:
@@ -253,76 +174,168 @@ def geometric_means(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, fl
     return means
 
 
-def write_table(path: Path, target: Target, chosen: Sequence[tuple[Case, dict[str, Any]]]) -> None:
-    """The table that `backend="auto"` reads: single slices and blocks only."""
-    entries = [
-        measured.entry(problem_of(case), Config(**found["config"]), found["speedup"])
-        for case, found in chosen
-        if case.form in ("slice", "misaligned", "blocks") and "error" not in found
-    ]
-    content = {"format": measured.FORMAT, "family": target.capability, "device": common.device_name()}
-    common.write_json(path, {**content, "versions": common.versions(), "entries": entries})
+def write_table(path: Path, records: Sequence[dict[str, Any]], head: dict[str, Any], family: int) -> None:
+    """The table that `backend="auto"` reads, from measured records of one device of a family (90 is 9.0)."""
+    content = {"format": measured.FORMAT, "family": family}
+    content |= {key: head[key] for key in ("device", "versions", "commit", "time")}
+    common.write_json(path, {**content, "entries": table_entries(records)})
+
+
+def write_table_of(suite: dict[str, Any], path: Path) -> None:
+    """The same from the results of a suite."""
+    facts = suite["cases"]["contact/machine"]["result"]["found"]["facts"]
+    capability = facts["gpus"][0]["compute_capability"]
+    records = [record for row in suite["cases"].values() for record in records_of(row)]
+    write_table(path, records, suite | {"device": suite["gpu"]}, int(capability.replace(".", "")))
+
+
+def table_entries(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entries of a table: every measured case that `auto` may meet."""
+    fields = {f.name for f in dataclasses.fields(Case)}
+    found = []
+    for record in records:
+        if "speedup" not in record or record.get("form") in (None, "experts"):
+            continue
+        values = {name: record[name] for name in fields}
+        values["weights"] = tuple(tuple(pair) for pair in values["weights"])
+        values["rows"] = tuple(values["rows"])
+        config = Config(**record["config"])
+        found.append(measured.entry(problem_of(Case(**values)), config, record["speedup"]))
+    return found
+
+
+def selected(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options name; of a share `i/n`, every n-th; of `--worst`, the slowest of a suite's results."""
+    chosen = list(
+        cases(tuple(options.models), tuple(options.chunks), tuple(options.tokens), tuple(options.forms))
+    )
+    if options.worst:
+        chosen = worst(options.worst, options.suite, chosen)
+    if options.share:
+        index, count = map(int, options.share.split("/"))
+        chosen = chosen[index::count]
+    return [small(case) for case in chosen] if options.rehearse else chosen
+
+
+def records_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of a case of a suite, with their keys."""
+    found = (row.get("result") or {}).get("records", {})
+    return [{"key": key, **record} for key, record in found.items()]
+
+
+def worst(count: int, suite: Path, known: Sequence[Case]) -> list[Case]:
+    """The cases in which a suite's results are furthest behind PyTorch, worst first."""
+    rows = json.loads(suite.read_text())["cases"].values()
+    found = [r for row in rows for r in records_of(row) if "auto_speedup" in r]
+    found.sort(key=lambda record: record["speedup"])
+    by_key = {case.key: case for case in known}
+    return [by_key[record["key"]] for record in found if record["key"] in by_key][:count]
+
+
+def measure_all(chosen: Sequence[Case], options: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
+    """Measures the cases on this machine's GPU, or rehearses them on the CPU; the file grows case by case."""
+    device = torch.device("cpu" if options.rehearse else "cuda")
+    target = triton_wgrad.target_for(device)
+    if options.compile_only:
+        for case in chosen:
+            compile_only(case, target, device, options.tune)
+            print(f"compiled {case.key}", flush=True)
+        return {}
+    clock = Clock(device, target.l2)
+    kind = "rehearsed" if options.rehearse else "measured"
+    records = Records(out, {**common.header(options.seed), "kind": kind}, resume=options.resume)
+    for case in chosen:
+        if case.key in records:
+            continue
+        with contextlib.suppress(CheckFailed), records.case(case.key) as record:
+            record |= {**asdict(case), "gpu": target.name}
+            record |= measure(case, target, clock, options.tune, options.rounds)
+        error = record.get("error")
+        shown = f"{case.title}  {error or 'rehearsed'}" if options.rehearse else line(case, record, False)
+        print(shown, flush=True)
+    return dict(records)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    add("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    add("--chunks", nargs="+", type=int, default=list(CHUNKS))
+    add("--tokens", nargs="+", type=int, default=list(TOKENS))
+    add("--predict", nargs="+", choices=list(TARGETS), help="predict for these GPUs; measure nothing")
+    add("--tune", type=int, default=2, help="configurations to try of each case (default 2)")
+    add("--rounds", type=int, default=ROUNDS)
+    add("--seed", type=int, default=0)
+    add("--share", metavar="I/N", help="every N-th case from the I-th, counted from 0")
+    add(
+        "--worst",
+        type=int,
+        metavar="N",
+        help="the N cases in which the results of --suite are furthest behind",
+    )
+    add("--suite", type=Path, help="results of bench.gpu_suite, for --worst")
+    add("--compile-only", action="store_true", help="launch every configuration once and measure nothing")
+    add("--resume", action="store_true", help="keep what --out holds and go on behind it")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="small, on the CPU, kernels in the interpreter: figures mean nothing",
+    )
+    add("--out", type=Path, help="JSON (default bench/results/kernels-measured or -predicted.json)")
+    add("--table", type=Path, help="also write a table for backend='auto' (measured only)")
+    options = parser.parse_args(arguments)
+    if options.share and not re.fullmatch(r"\d+/[1-9]\d*", options.share):
+        parser.error(f"--share {options.share} is not allowed; needs I/N, such as 0/8")
+    if (options.worst is None) != (options.suite is None):
+        parser.error("--worst and --suite need each other")
+    options.measuring = options.rehearse or (torch.cuda.is_available() and not options.predict)
+    if options.table and (not options.measuring or options.rehearse):
+        parser.error("--table needs measurements: a CUDA device, and no --predict")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument(
-        "--predict", nargs="+", choices=list(TARGETS), help="predict for these GPUs; measure nothing"
-    )
-    parser.add_argument("--tune", type=int, default=1, help="configurations to try of each case (default 1)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--out", type=Path, help="JSON (default bench/results/kernels-measured or -predicted.json)"
-    )
-    parser.add_argument("--table", type=Path, help="also write a table for backend='auto' (measured only)")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
+    if options.rehearse and not gpu.interpreted():
+        # has to be set before Triton is imported
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        command = [sys.executable, "-m", f"{common.PACKAGE}.kernels", *words]
+        raise SystemExit(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode)
     torch.manual_seed(options.seed)
-    chosen = list(
-        cases(tuple(options.models), tuple(options.chunks), tuple(options.tokens), tuple(options.forms))
-    )
-    measuring = torch.cuda.is_available() and not options.predict
-    if options.table and not measuring:
-        parser.error("--table needs measurements: a CUDA device, and no --predict")
-    result: dict[str, Any] = {**common.header(options.seed), "kind": "measured" if measuring else "predicted"}
-    records: list[dict[str, Any]] = []
-    if measuring:
-        from chunkft.kernels.triton_wgrad import target_for
-
-        target = target_for(torch.device("cuda"))
-        flush = torch.empty(max(256 << 20, 2 * target.l2), dtype=torch.uint8, device="cuda")
-        found = []
-        for case in chosen:
-            found.append((case, measure(case, target, flush, options.tune, options.rounds)))
-            print(line(*found[-1], predicted=False), flush=True)
-        records = [{**asdict(case), "gpu": target.name, **values} for case, values in found]
+    chosen = selected(options)
+    out = options.out or common.RESULTS / f"kernels-{'measured' if options.measuring else 'predicted'}.json"
+    if options.measuring:
+        records = measure_all(chosen, options, out)
+        if options.compile_only:
+            return
         if options.table:
-            write_table(options.table, target, found)
+            major, minor = torch.cuda.get_device_capability()
+            family = 10 * major + minor
+            write_table(options.table, list(records.values()), common.header(options.seed), family)
     else:
         print("Predictions of the picker's model. Nothing here was measured.")
-        for name in options.predict or ["a100", "rtx4090", "h100", "b200"]:
+        records = {}
+        for name in options.predict or ["a100", "rtx4090", "h100", "h200", "b200"]:
             print(f"--- {name}")
             for case in chosen:
                 values = prediction(case, TARGETS[name])
-                records.append({**asdict(case), "gpu": name, **values})
+                records[f"{name}/{case.key}"] = {**asdict(case), "gpu": name, **values}
                 print(line(case, values, predicted=True))
+    result = json.loads(out.read_text()) if options.measuring else common.header(options.seed)
+    result |= {"kind": result.get("kind", "predicted")}
     result["geometric_means"] = {
-        gpu: geometric_means([r for r in records if r["gpu"] == gpu])
-        for gpu in {r["gpu"]: None for r in records}
+        name: geometric_means([r for r in records.values() if r.get("gpu") == name])
+        for name in {r["gpu"]: None for r in records.values() if "gpu" in r}
     }
-    result["cases"] = records
-    out = options.out or common.RESULTS / f"kernels-{result['kind']}.json"
+    result["records"] = records
     common.write_json(out, result)
-    for gpu, means in result["geometric_means"].items():
-        print(gpu, means)
+    for name, means in result["geometric_means"].items():
+        print(name, means)
     print(f"{out}: {len(records)} cases, {result['kind']}")
-    if any("error" in record for record in records):
-        raise SystemExit("a kernel was less accurate than PyTorch: see the lines without a figure")
+    if any("error" in record for record in records.values()):
+        raise SystemExit("some cases have no figure: see the lines that say why")
 
 
 if __name__ == "__main__":

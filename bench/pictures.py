@@ -82,14 +82,14 @@ def kernels(result: dict[str, Any], out: Path) -> None:
     from .plots import plt, save
 
     predicted = result["kind"] == "predicted"
-    forms = list(dict.fromkeys(case["form"] for case in result["cases"]))
+    forms = list(dict.fromkeys(case["form"] for case in result["records"].values()))
     figure, axes = plt.subplots(1, len(forms), figsize=(3.2 * len(forms), 3.2), sharey=True, squeeze=False)
-    gpus = list(dict.fromkeys(case.get("gpu", result["device"]) for case in result["cases"]))
+    gpus = list(dict.fromkeys(case.get("gpu", result["device"]) for case in result["records"].values()))
     for axis, form in zip(axes[0], forms, strict=True):
         for number, gpu in enumerate(gpus):
             here = [
                 case
-                for case in result["cases"]
+                for case in result["records"].values()
                 if case["form"] == form and case.get("gpu", result["device"]) == gpu
             ]
             here = [case for case in here if "triton_us" in case and "torch_us" in case]

@@ -7,6 +7,7 @@ python -m bench.residency --model llama-2-7b --checkpointing --tokens 1024 --bat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import chunkft
 
 from . import common, plain_llama
 from .peers import adamw
+from .records import Records
 
 LR = 1e-5
 
@@ -76,6 +78,7 @@ def measure(options: dict[str, Any] | None, args: argparse.Namespace, device: to
         held["state"] = sum(
             v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if v.dim()
         )
+    free = torch.cuda.mem_get_info(device) if device.type == "cuda" else None
     low, median, high = common.quartiles(seconds)
     result: dict[str, Any] = {
         "median_ms": 1e3 * median,
@@ -84,6 +87,8 @@ def measure(options: dict[str, Any] | None, args: argparse.Namespace, device: to
         "final_loss": float(loss.detach()),
         "held_bytes": held,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        # what the allocator took it keeps, so that the driver's figure of the end is the peak, with the context
+        "driver_bytes": free[1] - free[0] if free is not None else None,
     }
     report = optimizer.paging() if chunked else None
     if report is not None:
@@ -101,7 +106,9 @@ def line_of(name: str, result: dict[str, Any], base: float | None) -> str:
     if "error" in result:
         return f"{name:16s} {result['error']}"
     held = result["held_bytes"]
-    peak = "" if result["peak_bytes"] is None else f", peak {result['peak_bytes'] / 2**30:.2f} GiB"
+    peak = ""
+    if result["peak_bytes"] is not None:
+        peak = f", peak {result['peak_bytes'] / 2**30:.2f} GiB (driver: {result['driver_bytes'] / 2**30:.2f})"
     ratio = "" if base is None else f" ({result['mean_ms'] / base:.3f} x adamw)"
     exposed = "" if "exposed_share" not in result else f", exposed {result['exposed_share']:.1%}"
     return (
@@ -135,24 +142,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     parser.add_argument("--only", nargs="*", help="variants to run, by the beginning of their name")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds and go on behind it")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "residency-cpu.json")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if gpu else "cpu")
-    results: dict[str, Any] = {}
+    settings = {key: value for key, value in vars(args).items() if key not in ("out", "resume")}
+    records = Records(args.out, common.header(0) | {"settings": settings}, "variants", args.resume)
     base = None
     for name, options in variants(args.chunks, args.interval, args.page_mib << 20).items():
         if args.only and not any(name.startswith(word) for word in args.only):
             continue
-        try:
-            results[name] = measure(options, args, device)
-        except torch.OutOfMemoryError as error:  # full AdamW of a large model does not fit: that is a result
-            results[name] = {"error": f"out of memory: {str(error).splitlines()[0]}"}
-        _free(device)
-        base = results[name].get("mean_ms") if options is None else base
-        print(line_of(name, results[name], base), flush=True)
-    settings = {key: value for key, value in vars(args).items() if key != "out"}
-    common.write_json(args.out, common.header(0) | {"settings": settings, "variants": results})
+        if name not in records:
+            with contextlib.suppress(torch.OutOfMemoryError, OSError), records.case(name) as record:
+                # full AdamW of a large model does not fit, nor do its moments on a small host: that is a result
+                record |= measure(options, args, device)
+            _free(device)
+        result = records[name]
+        base = result.get("mean_ms") if options is None else base
+        print(line_of(name, result, base), flush=True)
+    if any("error" in record and "OutOfMemory" not in record["error"] for record in records.values()):
+        raise SystemExit("some places have no figure: see the lines that say why")
 
 
 if __name__ == "__main__":

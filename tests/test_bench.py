@@ -17,7 +17,6 @@ sys.path.insert(0, str(REPO))
 
 from bench import (  # noqa: E402
     common,
-    gpu_suite,
     llama,
     memory,
     peers,
@@ -239,55 +238,6 @@ def test_pictures_are_drawn_from_the_json_that_exists(tmp_path):
     plots.draw(tmp_path)
     drawn = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")}
     assert drawn == {"quality-cpu/accuracy_over_k.png", "quality-cpu/accuracy_over_steps.png"}
-
-
-def test_suite_selects_parts_and_refuses_unknown_and_impossible_ones(tmp_path):
-    parts = (*gpu_suite.PARTS, gpu_suite.Part("sm90", "kernels", ("-c", "pass"), gpu=True))
-    assert [p.name for p in gpu_suite.select(["memory", "step"], parts, gpu=False)] == ["step", "memory"]
-    assert "sm90" not in [p.name for p in gpu_suite.select([], parts, gpu=False)]
-    assert "sm90" in [p.name for p in gpu_suite.select([], parts, gpu=True)]
-    with pytest.raises(ValueError, match="nothing"):
-        gpu_suite.select(["nothing"], parts, gpu=False)
-    with pytest.raises(ValueError, match="accelerator"):
-        gpu_suite.select(["sm90"], parts, gpu=False)
-    fails = gpu_suite.Part("fails", "", ("-c", "import sys; sys.exit(3)"))
-    assert gpu_suite.run_part(fails, tmp_path)["exit_code"] == 3
-
-
-def test_suite_stops_a_part_at_its_limit_and_goes_on(tmp_path, monkeypatch, capsys):
-    parts = (
-        gpu_suite.Part("slow", "", ("-c", "import time; time.sleep(60)"), limit=0.2),
-        gpu_suite.Part("quick", "", ("-c", "pass")),
-    )
-    monkeypatch.setattr(gpu_suite, "PARTS", parts)
-    monkeypatch.setattr(gpu_suite, "select", lambda names: list(parts))
-    monkeypatch.setattr("sys.argv", ["gpu_suite", "--results", str(tmp_path)])
-    assert gpu_suite.main() == 1
-    shown = capsys.readouterr().out
-    assert "slow        OUT OF TIME" in shown
-    assert "quick       ok" in shown
-
-
-def test_suite_resumes_what_an_earlier_run_at_the_same_commit_did_not_finish(tmp_path, monkeypatch):
-    ran = []
-    parts = (gpu_suite.Part("one", "", ()), gpu_suite.Part("two", "", ()))
-    codes = {"one": 0, "two": 1}
-
-    def run(part, out, seconds):
-        ran.append(part.name)
-        return {"part": part.name, "exit_code": codes[part.name], "seconds": 0.0}
-
-    monkeypatch.setattr(gpu_suite, "run_part", run)
-    monkeypatch.setattr(gpu_suite, "select", lambda names: list(parts))
-    monkeypatch.setattr(gpu_suite.common, "commit", lambda: "a" * 40)
-    monkeypatch.setattr("sys.argv", ["gpu_suite", "--results", str(tmp_path), "--resume"])
-    assert gpu_suite.main() == 1
-    codes["two"] = 0
-    assert gpu_suite.main() == 0
-    assert ran == ["one", "two", "two"]
-    monkeypatch.setattr(gpu_suite.common, "commit", lambda: "b" * 40)
-    assert gpu_suite.main() == 0
-    assert ran == ["one", "two", "two", "one", "two"]
 
 
 def test_every_place_of_state_is_measured(tmp_path, monkeypatch, capsys):

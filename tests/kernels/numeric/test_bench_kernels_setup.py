@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.kernel_cases import EXPERTS, Case
-from bench.kernels import Setup
+from bench.kernel_setup import Setup
 from chunkft.kernels.heuristics import Config
 
 SMALL = Config(32, 64, 16, 4, 2)
@@ -12,6 +12,7 @@ CASES = [
     Case("slice", "tiny", "o", 4, 40, ((64, 48),), (24,), 16),
     Case("misaligned", "tiny", "o", 4, 40, ((64, 48),), (19,), 19),
     Case("blocks", "tiny", "o", 4, 40, ((256, 48),), (128,)),
+    Case("accumulate", "tiny", "o", 4, 40, ((64, 48),), (24,), 16),
     Case("group", "tiny", "q+k", 4, 40, ((64, 48), (32, 48)), (24, 8)),
     Case("experts", "tiny", "experts", 4, 48, ((32, 48),), (16,)),
 ]
@@ -19,10 +20,17 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.form)
 def test_both_sides_compute_the_same(case, device):
-    setup = Setup(case, device)
-    assert setup.check(SMALL) == ""
-    for ours, theirs in zip(setup.ours, setup.theirs, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.3)
+    setup = Setup(case, torch.device(device))
+    assert setup.check(lambda: setup.chunkft("triton", SMALL)) == ""
+    assert setup.check(lambda: setup.chunkft("auto")) == ""
+    for run in setup.torch().values():
+        for theirs in setup.theirs:
+            theirs.fill_(0)
+        for ours in setup.ours:
+            ours.fill_(0)
+        run()
+        setup.chunkft("triton", SMALL)
+        for ours, theirs in zip(setup.ours, setup.theirs, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.3)
     assert setup.ours[0].shape[0] == (EXPERTS if case.form == "experts" else case.rows[0])
-    setup.triton = lambda config: None
-    assert "off by nan" in setup.check(SMALL)
+    assert "off by" in setup.check(lambda: None)

@@ -1,0 +1,128 @@
+"""What the models say before anything is measured: one file a GPU, held against the first run and every later one.
+
+python -m bench.predictions                  h100 and h200, into bench/results/predicted/
+python -m bench.predictions --gpu a100
+
+- `FORM/MODEL/NAME/K/T/triton|torch|auto`: microseconds by the picker's model (chunkft.kernels.heuristics).
+- `adamw/...`, `embedding/...`: microseconds at 85 % of the memory speed of the data sheet.
+- `llama-2-7b/PLACE/peak`: GiB by bench.predict, from shapes alone; `/driver`: with 0.6 GiB of context and libraries.
+- `llama-2-7b/PLACE/step`: milliseconds from FLOP: forward, recomputation and dX of what lies above the lowest active
+  slice, dW of the chunk, at 65 % of the 16-bit peak; the update at the rate of a copy.
+- `llama-2-7b/PLACE/exposed`: what paging takes longer than a step, as a share of it.
+- `ceiling/...`: copies at 90 % of the memory speed, a product at 80 % of the peak, a link of 16 lanes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from chunkft.kernels.targets import TARGETS, Target
+
+from . import common, predict
+from .kernel_cases import cases
+from .kernel_updates import MODES, TABLES
+from .kernels import prediction
+from .suite_cases import DENSE, MEASURED
+
+FOLDER = common.RESULTS / "predicted"
+GPUS = ("h100", "h200")
+ELEMENTS = 200_000_000
+SHARE = 0.85  # of the memory speed of the data sheet that a copy reaches
+FLOPS = 0.65  # of the 16-bit peak that a step reaches
+PRODUCT = 0.8  # and a large product alone
+LINK = {8: 25.0, 9: 50.0, 10: 50.0, 12: 50.0}  # GB/s that pinned copies reach, by major compute capability
+CONTEXT = 0.6  # GiB of context, modules and libraries' work space
+CHUNKS, TOKENS, INTERVAL = 32, 1024, 4  # of the suite's cases of the paper
+
+
+def kernel_figures(target: Target) -> dict[str, float]:
+    """Microseconds of every case of the suite's kernels."""
+    found = {}
+    for case in cases(MEASURED, (1, 32), (1024, 4096), DENSE):
+        told = prediction(case, target)
+        found[f"{case.key}/triton"] = told["triton_us"]
+        found[f"{case.key}/torch"] = told["torch_us"]
+        found[f"{case.key}/auto"] = told[f"{told['auto']}_us"]
+    rate = SHARE * target.bandwidth * 1e3  # bytes a microsecond
+    kept = {"residual": 2, "fp32": 4, "none": 0, "stochastic": 0}
+    for mode in MODES:
+        found[f"adamw/{mode}/default/kernel"] = ELEMENTS * (2 * (2 + 8 + kept[mode]) + 2) / rate
+    found["adamw/none fp32/default/kernel"] = ELEMENTS * (2 * 12 + 4) / rate
+    for tokens, vocabulary, width, rows in TABLES:
+        hits = tokens * rows / vocabulary
+        found[f"embedding/T{tokens}/V{vocabulary}/uniform/kernel"] = 2 * width * (hits + rows) / rate
+    return found
+
+
+def ceiling_figures(target: Target) -> dict[str, float]:
+    """Copies, a product, the link."""
+    link = LINK[target.capability // 10]
+    return {
+        "ceiling/copy_gb_s": 0.9 * target.bandwidth,
+        "ceiling/bf16_tflops": PRODUCT * target.tflops_16bit,
+        "ceiling/link/load": link,
+        "ceiling/link/store": link,
+        "ceiling/link/both": 1.7 * link,
+    }
+
+
+def paper_figures(target: Target) -> dict[str, float]:
+    """Peak, step and exposed paging of Llama-2-7B at 1,024 tokens and 32 chunks, by place of the state."""
+    model = predict.shape_of("llama-2-7b")
+    rows = {(row["variant"], row["chunks"]): row for row in predict.held(model, 1, TOKENS)}
+    places = {
+        "adamw": ("AdamW, full", 1),
+        "paged K=32": ("chunkft, paged", CHUNKS),
+        "stream K=32": ("chunkft, stream", CHUNKS),
+        "backward K=1": ("chunkft, stream, update in backward", 1),
+    }
+    elements = sum(p.numel() for p in model.parameters())
+    table = model.table.weight.numel()
+    found: dict[str, float] = {}
+    for place, key in places.items():
+        # the benchmark's AdamW keeps moments in bf16 and no master: 4 bytes a parameter, not 12
+        extra = -8 * elements if place == "adamw" else 0
+        peak = (rows[key]["peak"] + extra) / 2**30
+        found |= {f"llama-2-7b/{place}/peak": peak, f"llama-2-7b/{place}/driver": peak + CONTEXT}
+        full = place in ("adamw", "backward K=1")
+        found[f"llama-2-7b/{place}/step"] = step_ms(target, elements - table, elements, full)
+    hidden = INTERVAL * found["llama-2-7b/paged K=32/step"]
+    each = 1e3 * elements / CHUNKS * 10 / (LINK[target.capability // 10] * 1e9)
+    for place in ("paged K=32", "stream K=32"):
+        found[f"llama-2-7b/{place}/exposed"] = max(0.0, each - hidden) / max(each, hidden)
+    return found
+
+
+def step_ms(target: Target, multiplied: int, elements: int, full: bool) -> float:
+    """Milliseconds of a step: `multiplied` parameters are in products; of a chunk half of the depth is recomputed."""
+    depth = 1.0 if full else 0.5
+    products = 2 * TOKENS * multiplied * (1 + 2 * depth + (1.0 if full else 1 / CHUNKS))
+    update = elements * 14 / (1 if full else CHUNKS) / (SHARE * target.bandwidth * 1e9)
+    return 1e3 * (products / (FLOPS * target.tflops_16bit * 1e12) + update)
+
+
+def predicted(target: Target) -> dict[str, Any]:
+    """Every figure of a GPU by key."""
+    every = ceiling_figures(target) | kernel_figures(target) | paper_figures(target)
+    return {key: {"value": round(value, 4)} for key, value in every.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="bench.predictions", description=__doc__.split("\n")[0])
+    parser.add_argument("--gpu", nargs="+", choices=list(TARGETS), default=list(GPUS))
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default bench/results/predicted)")
+    args = parser.parse_args(arguments)
+    for name in args.gpu:
+        figures = predicted(TARGETS[name])
+        path = args.out / f"{name}.json"
+        common.write_json(path, common.header(0) | {"kind": "predicted", "gpu": name, "figures": figures})
+        for key in ("llama-2-7b/paged K=32/peak", "llama-2-7b/paged K=32/step", "llama-2-7b/adamw/step"):
+            print(f"{name} {key} {figures[key]['value']:.2f}")
+        print(f"{path}: {len(figures)} figures, predicted")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from chunkft.autograd import Slice, sliced_linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class Block(nn.Module):
 
 
 class PlainLlama(nn.Module):
-    """Returns the mean cross entropy of the next token; `checkpointing` recomputes each block in the backward pass."""
+    """Returns the mean cross entropy of the next token; `checkpointing` recomputes each block in the backward pass.
+
+    Where `active_rows_of_head` is set, it gives the active slices of the head with their leaves, and the loss is
+    computed without logits.
+    """
 
     def __init__(self, shape: Shape, checkpointing: bool = False) -> None:
         super().__init__()
@@ -70,6 +77,7 @@ class PlainLlama(nn.Module):
         self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
         self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
         self.checkpointing = checkpointing
+        self.active_rows_of_head: Callable[[], list[tuple[Slice, nn.Parameter]]] | None = None
         self.head = shape.hidden // shape.heads
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -82,6 +90,9 @@ class PlainLlama(nn.Module):
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
                 x = block(x, cos, sin)
+        if self.active_rows_of_head is not None:
+            active = self.active_rows_of_head()
+            return sliced_linear_cross_entropy(self.norm(x[:, :-1]), self.lm_head.weight, ids[:, 1:], active)
         logits = self.lm_head(self.norm(x[:, :-1]))
         return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 

@@ -19,9 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import chunkft
 from chunkft.kernels.targets import TARGETS, Target
 
-from . import common, predict
+from . import common, plain_llama, predict
 from .kernel_cases import cases
 from .kernel_updates import MODES, TABLES
 from .kernels import prediction
@@ -89,11 +92,24 @@ def paper_figures(target: Target) -> dict[str, float]:
         found |= {f"llama-2-7b/{place}/peak": peak, f"llama-2-7b/{place}/driver": peak + CONTEXT}
         full = place in ("adamw", "backward K=1")
         found[f"llama-2-7b/{place}/step"] = step_ms(target, elements - table, elements, full)
+    found["llama-2-7b/lean K=128/peak"] = lean_peak(model) / 2**30
+    found["llama-2-7b/lean K=128/driver"] = lean_peak(model) / 2**30 + CONTEXT
     hidden = INTERVAL * found["llama-2-7b/paged K=32/step"]
     each = 1e3 * elements / CHUNKS * 10 / (LINK[target.capability // 10] * 1e9)
     for place in ("paged K=32", "stream K=32"):
         found[f"llama-2-7b/{place}/exposed"] = max(0.0, each - hidden) / max(each, hidden)
     return found
+
+
+def lean_peak(model: plain_llama.PlainLlama) -> float:
+    """Bytes with 128 chunks, three pages of 16 MiB and no logits: those that are saved are left out, in fp32."""
+    plan = chunkft.partition(model, 4 * CHUNKS)
+    ids = torch.zeros(1, TOKENS + 1, dtype=torch.long, device="meta")
+    saved = predict.saved_bytes(model, plan.chunks[0].slices, lambda: model(ids))
+    saved -= 4 * TOKENS * model.lm_head.out_features
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = 2 * max(chunk.numel for chunk in plan.chunks)
+    return weights + gradients + 3 * (16 << 20) + saved + predict.recomputed_block(model, 1, TOKENS)
 
 
 def step_ms(target: Target, multiplied: int, elements: int, full: bool) -> float:

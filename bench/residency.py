@@ -23,6 +23,7 @@ from .peers import adamw
 from .records import Records
 
 LR = 1e-5
+LEAN = "head without logits"
 
 
 def variants(chunks: int, interval: int, page_bytes: int) -> dict[str, dict[str, Any] | None]:
@@ -36,6 +37,14 @@ def variants(chunks: int, interval: int, page_bytes: int) -> dict[str, dict[str,
         f"stream K={chunks}": {**shared, **stream},
         f"backward K={chunks}": {**shared, **stream, "update": "backward"},
         "backward K=1": {**shared, **stream, "chunks": 1, "update": "backward"},
+        # the least memory with resident weights: small pages, and no logits
+        f"lean K={4 * chunks}": {
+            **shared,
+            **stream,
+            "chunks": 4 * chunks,
+            "page_bytes": page_bytes // 4,
+            LEAN: True,
+        },
     }
 
 
@@ -44,12 +53,18 @@ def measure(options: dict[str, Any] | None, args: argparse.Namespace, device: to
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = plain_llama.build(args.model, device, dtype, args.checkpointing)
     ids = plain_llama.batch_of(args.model, device, args.batch, args.tokens)
+    options = None if options is None else dict(options)
+    lean = options is not None and options.pop(LEAN, False)
     optimizer = (
         adamw(model, LR, 0.01, fused=device.type == "cuda")
         if options is None
         else chunkft.ChunkAdamW(model, lr=LR, **options)
     )
     chunked = isinstance(optimizer, chunkft.ChunkOptimizer)
+    if lean and chunked:
+        model.active_rows_of_head = lambda: [
+            pair for pair in optimizer.active_parameters() if pair[0].name == "lm_head.weight"
+        ]
     seconds: list[float] = []
     held = {"gradients": 0, "state": 0}
     loss = torch.zeros(())

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import chunkft
+
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
@@ -20,6 +22,7 @@ from bench import (  # noqa: E402
     llama,
     memory,
     peers,
+    plain_llama,
     plots,
     quality,
     quality_cost,
@@ -258,10 +261,31 @@ def test_every_place_of_state_is_measured(tmp_path, monkeypatch, capsys):
     result = json.loads(out.read_text())["variants"]
     assert list(result) == list(residency.variants(2, 2, 1 << 20))
     assert len(capsys.readouterr().out.splitlines()) == len(result)
+    lean = result.pop("lean K=8")
+    assert lean["final_loss"] == pytest.approx(result["stream K=2"]["final_loss"], rel=0.01)
+    assert lean["held_bytes"]["gradients"] < result["stream K=2"]["held_bytes"]["gradients"]
     losses = {round(figure["final_loss"], 4) for figure in result.values()}
     assert len(losses) <= 2  # of full AdamW and K=1, and of two chunks
     assert result["paged K=2"]["held_bytes"]["gradients"] < result["adamw"]["held_bytes"]["gradients"]
     assert 0 <= result["stream K=2"]["exposed_share"] <= 1
+
+
+def test_a_head_without_logits_trains_as_one_with_them():
+    """The benchmark's leanest place is the same training: loss and the gradients of the head's active rows agree."""
+    found = []
+    for lean in (False, True):
+        model = plain_llama.build("tiny", torch.device("cpu"), torch.float32)
+        optimizer = chunkft.ChunkAdamW(model, chunks=4, interval=1, schedule="reverse")
+        head = [pair for pair in optimizer.active_parameters() if pair[0].name == "lm_head.weight"]
+        assert head
+        if lean:
+            model.active_rows_of_head = lambda head=head: head
+        loss = model(plain_llama.batch_of("tiny", torch.device("cpu"), 2, 16))
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad for _, leaf in optimizer.active_parameters())])
+        optimizer.detach()
+    for with_logits, without in zip(*found, strict=True):
+        torch.testing.assert_close(without, with_logits)
 
 
 def test_kernels_run_under_pytest_benchmark(tmp_path):

@@ -64,8 +64,10 @@ def tools(tmp_path):
     """A PATH with what the recipes use of every system and none of NVIDIA's programs."""
     folder = tmp_path / "path"
     folder.mkdir()
-    for name in ("bash", "sh", "cat", "cksum", "cut", "mkdir", "rm", "touch", "env", "git"):
-        (folder / name).symlink_to(shutil.which(name))
+    names = ("bash", "sh", "cat", "cksum", "cut", "mkdir", "rm", "touch", "env", "git")
+    for name, file in zip(names, map(shutil.which, names), strict=True):
+        if file is not None:
+            (folder / name).symlink_to(file)
     return folder
 
 

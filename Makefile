@@ -29,6 +29,7 @@ help:
 	@echo "make finetune   fine-tune the embedded model; ARGS=\"--model DIR --data FILE\" for your own"
 	@echo "make test       lint, types, import layers, documentation site, C++ tests, Python tests"
 	@echo "make lint types layers docs core-test core-sanitize pytest   the parts of it"
+	@echo "make nsys ncu sanitize-gpu   on a GPU: profiles, a table of the kernels, checks by compute-sanitizer"
 	@echo "make clean      remove build products; make distclean removes $(VENV) as well"
 
 .PHONY: finetune
@@ -116,6 +117,56 @@ $(BIN)/python:
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: $(PYTHON) cannot create environments. Install its venv module: Debian, Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; exit 1; }
+
+# Profiles and checks on a GPU, by NVIDIA's tools; docs/profiling.md says what to look for in them. No environment is made
+# for them: VENV where it exists, or PYTHON, has to find torch, triton and the built package.
+PROFILES := build/nsight
+PROFILE_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+NCU_METRICS ?= $(shell $(PROFILE_PYTHON) -m bench.ncu_table --metrics)
+
+# tool, where it comes from
+define needs_gpu_and
+	@command -v $(1) >/dev/null || { echo "error: $(1) is not on PATH: it comes with $(2)" >&2; exit 1; }
+	@$(PROFILE_PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' 2>/dev/null || { \
+		echo "error: $(PROFILE_PYTHON) has no torch that sees a GPU: $(1) watches what runs on one" >&2; exit 1; }
+	@mkdir -p $(PROFILES)
+endef
+
+# A sweep to warm up and one more, state paged between host and GPU, with the ranges of chunkft.tracing.
+.PHONY: nsys
+nsys:
+	$(call needs_gpu_and,nsys,NVIDIA Nsight Systems or the CUDA toolkit)
+	CHUNKFT_TRACE=1 nsys profile --trace=cuda,nvtx,osrt --cuda-memory-usage=true --sample=none --cpuctxsw=none \
+		--force-overwrite=true --output=$(PROFILES)/steps \
+		$(PROFILE_PYTHON) -m bench.residency --only paged --chunks 8 --interval 2 --warmup 16 --steps 16 \
+		--out $(PROFILES)/steps.json $(ARGS)
+	nsys stats --force-export=true --report nvtx_pushpop_sum --report cuda_gpu_kern_sum \
+		--report cuda_gpu_mem_time_sum $(PROFILES)/steps.nsys-rep
+
+# Clocks stay as they are: whoever shares the machine would notice, and what runs at a locked clock is no measurement.
+.PHONY: ncu
+ncu:
+	$(call needs_gpu_and,ncu,NVIDIA Nsight Compute or the CUDA toolkit)
+	@rm -f $(PROFILES)/kernels.*
+	ncu --nvtx --nvtx-include "regex:ncu .*/" --section WarpStateStats --metrics $(NCU_METRICS) \
+		--clock-control none --cache-control all --target-processes all --force-overwrite \
+		--export $(PROFILES)/kernels $(PROFILE_PYTHON) -m bench.ncu_targets $(ARGS)
+	LC_ALL=C ncu --import $(PROFILES)/kernels.ncu-rep --csv --page raw --print-units base >$(PROFILES)/kernels.csv
+	$(PROFILE_PYTHON) -m bench.ncu_table $(PROFILES)/kernels.csv --json $(PROFILES)/kernels.json
+
+# tool of compute-sanitizer; memory is taken from the driver piece by piece, or a neighbour would hide what lies outside
+define sanitized
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $(1) --report-api-errors no --error-exitcode 1 \
+		$(PROFILE_PYTHON) -m bench.ncu_targets --small --forms slice misaligned group \
+		--only wgrad adamw-triton embedding-triton $(ARGS)
+endef
+
+.PHONY: sanitize-gpu
+sanitize-gpu:
+	$(call needs_gpu_and,compute-sanitizer,the CUDA toolkit)
+	$(call sanitized,memcheck)
+	$(call sanitized,racecheck)
+	$(call sanitized,synccheck)
 
 .PHONY: clean
 clean:

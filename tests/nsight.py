@@ -1,8 +1,10 @@
-"""What ``nsys`` and ``ncu`` take, as far as the documentation uses it, and a check of command lines against it.
+"""What ``nsys``, ``ncu`` and ``compute-sanitizer`` take, as far as the documentation and the Makefile use it, and a
+check of command lines against it.
 
 Sources: NVIDIA Nsight Systems User Guide, "CLI Profile Command Switch Options" and "CLI Stats Command Switch Options"
 (docs.nvidia.com/nsight-systems/UserGuide); NVIDIA Nsight Compute CLI, "Command Line Options" and "NVTX Filtering"
-(docs.nvidia.com/nsight-compute/NsightComputeCli).
+(docs.nvidia.com/nsight-compute/NsightComputeCli); Compute Sanitizer, "Command Line Options"
+(docs.nvidia.com/compute-sanitizer/ComputeSanitizer). Names of metrics: public reports of ncu on an H100.
 """
 
 from __future__ import annotations
@@ -55,7 +57,20 @@ NSYS_STATS: dict[str, Check] = {
     ),
     "--format": some_of("column", "table", "csv", "tsv", "json"),
     "--output": FILE,
+    "--force-export": SWITCH,
 }
+# Those of 9.0 that are collected; of the section WarpStateStats come smsp__average_warps_issue_stalled_*.
+METRICS = (
+    "gpu__time_duration.sum",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
 # None: takes no value.
 NCU: dict[str, Check | None] = {
     "--set": one_of("basic", "detailed", "full", "roofline", "source", "nvlink"),
@@ -69,16 +84,37 @@ NCU: dict[str, Check | None] = {
     "--target-processes": one_of("all", "application-only"),
     "--export": FILE,
     "--force-overwrite": None,
+    "--import": matches(r"[\w%./-]+\.ncu-rep"),
+    "--section": one_of(
+        *("SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "SchedulerStats"),
+        *("WarpStateStats", "InstructionStats", "LaunchStats", "Occupancy", "SourceCounters"),
+    ),
+    "--metrics": some_of(*METRICS),
+    "--clock-control": one_of("base", "boost", "none", "reset"),
+    "--cache-control": one_of("all", "none"),
+    "--csv": None,
+    "--page": one_of("details", "raw", "source", "session"),
+    "--print-units": one_of("auto", "base"),
+}
+SANITIZER: dict[str, Check | None] = {
+    "--tool": one_of("memcheck", "racecheck", "initcheck", "synccheck"),
+    "--report-api-errors": one_of("all", "explicit", "no"),
+    "--error-exitcode": NUMBER,
+    "--target-processes": one_of("all", "application-only"),
 }
 
 
 def check_nsight(words: list[str]) -> list[str]:
-    """Checks the options of a command line and gives the program that it starts, empty for ``nsys stats``.
+    """Checks the options of a command line and gives the program that it starts, empty where a report is read.
 
     Raises ValueError naming what the program does not have.
     """
-    if words[0] == "ncu":
-        return _spaced(words[1:], NCU)
+    if words[0] in ("ncu", "compute-sanitizer"):
+        rest = _spaced(words[1:], NCU if words[0] == "ncu" else SANITIZER)
+        reads = any(word.partition("=")[0] == "--import" for word in words)
+        if reads == bool(rest):
+            raise ValueError(f"{words[0]} reads a report or starts a program, got {rest or 'neither'}")
+        return rest
     if words[:2] == ["nsys", "profile"]:
         rest = words[2:]
         while rest and rest[0].startswith("-"):
@@ -92,7 +128,9 @@ def check_nsight(words: list[str]) -> list[str]:
         if len(rest) != 1 or not rest[0].endswith((".nsys-rep", ".sqlite")):
             raise ValueError(f"nsys stats reads one report, got {rest}")
         return []
-    raise ValueError(f"{' '.join(words[:2])!r} is not known; allowed are ncu, nsys profile and nsys stats")
+    raise ValueError(
+        f"{' '.join(words[:2])!r} is not known; allowed are compute-sanitizer, ncu, nsys profile and nsys stats"
+    )
 
 
 def included(configuration: str, name: str) -> bool:
@@ -106,9 +144,9 @@ def included(configuration: str, name: str) -> bool:
 def _spaced(words: list[str], known: dict[str, Check | None] | dict[str, Check]) -> list[str]:
     rest = list(words)
     while rest and rest[0].startswith("-"):
-        name = rest.pop(0)
+        name, sign, value = rest.pop(0).partition("=")
         takes_value = known.get(name) is not None
-        _check(name, rest.pop(0) if takes_value and rest else None, known)
+        _check(name, value if sign else rest.pop(0) if takes_value and rest else None, known)
     return rest
 
 

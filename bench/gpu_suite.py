@@ -15,6 +15,7 @@ Every case runs in a process group of its own: one that hangs, crashes or spoils
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -90,6 +91,11 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     parser.add_argument("--resume", action="store_true", help="leave out what ended without an error before")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU, small")
     parser.add_argument("--list", action="store_true", help="show slots and cases and stop")
+    parser.add_argument(
+        "--host-memory",
+        metavar="BYTES",
+        help="such as 120GiB, where memory grows as it is used (CHUNKFT_HOST_MEMORY)",
+    )
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="default %(default)s")
     parser.add_argument(
         "--workers", type=int, help=f"cases that may run at once (default {WORKERS}, or 2 in a dry run)"
@@ -105,6 +111,8 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         device = REHEARSED if args.dry_run else gpu_name()
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    if args.host_memory:
+        os.environ["CHUNKFT_HOST_MEMORY"] = args.host_memory  # for all cases
     folder = args.results / folder_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "suite.json"

@@ -315,13 +315,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "pages": args.pages,
         "repeats": args.repeats,
     }
-    result["large_copy_gbs"] = large = large_copies(device, page * (args.pages if device.gpu else 1))
-    result["pager_gbs"] = paged = pager_copies(device, page, args.pages, args.repeats)
-    result["copy_gbs"] = copies = copy_times(device, page, 2 * args.repeats)
-    result["host_us"] = host = host_time(device, 2000)
-    result["memory"] = taken = memory(device)
-    result["update_s"] = update = updates(device, page // 8, args.pages, args.repeats)
-    result["exposed"] = hidden = exposed(device, page, args.pages, args.busy_ms)
+    out = args.out or common.RESULTS / f"pager-{'gpu' if device.gpu else 'cpu'}.json"
+
+    def kept(name: str, found: dict[str, Any]) -> dict[str, Any]:
+        """Adds a section, and writes what is there: a later one may end the process."""
+        result[name] = found
+        common.write_json(out, result)
+        return found
+
+    large = kept("large_copy_gbs", large_copies(device, page * (args.pages if device.gpu else 1)))
+    paged = kept("pager_gbs", pager_copies(device, page, args.pages, args.repeats))
+    copies = kept("copy_gbs", copy_times(device, page, 2 * args.repeats))
+    host = kept("host_us", host_time(device, 2000))
+    taken = kept("memory", memory(device))
+    update = kept("update_s", updates(device, page // 8, args.pages, args.repeats))
+    hidden = kept("exposed", exposed(device, page, args.pages, args.busy_ms))
     kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in large.items())
     print(f"large copy    {kinds} GB/s")
     print(
@@ -347,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{name:13s} " + ", ".join(f"{kind} {value:.2f}" for kind, value in found.items()) + " GB/s"
             )
         result["command"] = result["command"].replace(str(args.dir), "DIR")
-    common.write_json(args.out or common.RESULTS / f"pager-{'gpu' if device.gpu else 'cpu'}.json", result)
+    common.write_json(out, result)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +213,17 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def measure(names: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Rows of all methods, and the noise of the interleaved run."""
+def measure(
+    names: Sequence[str], args: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Rows of all methods, and the noise of the interleaved run; `keep` gets what is known after each method."""
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         problem = missing(name)
         rows[name] = {"settings": METHODS[name].settings}
         rows[name] |= {"error": problem} if problem else in_fresh_process(name, args)
         print(f"{name:22s} " + (rows[name].get("error") or _short(rows[name])), flush=True)
+        keep({"noise": None, "clock": None, "methods": rows})
     sound = [name for name, row in rows.items() if "error" not in row]
     times = step_times(sound, args, {name: rows[name]["rate"] for name in sound})
     for name in sound:
@@ -269,9 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [n for n in METHODS if not args.only or any(n.lower().startswith(w.lower()) for w in args.only)]
     if not names:
         parser.error(f"--only {' '.join(args.only)}: allowed are beginnings of {', '.join(METHODS)}")
-    result = measure(names, args)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "child")}
-    common.write_json(args.out, common.header(0) | {"settings": settings} | result)
+    head = common.header(0) | {"settings": settings}
+    result = measure(names, args, lambda known: common.write_json(args.out, head | known))
+    common.write_json(args.out, head | result)
     if result["noise"] is not None:
         print(harness.noise_line(result["noise"]))
     for name, row in result["methods"].items():

@@ -129,6 +129,9 @@ Result<std::shared_ptr<HostArena>> HostArena::create(std::size_t nbytes, const A
       Error error = system_error("HostArena", nbytes, ENOMEM);
       error.detail = std::to_string(budget->available) + " bytes are available of the limit of " +
                      std::to_string(budget->limit) + " bytes in " + budget->source;
+      if (budget->source == "/proc/meminfo") {
+        error.detail += std::string("; where memory grows as it is used, ") + kHostMemory + "=128GiB states it";
+      }
       return error;
     }
   }

@@ -1,9 +1,12 @@
 #include "memory_budget.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
+#include <utility>
 #include <vector>
 
 namespace chunkft {
@@ -108,9 +111,33 @@ void groups(std::vector<MemoryBudget>& found, const std::string& root, const Ver
   }
 }
 
+// "137438953472" or "128GiB"; nothing for what is neither.
+std::optional<std::uint64_t> parse_bytes(const std::string& text) {
+  std::uint64_t number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc()) return std::nullopt;
+  const std::string unit(end, text.data() + text.size());
+  int shift = -1;
+  for (const auto& [name, bits] : {std::pair{"", 0}, {"KiB", 10}, {"MiB", 20}, {"GiB", 30}, {"TiB", 40}}) {
+    if (unit == name) shift = bits;
+  }
+  if (shift < 0 || number > (kNoLimit >> shift)) return std::nullopt;
+  return number << shift;
+}
+
+// What the user states in the place of what the system says, less what this process holds.
+MemoryBudget stated_budget(const std::string& text, const std::string& root) {
+  const std::string source = std::string(kHostMemory) + "=" + text;
+  const auto limit = parse_bytes(text);
+  if (!limit) return {0, 0, source + ", which is no number of bytes such as 128GiB"};
+  const std::uint64_t held = read_key(root + "/proc/self/status", "VmRSS:").value_or(0) * 1024;
+  return {*limit, *limit - std::min(*limit, held), source};
+}
+
 }  // namespace
 
 std::optional<MemoryBudget> memory_budget(const std::string& root) {
+  if (const char* stated = std::getenv(kHostMemory)) return stated_budget(stated, root);
   std::vector<MemoryBudget> found;
   const std::string machine = "/proc/meminfo";
   const auto total = read_key(root + machine, "MemTotal:");

@@ -104,3 +104,13 @@ def test_more_than_the_budget_is_refused_with_both_figures():
         Pager([page] * (budget["available"] // page + 2))
     with pytest.raises(OSError, match="are available"):
         HostArena(budget["limit"] + 1, within_budget=True)
+
+
+def test_the_user_may_state_the_memory_of_a_machine_that_shows_little_of_it(monkeypatch):
+    monkeypatch.setenv("CHUNKFT_HOST_MEMORY", "1TiB")
+    assert memory_budget()["limit"] == 1 << 40
+    monkeypatch.setenv("CHUNKFT_HOST_MEMORY", "much")
+    with pytest.raises(
+        OSError, match=r"CHUNKFT_HOST_MEMORY=much, which is no number of bytes such as 128GiB"
+    ):
+        Pager([4096] * 2)

@@ -39,6 +39,44 @@ TEST(without_groups_the_machine_is_the_limit) {
   CHECK(budget->limit == 1000 * 1024 && budget->available == 900 * 1024 && budget->source == "/proc/meminfo");
 }
 
+// Sets the variable for a block.
+class Stated {
+ public:
+  explicit Stated(const char* value) { setenv(chunkft::kHostMemory, value, 1); }
+  ~Stated() { unsetenv(chunkft::kHostMemory); }
+};
+
+TEST(what_the_user_states_stands_in_the_place_of_what_the_system_says) {
+  System system;
+  system.write("/proc/self/status", "Name:\tx\nVmRSS:\t    1024 kB\n");
+  {
+    Stated stated("1GiB");
+    auto budget = memory_budget(system.root);
+    REQUIRE(budget.has_value());
+    CHECK(budget->limit == std::size_t{1} << 30);
+    CHECK(budget->available == (std::size_t{1} << 30) - (std::size_t{1} << 20));
+    CHECK(budget->source == "CHUNKFT_HOST_MEMORY=1GiB");
+  }
+  for (const char* plain : {"4096", "4KiB"}) {
+    Stated stated(plain);
+    auto budget = memory_budget(system.root);
+    REQUIRE(budget.has_value());
+    CHECK(budget->limit == 4096 && budget->available == 0);  // more is held already
+  }
+  CHECK(memory_budget(system.root)->source == "/proc/meminfo");
+}
+
+TEST(what_is_no_number_of_bytes_allows_nothing_and_says_so) {
+  System system;
+  for (const char* wrong : {"", "much", "-1", "1.5GiB", "1 GiB", "4kb", "99999999999999999999", "9999999TiB"}) {
+    Stated stated(wrong);
+    auto budget = memory_budget(system.root);
+    REQUIRE(budget.has_value());
+    CHECK(budget->limit == 0 && budget->available == 0);
+    CHECK(budget->source.find("which is no number of bytes such as 128GiB") != std::string::npos);
+  }
+}
+
 TEST(without_proc_nothing_is_known) {
   CHECK(!memory_budget("/tmp/chunkft-no-such-directory").has_value());
 }

@@ -2,6 +2,9 @@
 #   VENV=dir    environment to use; created if it does not exist, otherwise the project is installed into it
 #   PYTHON=exe  interpreter (>= 3.11) that creates VENV
 #   ARGS=...    further arguments of `chunkft finetune` or pytest
+# `make gpu-env` rebuilds the environment of a GPU machine on a CPU, beside VENV:
+#   GPU_VENV=dir   where; as VENV
+#   PYTHON312=exe  interpreter (3.12) that creates GPU_VENV
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -30,7 +33,9 @@ help:
 	@echo "make test       lint, types, import layers, documentation site, C++ tests, Python tests"
 	@echo "make lint types layers docs core-test core-sanitize pytest   the parts of it"
 	@echo "make nsys ncu sanitize-gpu   on a GPU: profiles, a table of the kernels, checks by compute-sanitizer"
-	@echo "make clean      remove build products; make distclean removes $(VENV) as well"
+	@echo "make gpu-env    Python 3.12 with constraints-gpu.txt in $(GPU_VENV), chunkft built there without network"
+	@echo "make gpu-env-test gpu-dry-run   what runs there without a GPU: tests, the first run's suite up to the device"
+	@echo "make clean      remove build products; make distclean removes $(VENV) and $(GPU_VENV) as well"
 
 .PHONY: finetune
 finetune: $(RUN_STAMP)
@@ -168,10 +173,59 @@ sanitize-gpu:
 	$(call sanitized,racecheck)
 	$(call sanitized,synccheck)
 
+# The environment of a GPU machine, on a CPU.
+
+GPU_VENV ?= .gpu-env
+GPU_BIN := $(GPU_VENV)/bin
+GPU_PACKAGES_STAMP := $(GPU_VENV)/.chunkft-packages-$(ID)
+GPU_BUILD_STAMP := $(GPU_VENV)/.chunkft-build-$(ID)
+# What such a machine has: no datasets, no trl, no linters. torch brings triton and the CUDA libraries that it links.
+GPU_PACKAGES := torch numpy transformers accelerate peft lightning safetensors matplotlib psutil tqdm \
+	pytest pytest-xdist pytest-timeout pytest-benchmark hypothesis pybind11 cmake ninja 'setuptools>=77'
+PYTHON312 ?= $(shell for p in python3.12 python3 python "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 \
+	"$$(uv python find 3.12 2>/dev/null)"; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
+# A name space without network, where the kernel lets us have one.
+NO_NETWORK = $(shell unshare -rn true 2>/dev/null && echo unshare -rn)
+
+.PHONY: gpu-env
+gpu-env: $(GPU_BUILD_STAMP)
+
+# The packages alone: the part that needs a registry.
+.PHONY: gpu-packages
+gpu-packages: $(GPU_PACKAGES_STAMP)
+
+.PHONY: gpu-env-test
+gpu-env-test: $(GPU_BUILD_STAMP)
+	OMP_NUM_THREADS=1 $(GPU_BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(GPU_ENV_TESTS) $(ARGS)
+
+.PHONY: gpu-dry-run
+gpu-dry-run: $(GPU_BUILD_STAMP)
+	$(GPU_BIN)/python -m bench.gpu_suite --dry-run $(ARGS)
+
+$(GPU_BUILD_STAMP): $(SOURCES) $(GPU_PACKAGES_STAMP)
+	PIP_NO_INDEX=1 $(NO_NETWORK) $(GPU_BIN)/python -m pip install --disable-pip-version-check \
+		--no-build-isolation --no-deps --no-index -e .
+	@find "$(GPU_VENV)" -maxdepth 1 -name '.chunkft-*' ! -name '*-$(ID)' -delete
+	@touch "$@"
+
+$(GPU_PACKAGES_STAMP): constraints-gpu.txt | $(GPU_BIN)/python
+	$(GPU_BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints-gpu.txt $(GPU_PACKAGES)
+	@touch "$@"
+
+$(GPU_BIN)/python:
+	@if [ "$$(uname -s)" != Linux ]; then echo "error: torch is built with CUDA for Linux only; this is $$(uname -s)" >&2; exit 1; fi
+	@if [ -e "$(GPU_VENV)" ]; then echo "error: GPU_VENV=$(GPU_VENV) exists but has no bin/python: remove it or name another" >&2; exit 1; fi
+	@"$(or $(PYTHON312),false)" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { \
+		echo "error: make gpu-env needs Python 3.12 with its venv module, which was found neither on the PATH nor by pyenv or" \
+			"uv (PYTHON312='$(PYTHON312)'). Install it: Debian, Ubuntu: apt-get install python3.12-venv python3.12-dev;" \
+			"pyenv install 3.12; uv python install 3.12; or set PYTHON312=/path/to/python3.12" >&2; exit 1; }
+	"$(PYTHON312)" -m venv "$(GPU_VENV)" || { rm -rf "$(GPU_VENV)"; exit 1; }
+
 .PHONY: clean
 clean:
 	rm -rf build dist site chunkft.egg-info chunkft/_core.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache .benchmarks
 
 .PHONY: distclean
 distclean: clean
-	rm -rf "$(VENV)"
+	rm -rf "$(VENV)" "$(GPU_VENV)"

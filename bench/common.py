@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -37,10 +38,14 @@ PACKAGES = (
 
 
 def commit() -> str:
-    """Hash of the checked-out commit, with `-dirty` where a tracked file of the package or bench/ differs;
-    `unknown` outside of a checkout.
+    """Hash of the checked-out commit, with `-dirty` where a tracked file of the package or bench/ differs.
+
+    $CHUNKFT_COMMIT, if set and not empty, goes first: a machine that was sent the files alone is told so what they are.
+    `unknown` outside of a checkout, and without git.
     """
-    if not CHECKOUT:  # the folder may lie in the repository of somebody else
+    if told := os.environ.get("CHUNKFT_COMMIT", "").strip():
+        return told
+    if not CHECKOUT or shutil.which("git") is None:  # the folder may lie in the repository of somebody else
         return "unknown"
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True)
     if head.returncode != 0:

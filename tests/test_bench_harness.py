@@ -221,3 +221,20 @@ def test_compare_sees_samples_of_variants_that_took_turns():
     slowed["chunk"] = [3 * taken for taken in slowed["chunk"]]
     worse = [change.name for change in compare.compare(old, new) if change.regression]
     assert worse == ["points.1.chunk"]
+
+
+def test_a_machine_without_git_records_the_commit_that_it_is_told_or_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "CHECKOUT", True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for told, recorded in ((None, "unknown"), ("", "unknown"), ("abc123-dirty", "abc123-dirty")):
+        if told is None:
+            monkeypatch.delenv("CHUNKFT_COMMIT", raising=False)
+        else:
+            monkeypatch.setenv("CHUNKFT_COMMIT", told)
+        assert common.commit() == recorded
+        assert common.header(seed=0)["commit"] == recorded
+
+
+def test_the_commit_that_is_told_goes_before_the_one_that_git_knows(monkeypatch):
+    monkeypatch.setenv("CHUNKFT_COMMIT", "abc123")
+    assert common.commit() == "abc123"

@@ -4,19 +4,11 @@
 #include <set>
 #include <string>
 #include <thread>
-#include <type_traits>
 
 #include "fake.h"
 
-// Taken before cuda.h, whose macros rename some of these functions.
-namespace declared {
-#define CHUNKFT_ALIAS(symbol, parameters) using symbol##_type = decltype(chunkft::DriverApi::symbol);
-CHUNKFT_CUDA_FUNCTIONS(CHUNKFT_ALIAS)
-#undef CHUNKFT_ALIAS
-}  // namespace declared
-
 #ifdef CHUNKFT_HAVE_CUDA_H
-#include <cuda.h>
+#include "driver_prototypes.h"
 #endif
 
 namespace {
@@ -25,40 +17,6 @@ using chunkft::Code;
 using chunkft::cuda_facts;
 using chunkft::DriverApi;
 using namespace chunkft::test;
-
-#ifdef CHUNKFT_HAVE_CUDA_H
-
-// CUresult and CUdevice_attribute are enums in cuda.h and int in our table; all else must be the same type.
-template <typename T>
-struct Abi {
-  using type = T;
-};
-template <typename T>
-  requires std::is_enum_v<T>
-struct Abi<T> {
-  static_assert(sizeof(T) == sizeof(int));
-  using type = int;
-};
-template <typename R, typename... Args>
-struct Abi<R (*)(Args...)> {
-  using type = typename Abi<R>::type (*)(typename Abi<Args>::type...);
-};
-
-#define CHUNKFT_COMPARE(symbol, parameters)                                                               \
-  static_assert(std::is_same_v<typename Abi<decltype(&::symbol)>::type, typename declared::symbol##_type>, \
-                "signature of " #symbol " differs from cuda.h");
-CHUNKFT_CUDA_FUNCTIONS(CHUNKFT_COMPARE)
-#undef CHUNKFT_COMPARE
-static_assert(chunkft::kCudaDeinitialized == CUDA_ERROR_DEINITIALIZED);
-static_assert(chunkft::kCudaNotReady == CUDA_ERROR_NOT_READY);
-static_assert(chunkft::kCuStreamNonBlocking == CU_STREAM_NON_BLOCKING);
-static_assert(chunkft::kCuEventDefault == CU_EVENT_DEFAULT);
-static_assert(chunkft::kCuEventDisableTiming == CU_EVENT_DISABLE_TIMING);
-static_assert(chunkft::kCuMemHostRegisterPortable == CU_MEMHOSTREGISTER_PORTABLE);
-static_assert(chunkft::kCuAttributeComputeMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
-static_assert(chunkft::kCuAttributeComputeMinor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-
-#endif
 
 TEST(a_missing_driver_is_an_error_that_names_the_library_and_the_variable) {
   auto api = DriverApi::load("libnosuchdriver.so.7");

@@ -37,3 +37,8 @@ def require(tensor: Tensor) -> None:
             f"backend='triton' needs tensors on a CUDA device, got {tensor.device}; "
             "on a CPU it works only with TRITON_INTERPRET=1"
         )
+    if interpreted():
+        from .interpreter import fault
+
+        if why := fault():
+            raise ValueError(f"backend='triton' cannot be had with TRITON_INTERPRET: {why}")

@@ -51,7 +51,6 @@ def second():
 @pytest.fixture
 def clean():
     """No garbage and no cached memory of other tests; a matrix product's work space is there already."""
-    gc.collect()
     if torch.cuda.is_available():
         for dtype in (torch.bfloat16, torch.float32):
             # forward and backward threads have a handle each, whose work space torch keeps

@@ -88,10 +88,10 @@ class Machine:
         with torch.cuda.stream(stream):
             yield
 
-    def after(self, stream: Any, other: Any = None) -> None:
-        """`stream` waits for what `other` (the current stream) was given so far."""
+    def after(self, stream: Any, other: Any) -> None:
+        """`stream` waits for what `other` was given so far."""
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self.device) if other is None else other)
+            stream.wait_stream(other)
 
     def mark(self) -> Any:
         """An event behind what the current stream was given so far."""
@@ -112,10 +112,10 @@ class Machine:
         if self.real:
             torch.cuda.synchronize(self.device)
 
-    def captured(self, work: Callable[[], object]) -> Callable[[], None]:
+    def captured(self, work: Callable[[], object]) -> Callable[[], object]:
         """Records `work` as a CUDA graph, warmed up before, and returns what replays it."""
         if not self.real:
-            return lambda: None if work() is None else None
+            return work
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):

@@ -16,7 +16,10 @@ from chunkft.kernels.heuristics import Config
 PLAIN = Config(32, 64, 32, 4, 3)
 TMA = Config(32, 64, 32, 4, 3, tma=True)
 SPLIT = Config(32, 64, 32, 4, 3, splits=4)
-TOKENS = (333, 97)  # on a GPU and in a rehearsal: no multiple of a step of tokens, and four steps for four parts
+TOKENS = (
+    333,
+    97,
+)  # on a GPU and in a rehearsal: no multiple of a step of tokens, and four steps for four parts
 # outputs, inputs, and a slice that begins at no multiple of 8
 OUTPUTS, INPUTS, ROWS = 136, 104, slice(19, 122)
 Tensors = list[Tensor]

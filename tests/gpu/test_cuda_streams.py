@@ -51,7 +51,9 @@ def test_an_operation_waits_for_its_own_stream_and_for_no_other(machine, name):
         behind = machine.mark()
     before = machine.mark()
     before.synchronize()
-    assert machine.pick(not behind.query(), True), "the host, or the default stream, waited for the side stream"
+    assert machine.pick(not behind.query(), True), (
+        "the host, or the default stream, waited for the side stream"
+    )
     behind.synchronize()
     assert_right(operation, found)
 

@@ -14,18 +14,18 @@ import torch
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "gpu"
 FILES = sorted(FOLDER.glob("*.py"))
-PASSED = 182
+PASSED = 183
 # why a test may end before its last line in a rehearsal
 ALLOWED = ("rehearsed up to here: ", "could not import 'bitsandbytes'", "could not import 'torchao'")
 
 
-def collected(**environment: str) -> str:
+def collected(*options: str, **environment: str) -> str:
     """What pytest says of the folder in a process that has no GPU, whatever this machine has."""
     outer = ("PYTEST_", "CHUNKFT_REHEARSE", "TRITON_INTERPRET")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
-    options = ["-q", "-rs", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:logging"]
+    plain = ["-q", "-rs", "-p", "no:cacheprovider", "-p", "no:logging"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(FOLDER)],
+        [sys.executable, "-m", "pytest", *plain, *options, str(FOLDER)],
         cwd=ROOT,
         env=kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
@@ -42,7 +42,7 @@ def count(word: str, summary: str) -> int:
 
 
 def test_every_test_of_a_gpu_runs_on_a_cpu_as_far_as_it_can():
-    lines = collected(CHUNKFT_REHEARSE="1").strip().splitlines()
+    lines = collected("-n", "2", CHUNKFT_REHEARSE="1").strip().splitlines()
     reasons = [line.split(": ", 1)[1] for line in lines if line.startswith("SKIPPED")]
     assert reasons
     assert all(reason.startswith(ALLOWED) for reason in reasons), reasons
@@ -52,7 +52,7 @@ def test_every_test_of_a_gpu_runs_on_a_cpu_as_far_as_it_can():
 
 
 def test_without_a_gpu_the_folder_is_skipped_for_one_reason():
-    lines = collected().strip().splitlines()
+    lines = collected("-p", "no:xdist").strip().splitlines()
     (reason,) = [line for line in lines if line.startswith("SKIPPED")]
     assert "needs a CUDA device (CHUNKFT_REHEARSE=1 runs" in reason
     assert count("passed", lines[-1]) == 0

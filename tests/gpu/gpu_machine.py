@@ -104,8 +104,11 @@ class Machine:
     def hold(self, milliseconds: float = 60) -> None:
         """Keeps the current stream busy for about so long, and the host not."""
         if self.real:
-            # no clock of a GPU that counts here is faster than 2 GHz
-            torch.cuda._sleep(int(2e6 * milliseconds))
+            with torch.cuda.device(
+                self.device
+            ):  # the default stream of this device, or the one that is current
+                # no clock of a GPU that counts here is faster than 2 GHz
+                torch.cuda._sleep(int(2e6 * milliseconds))
 
     def synchronize(self) -> None:
         """Waits until the device is idle."""

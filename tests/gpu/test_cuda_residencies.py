@@ -17,7 +17,7 @@ from gpu_training import (
 import chunkft
 
 pytestmark = [pytest.mark.timeout(90)]
-STEPS = (40, 9)  # on a GPU five sweeps of four chunks for two steps, in a rehearsal one
+STEPS = (40, 5)  # on a GPU five sweeps, in a rehearsal one and a step
 
 
 @pytest.fixture
@@ -40,14 +40,16 @@ def test_paging_changes_no_bit(machine, steps, kind, dtype):
 def test_masters_are_paged_without_a_change(machine, steps, kind, master):
     """``residual`` is what bf16 weights have in the other tests."""
     options = {"master": master}
-    model, optimizer = trained(machine, steps // 2, **places(machine)[kind], **options)
-    plain, _ = trained(machine, steps // 2, optimizer.plan, state_device="device", **options)
+    model, optimizer = trained(machine, machine.pick(steps // 2, steps), **places(machine)[kind], **options)
+    plain, _ = trained(
+        machine, machine.pick(steps // 2, steps), optimizer.plan, state_device="device", **options
+    )
     assert_same_bits(model, plain)
 
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_state_in_files_changes_no_bit(machine, kind, tmp_path):
-    steps = machine.pick(16, 9)
+    steps = machine.pick(16, 5)
     model, optimizer = trained(machine, steps, state_dir=tmp_path, **places(machine)[kind])
     plain, _ = trained(machine, steps, optimizer.plan, state_device="device")
     assert_same_bits(model, plain)
@@ -57,26 +59,34 @@ def test_state_in_files_changes_no_bit(machine, kind, tmp_path):
 def test_moments_in_bf16_and_columns_for_chunks(machine, steps):
     """Leaves with strides, and a first moment of another dtype, in the kernel and on pages."""
     options = {"slice_dim": 1, "first_moment": "bf16"}
-    model, optimizer = trained(machine, steps // 2, **places(machine)["stream"], **options)
-    plain, _ = trained(machine, steps // 2, optimizer.plan, state_device="device", first_moment="bf16")
+    model, optimizer = trained(
+        machine, machine.pick(steps // 2, steps), **places(machine)["stream"], **options
+    )
+    plain, _ = trained(
+        machine, machine.pick(steps // 2, steps), optimizer.plan, state_device="device", first_moment="bf16"
+    )
     assert_same_bits(model, plain)
 
 
 def test_state_that_is_forgotten_at_every_switch(machine, steps):
-    model, optimizer = trained(machine, steps // 2, keep_state=False, **places(machine)["paged"])
-    plain, _ = trained(machine, steps // 2, optimizer.plan, keep_state=False, state_device="device")
+    model, optimizer = trained(
+        machine, machine.pick(steps // 2, steps), keep_state=False, **places(machine)["paged"]
+    )
+    plain, _ = trained(
+        machine, machine.pick(steps // 2, steps), optimizer.plan, keep_state=False, state_device="device"
+    )
     assert_same_bits(model, plain)
 
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_resumed_run_is_the_undisturbed_one(machine, kind, tmp_path):
-    model, optimizer = trained(machine, 11, **places(machine)[kind])
+    model, optimizer = trained(machine, machine.pick(11, 3), **places(machine)[kind])
     chunkft.save_checkpoint(optimizer, tmp_path / "saved.safetensors")
     other, resumed = trained(machine, 0, **places(machine)[kind])
     other.load_state_dict(model.state_dict())
     chunkft.load_checkpoint(resumed, tmp_path / "saved.safetensors")
     for net, steps in ((model, optimizer), (other, resumed)):
-        train(machine, net, steps, range(11, machine.pick(20, 14)))
+        train(machine, net, steps, machine.pick(range(11, 20), range(3, 6)))
     assert_same_bits(model, other)
 
 
@@ -84,13 +94,13 @@ def test_a_resumed_run_is_the_undisturbed_one(machine, kind, tmp_path):
 def test_a_run_goes_on_with_its_state_in_another_place(machine, saved, loaded, tmp_path):
     plan = trained(machine, 0, **places(machine)["stream"])[1].plan
     options = {**places(machine), "device": {"state_device": "device"}}
-    model, optimizer = trained(machine, 11, plan, **options[saved])
+    model, optimizer = trained(machine, machine.pick(11, 3), plan, **options[saved])
     chunkft.save_checkpoint(optimizer, tmp_path / "saved.safetensors")
     other, resumed = trained(machine, 0, plan, **options[loaded])
     other.load_state_dict(model.state_dict())
     chunkft.load_checkpoint(resumed, tmp_path / "saved.safetensors")
     for net, steps in ((model, optimizer), (other, resumed)):
-        train(machine, net, steps, range(11, machine.pick(20, 14)))
+        train(machine, net, steps, machine.pick(range(11, 20), range(3, 6)))
     assert_same_bits(model, other)
 
 
@@ -109,7 +119,7 @@ def test_accumulation_and_clipping_beside_paging(machine, kind):
 @pytest.mark.parametrize("kind", [*PLACES, "device"])
 def test_recomputed_blocks_give_the_bits_of_kept_ones(machine, kind):
     options = {**places(machine), "device": {"state_device": "device"}}[kind]
-    steps = machine.pick(12, 9)
+    steps = machine.pick(12, 5)
     model, optimizer = trained(machine, steps, checkpointing=True, **options)
     plain, _ = trained(machine, steps, optimizer.plan, state_device="device")
     assert_same_bits(model, plain)
@@ -132,8 +142,8 @@ def test_gradients_that_are_not_finite_change_nothing(machine, kind):
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_model_on_a_device_that_is_not_the_current_one(machine, second, kind):
-    model, optimizer = trained(second, 9, **places(second)[kind])
-    plain, _ = trained(machine, 9, optimizer.plan, state_device="device")
+    model, optimizer = trained(second, second.pick(9, 5), **places(second)[kind])
+    plain, _ = trained(machine, machine.pick(9, 5), optimizer.plan, state_device="device")
     assert_same_bits(model, plain)
     assert next(model.parameters()).device == second.device
 
@@ -156,7 +166,7 @@ def test_the_kernel_in_the_optimizer_follows_torch(machine):
     optimizer = chunkft.ChunkAdamW(model, lr=1e-3, chunks=1)
     reference = torch.optim.AdamW(dense.parameters(), lr=1e-3, weight_decay=0.01)
     for net, steps in ((model, optimizer), (dense, reference)):
-        train(machine, net, steps, range(10))
+        train(machine, net, steps, range(machine.pick(10, 4)))
     for weight, expected in zip(model.parameters(), dense.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-6)
 
@@ -177,10 +187,10 @@ def test_host_memory_is_page_locked_and_the_copies_are_counted(machine):
 
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_steady_interval_creates_nothing(machine, kind):
-    model, optimizer = trained(machine, 16, **places(machine)[kind])
+    model, optimizer = trained(machine, machine.pick(16, 5), **places(machine)[kind])
     (pager,) = optimizer._store.pagers.values()
     before = pager.stats()
-    train(machine, model, optimizer, range(16, 24))
+    train(machine, model, optimizer, machine.pick(range(16, 24), range(5, 9)))
     after = pager.stats()
     assert (after.events_created, after.streams_created) == (before.events_created, before.streams_created)
     assert after.loads > before.loads

@@ -26,7 +26,9 @@ def pytest_runtest_setup(item):
 @pytest.fixture
 def machine():
     """The GPU, or the CPU in its place."""
-    machine = Machine(torch.device("cpu" if rehearsing() else "cuda"))
+    machine = Machine(
+        torch.device("cpu") if rehearsing() else torch.device("cuda", torch.cuda.current_device())
+    )
     yield machine
     machine.synchronize()
 

@@ -51,24 +51,26 @@ OPTIONS = {
 @pytest.mark.parametrize("variant", OPTIONS)
 def test_the_peak_is_the_predicted_one(machine, variant, clean, monkeypatch):
     """About 1B parameters in bf16, 1,024 tokens, blocks recomputed; not above by more than 3 %, nor below."""
-    row = predicted(variant, machine.pick("1B", "tiny"), monkeypatch)
-    machine.need("a measured peak")
+    shape = machine.pick("1B", "tiny")
+    row = predicted(variant, shape, monkeypatch)
     before = allocated(machine)
-    model = plain_llama.build("1B", machine.device, torch.bfloat16, checkpointing=True)
-    ids = plain_llama.batch_of("1B", machine.device, 1, TOKENS)
+    model = plain_llama.build(shape, machine.device, torch.bfloat16, checkpointing=True)
+    ids = plain_llama.batch_of(shape, machine.device, 1, machine.pick(TOKENS, 9))
     optimizer = chunkft.ChunkAdamW(model, lr=1e-4, interval=1, **OPTIONS[variant])
-    torch.cuda.reset_peak_memory_stats()
+    if machine.real:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(len(optimizer.plan) + 2):  # a sweep, so that the largest chunk was active
         model(ids).backward()
         optimizer.step()
     machine.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() - before if machine.real else row["peak"]
     optimizer.detach()
     kinds = ("weights", "gradients", "state", "activations", "backward")
     parts = ", ".join(f"{kind} {row[kind] / 2**20:.0f}" for kind in kinds)
     assert abs(peak / row["peak"] - 1) <= 0.03, (
         f"{variant}: measured {peak / 2**20:.0f} MiB, predicted {row['peak'] / 2**20:.0f} MiB ({parts})"
     )
+    machine.need("a measured peak")
 
 
 @pytest.mark.parametrize("kind", [*PLACES, "device"])

@@ -268,8 +268,8 @@ def test_memory_that_others_locked_is_refused_by_the_driver_and_usable_afterward
 
 def test_times_of_copies_are_those_of_the_device(machine):
     """Anchors of the time stream: a copy cannot be faster than the link, nor end before it began."""
-    with Pager([32 << 20] * 4, device=machine.device, slots=3) as pager:
-        machine.need("a link to a device")
+    size = machine.pick(32 << 20, 1 << 16)
+    with Pager([size] * 4, device=machine.device, slots=3) as pager:
         filled(pager, machine)
         for page in range(4):
             pager.acquire(page)
@@ -282,9 +282,10 @@ def test_times_of_copies_are_those_of_the_device(machine):
             (stats.timed_loaded_bytes, stats.load_seconds),
             (stats.timed_stored_bytes, stats.store_seconds),
         ):
-            assert nbytes >= 32 << 20
-            assert 1e9 < nbytes / seconds < 1e12
+            assert nbytes >= size
+            assert 1e9 < nbytes / seconds < 1e12 or not machine.real
         events = [event for event in pager.trace()["traceEvents"] if event["ph"] == "X"]
         assert events
         assert all(event["dur"] >= 0 for event in events)
         assert stats.stall_seconds < 1
+        machine.need("the speed of a link")

@@ -22,8 +22,10 @@ TILES = {
     "split-tma": Config(128, 128, 64, 8, 3, splits=7, tma=True),
 }
 FULL = [(torch.float32, Config(64, 64, 16, 4, 3), False), (torch.float32, Config(128, 128, 32, 8, 3), True)]
-CASES = [(dtype, TILES[name], False) for name in TILES for dtype in (torch.bfloat16, torch.float16)] + FULL
-STARTS = [None, slice(0, 64), slice(64, 129), slice(75, 148), slice(1, 2), slice(7, 16)]
+CASES = [(torch.bfloat16, tile, False) for tile in TILES.values()] + FULL
+CASES += [(torch.float16, TILES[name], False) for name in ("wide-tma", "split")]
+# Sizes that are neither 1 nor multiples of 16: Triton would compile each tile anew for those, and seconds are few.
+STARTS = [None, slice(0, 65), slice(64, 129), slice(75, 148), slice(7, 16)]
 
 
 def operands(machine, dtype, tokens, outputs, inputs):
@@ -52,7 +54,7 @@ def test_slices_at_any_start_in_full_tiles(machine, dtype, config, tf32):
     exact = dy.double().t() @ x.double()
     for rows in STARTS[:: machine.pick(1, 3)]:
         chosen = rows or slice(None)
-        for cols in (slice(0, inputs), slice(5, inputs - 3)):
+        for cols in (slice(0, inputs), slice(5, inputs - 2)):
             ours = wgrad(dy, x, rows, cols, tf32=tf32, **machine.kernel(config))
             assert ours.dtype == dtype
             if tf32:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from chunkft.kernels import Blocks, wgrad
 from chunkft.kernels.heuristics import Config
-from chunkft.kernels.wgrad import saved_columns
+from chunkft.kernels.torch_wgrad import saved_columns
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LAYOUTS = ("plain", "transposed", "strided", "window", "expanded")

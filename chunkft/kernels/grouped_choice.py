@@ -109,11 +109,6 @@ def experts_problem(problem: Problem, experts: int) -> Problem:
     return replace(problem, rows=sum(parts), parts=parts)
 
 
-def forget() -> None:
-    """Forget what was decided, as after a change of the table of measurements."""
-    _decisions.clear()
-
-
 def _target(tensor: Tensor) -> Target | None:
     if not gpu.available():
         return None

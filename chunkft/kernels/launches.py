@@ -9,7 +9,7 @@ divisible by 16, constants, and pointers that are divisible by 16. All but the l
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 _ALIGNMENT = 16
 # entries of a memo; a training run with ragged batches has new shapes all the time
@@ -21,7 +21,10 @@ Value = TypeVar("Value")
 class Memo(Generic[Value]):
     """A dictionary that starts anew when it is full."""
 
+    all: ClassVar[list[Memo[Any]]] = []
+
     def __init__(self) -> None:
+        self.all.append(self)
         self._known: dict[Hashable, Value] = {}
         self.get = self._known.get
 
@@ -35,6 +38,12 @@ class Memo(Generic[Value]):
     def clear(self) -> None:
         """Forgets everything."""
         self._known.clear()
+
+
+def forget() -> None:
+    """Forget all that was decided and prepared, as after a change of the table of measurements."""
+    for memo in Memo.all:
+        memo.clear()
 
 
 class Launch:
@@ -65,7 +74,7 @@ class Launch:
         if compiled is not None:
             compiled[self._grid](*arguments, *self._tail)
             return
-        found = self._kernel[self._grid](*arguments, **self._constants, **self._options)
+        found = self.through_jit(*arguments)
         # The interpreter returns nothing. What runs before each launch, or while something is compiled in the
         # background, belongs to Triton's own way.
         if (
@@ -74,6 +83,10 @@ class Launch:
             and not self._kernel.pre_run_hooks
         ):
             self._compiled[aligned] = found
+
+    def through_jit(self, *arguments: Any) -> Any:
+        """Launches in Triton's own way, which compiles where that is needed; returns what was compiled."""
+        return self._kernel[self._grid](*arguments, **self._constants, **self._options)
 
 
 def alignment(*pointers: int) -> int:

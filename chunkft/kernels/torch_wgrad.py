@@ -44,8 +44,8 @@ def torch_wgrad(
     right, col_crop = _narrow(x, cols, outputs, exact)
     left = left.t()
     cropped = row_crop is not None or col_crop is not None
-    if out is not None and not cropped and _writes_into(out, dy, x, accumulate, mixed):
-        return _product_into(out, left, right, accumulate, mixed)
+    if out is not None and not cropped and writes_into(out, dy, x, accumulate, mixed):
+        return product_into(out, left, right, accumulate, mixed)
     full = torch.mm(left, right, out_dtype=wanted) if mixed else left.mm(right)
     if cropped:
         # A copy even of contiguous rows: a view would keep the whole block alive as a gradient.
@@ -82,13 +82,13 @@ def needs_blocks(matrix: Tensor) -> bool:
     return matrix.dtype == torch.float32 and matrix.device.type == "cpu"
 
 
-def _writes_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool, mixed: bool) -> bool:
-    """Whether the product itself may write ``out``: right dtype, nothing for autograd, and on a CPU the same bits.
+def writes_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool, mixed: bool) -> bool:
+    """Whether the product itself may write ``out``: right dtype and device, no autograd, and on a CPU the same bits.
 
     In 32 and 64 bits on a CPU a sum in place could be rounded otherwise than product and sum, and so could a product
     whose result is transposed.
     """
-    if not mixed and out.dtype != dy.dtype:
+    if (not mixed and out.dtype != dy.dtype) or out.device != dy.device:
         return False
     if torch.is_grad_enabled() and (dy.requires_grad or x.requires_grad or out.requires_grad):
         return False
@@ -98,7 +98,8 @@ def _writes_into(out: Tensor, dy: Tensor, x: Tensor, accumulate: bool, mixed: bo
     return (col_stride == 1 and row_stride >= cols) or (row_stride == 1 and col_stride >= rows)
 
 
-def _product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool, mixed: bool) -> Tensor:
+def product_into(out: Tensor, left: Tensor, right: Tensor, accumulate: bool, mixed: bool) -> Tensor:
+    """``out`` (or ``out +``) ``left right``, where ``writes_into`` allows it; ``mixed``: fp32 of 16-bit operands."""
     if mixed and accumulate:
         return torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     if mixed:

@@ -21,7 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGN = 8
 # by all that they depend on: the choices of backend="auto", and the launches
 _decisions: Memo[tuple[Config | None, Config | None]] = Memo()
-_plans: Memo[_Plan] = Memo()
+_plans: Memo[Plan] = Memo()
 
 
 def target_for(device: torch.device) -> Target:
@@ -75,10 +75,10 @@ def chosen(
     accumulate: bool,
     tf32: bool,
     norm: bool,
-) -> Config | None:
-    """The configuration with which ``backend="auto"`` takes Triton, or None where it takes PyTorch."""
+) -> tuple[Config | None, bool]:
+    """The configuration with which ``backend="auto"`` takes Triton, or None: PyTorch; and whether at any address."""
     if torch.compiler.is_compiling():
-        return None
+        return None, False
     key = (
         dy.shape, x.shape, dy.stride(), x.stride(), dy.dtype, dy.device, _named(rows), _named(cols),
         out_dtype, accumulate, tf32, norm,
@@ -87,13 +87,8 @@ def chosen(
     if found is None:
         found = _decisions.keep(key, _decide(dy, x, rows, cols, out_dtype, accumulate, tf32, norm))
     # Only where it matters: a tensor that stands for a batch of others has no address.
-    return found[0] if found[0] is found[1] else found[_described(dy) and _described(x)]
-
-
-def forget() -> None:
-    """Forget what was decided and prepared, as after a change of the table of measurements."""
-    _decisions.clear()
-    _plans.clear()
+    settled = found[0] is found[1]
+    return found[0 if settled else _described(dy) and _described(x)], settled
 
 
 def _decide(
@@ -130,7 +125,7 @@ def unsupported(dy: Tensor, x: Tensor) -> str:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A launch but for its tensors; ``call`` is None where the result is empty."""
 
     config: Config
@@ -157,23 +152,9 @@ def launch(
     Raises:
         ValueError: if the tensors or ``config`` do not suit the kernel.
     """
-    described = _described(dy) and _described(x)
-    key = (
-        dy.shape, x.shape, dy.stride(), x.stride(), out.stride(), dy.dtype, out.dtype, dy.device,
-        _named(rows), _named(cols), accumulate, tf32, squared_norm is not None, config, described,
-    )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        gpu.require(dy)
-        reason = unsupported(dy, x)
-        if not reason and out.dtype not in DTYPES:
-            reason = f"out must be bfloat16, float16 or float32, got {out.dtype}"
-        if reason:
-            raise ValueError(f"backend='triton' cannot do this: {reason}")
-        target = target_for(dy.device)
-        problem = problem_of(dy, x, rows, cols, out.dtype, accumulate, tf32, described)
-        used = _checked_config(config, problem, target)
-        plan = _plans.keep(key, _plan(dy, x, rows, cols, out, problem, used, squared_norm is not None))
+    plan = launch_of(
+        dy, x, rows, cols, out, accumulate=accumulate, tf32=tf32, norm=squared_norm is not None, config=config
+    )
     if plan.call is None:
         if squared_norm is not None:
             squared_norm.zero_()
@@ -205,6 +186,43 @@ def launch(
         torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
 
 
+def launch_of(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    tf32: bool = False,
+    norm: bool = False,
+    config: Config | None = None,
+) -> Plan:
+    """Everything of a launch on checked arguments but their addresses: made once, then remembered.
+
+    Raises:
+        ValueError: if the tensors or ``config`` do not suit the kernel.
+    """
+    described = _described(dy) and _described(x)
+    key = (
+        dy.shape, x.shape, dy.stride(), x.stride(), out.stride(), dy.dtype, out.dtype, dy.device,
+        _named(rows), _named(cols), accumulate, tf32, norm, config, described,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        gpu.require(dy)
+        reason = unsupported(dy, x)
+        if not reason and out.dtype not in DTYPES:
+            reason = f"out must be bfloat16, float16 or float32, got {out.dtype}"
+        if reason:
+            raise ValueError(f"backend='triton' cannot do this: {reason}")
+        target = target_for(dy.device)
+        problem = problem_of(dy, x, rows, cols, out.dtype, accumulate, tf32, described)
+        used = _checked_config(config, problem, target)
+        plan = _plans.keep(key, _plan(dy, x, rows, cols, out, problem, used, norm))
+    return plan
+
+
 def _plan(
     dy: Tensor,
     x: Tensor,
@@ -214,10 +232,10 @@ def _plan(
     problem: Problem,
     config: Config,
     norm: bool,
-) -> _Plan:
+) -> Plan:
     """Everything of a launch that shapes, strides, dtypes and bounds tell."""
     if not problem.rows or not problem.cols:
-        return _Plan(config, 0, 0, None, ())
+        return Plan(config, 0, 0, None, ())
     from chunkft.kernels.gpu.wgrad import wgrad_kernel
 
     count = tiles(config, problem)
@@ -257,7 +275,7 @@ def _plan(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     workspace = workspace_elements(config, problem) if config.splits > 1 else 0
     call = Launch(wgrad_kernel, (count * config.splits,), constants, options)
-    return _Plan(config, count, workspace, call, integers)
+    return Plan(config, count, workspace, call, integers)
 
 
 def _checked_config(config: Config | None, problem: Problem, target: Target) -> Config:

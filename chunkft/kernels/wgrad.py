@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from chunkft.kernels import choice
+from chunkft.kernels.launches import Memo
 from chunkft.kernels.selection import Selection, checked, selected_size
-from chunkft.kernels.torch_wgrad import squared_norm_of, torch_wgrad
+from chunkft.kernels.torch_wgrad import (
+    multiplies_into_fp32,
+    needs_blocks,
+    product_into,
+    squared_norm_of,
+    torch_wgrad,
+    writes_into,
+)
 
 if TYPE_CHECKING:
     from chunkft.kernels.heuristics import Config
 
 BACKENDS = ("auto", "triton", "torch")
+# Calls that were checked and are one product of rows and of a whole X, by all that was checked: start and number of
+# rows, and whether the result is fp32 of 16-bit operands.
+_plain: Memo[tuple[int, int, bool]] = Memo()
 
 
 def wgrad(
@@ -61,6 +73,20 @@ def wgrad(
         IndexError: if an index tensor on the CPU reaches outside of the weight. On a GPU, where looking would stop
             the host, PyTorch asserts on the device and Triton gives NaN.
     """
+    key = None
+    if cols is None and squared_norm is None and type(rows) is slice and not is_compiling():
+        key = (
+            dy.shape, x.shape, dy.stride(), x.stride(), dy.dtype, x.dtype, dy.device, rows.start, rows.stop, rows.step,
+            out_dtype, accumulate, backend, tf32, config, None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+        )  # fmt: skip
+        known = _plain.get(key)
+        if known is not None:
+            start, size, mixed = known
+            left = dy.narrow(1, start, size).t()
+            if out is None:
+                return left.mm(x)
+            if not is_grad_enabled():
+                return product_into(out, left, x, accumulate, mixed)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; allowed are {', '.join(map(repr, BACKENDS))}")
     if config is not None and backend != "triton":
@@ -89,12 +115,13 @@ def wgrad(
             f"squared_norm must be one float32, got {squared_norm.dtype} of shape {tuple(squared_norm.shape)}"
         )
 
+    settled = True
     if backend == "triton" or (backend == "auto" and choice.asks(dy)):
         # Imported here: Triton is optional.
         from chunkft.kernels import triton_wgrad
 
         if backend == "auto":
-            config = triton_wgrad.chosen(
+            config, settled = triton_wgrad.chosen(
                 dy, x, rows, cols,
                 out_dtype=wanted, accumulate=accumulate, tf32=tf32, norm=squared_norm is not None,
             )  # fmt: skip
@@ -106,6 +133,12 @@ def wgrad(
             )  # fmt: skip
             return target
 
+    if key is not None and settled and isinstance(rows, slice) and not needs_blocks(dy):
+        mixed = wanted == torch.float32 and multiplies_into_fp32(dy)
+        if (out is None and wanted == dtype) or (
+            out is not None and writes_into(out, dy, x, accumulate, mixed)
+        ):
+            _plain.keep(key, (rows.start, shape[0], mixed))
     result = torch_wgrad(dy, x, rows, cols, out, accumulate, wanted)
     if squared_norm is not None:
         squared_norm.copy_(squared_norm_of(result).view(squared_norm.shape))

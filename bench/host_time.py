@@ -31,7 +31,8 @@ from .empty_launches import empty_launches
 OUT = common.RESULTS / "host-time-cpu.json"
 TOKENS, OUTPUTS, INPUTS = 4, 64, 32
 ROWS = slice(8, 24)
-CALLS = 20
+# a turn of a case takes about this long
+TURN_US = 1000
 
 Call = Callable[[], Any]
 
@@ -133,17 +134,20 @@ def measured(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]
 
     In time of the thread, so that other load on the machine does not count.
     """
-    for call in calls.values():
+    repeats = {}
+    for name, call in calls.items():
         call()
+        begin = time.thread_time_ns()
         call()
+        repeats[name] = max(1, min(50, TURN_US * 1000 // (time.thread_time_ns() - begin + 1)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name in calls if turn % 2 else reversed(calls):
-            call = calls[name]
+            call, repeat = calls[name], repeats[name]
             begin = time.thread_time_ns()
-            for _ in range(CALLS):
+            for _ in range(repeat):
                 call()
-            times[name].append((time.thread_time_ns() - begin) / CALLS / 1e3)
+            times[name].append((time.thread_time_ns() - begin) / repeat / 1e3)
     base = times[next(iter(calls))]
     return {
         name: {

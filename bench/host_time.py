@@ -60,16 +60,19 @@ def counted(call: Call) -> Counted:
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    before = sys.gettrace(), sys.getprofile()
+    tracing, profiling = sys.gettrace(), sys.getprofile()
     try:
         sys.settrace(line)
         call()
-        sys.settrace(before[0])
+    finally:
+        sys.settrace(tracing)
+    try:
         sys.setprofile(entered)
         call()
     finally:
-        sys.settrace(before[0])
-        sys.setprofile(before[1])
+        sys.setprofile(profiling)
+    # without the call that ends the counting
+    calls -= 1
     return Counted(lines, calls)
 
 

@@ -139,18 +139,11 @@ def measured(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]
     """
     repeats = {}
     for name, call in calls.items():
-        call()
-        begin = time.thread_time_ns()
-        call()
-        repeats[name] = max(1, min(50, TURN_US * 1000 // (time.thread_time_ns() - begin + 1)))
+        repeats[name] = max(1, min(50, round(TURN_US / min(_microseconds(call, 1) for _ in range(10)))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name in calls if turn % 2 else reversed(calls):
-            call, repeat = calls[name], repeats[name]
-            begin = time.thread_time_ns()
-            for _ in range(repeat):
-                call()
-            times[name].append((time.thread_time_ns() - begin) / repeat / 1e3)
+            times[name].append(_microseconds(calls[name], repeats[name]))
     base = times[next(iter(calls))]
     return {
         name: {
@@ -159,6 +152,13 @@ def measured(calls: dict[str, Call], rounds: int) -> dict[str, dict[str, float]]
         }
         for name, own in times.items()
     }
+
+
+def _microseconds(call: Call, repeats: int) -> float:
+    begin = time.thread_time_ns()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time_ns() - begin) / repeats / 1e3
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -76,8 +76,8 @@ class _Launcher:
 class _Utils:
     """The driver's functions that loading a kernel calls."""
 
-    def __init__(self) -> None:
-        self._handles = itertools.count(1)
+    # what is loaded stays so, beyond one driver
+    _handles = itertools.count(1)
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int

@@ -75,9 +75,10 @@ def wgrad(
     """
     key = None
     if cols is None and squared_norm is None and type(rows) is slice and not is_compiling():
+        given = None if out is None else (out.shape, out.stride(), out.dtype, out.device)
         key = (
             dy.shape, x.shape, dy.stride(), x.stride(), dy.dtype, x.dtype, dy.device, rows.start, rows.stop, rows.step,
-            out_dtype, accumulate, backend, tf32, config, None if out is None else (out.shape, out.stride(), out.dtype, out.device),
+            given, out_dtype, accumulate, backend, tf32, config,
         )  # fmt: skip
         known = _plain.get(key)
         if known is not None:

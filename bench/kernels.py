@@ -75,7 +75,10 @@ def least(case: Case, target: Target) -> float:
 
 
 def prediction(case: Case, target: Target) -> dict[str, Any]:
-    """Modelled microseconds of Triton, of PyTorch and of the roofline."""
+    """Modelled microseconds of Triton, of PyTorch and of the roofline.
+
+    ``auto`` compares with what it would run otherwise; of experts that is a product each, not ``torch._grouped_mm``.
+    """
     problem, config, bound = problem_of(case), config_of(case, target), least(case, target)
     ours = predict(config, problem, target)
     mine = ours.microseconds

@@ -20,7 +20,7 @@ SAMPLE = 64
 def problem_of(case: Case) -> Problem:
     """What the picker is asked for a case; groups and experts are read through pointers."""
     if case.form == "group":
-        return Problem(case.tokens, sum(case.rows), case.cols, described=False, parts=case.rows)
+        return Problem(case.tokens, sum(case.rows), case.cols, described=False, parts=case.rows, shared=True)
     if case.form == "experts":
         each = -(-case.tokens * EXPERTS_A_TOKEN // EXPERTS)
         parts = case.rows * EXPERTS
@@ -36,12 +36,18 @@ class Setup:
     With `accumulate` the results are fp32 and every call adds to what is there, as micro-batches do.
     """
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        values: Callable[..., Tensor] = torch.randn,
+    ) -> None:
         self.case = case
         tokens = case.tokens * (EXPERTS_A_TOKEN if case.form == "experts" else 1)
         self.accumulate = case.form == "accumulate"
-        self.dys = [torch.randn(tokens, rows, device=device).to(dtype) for rows, _ in case.weights]
-        self.x = torch.randn(tokens, case.cols, device=device).to(dtype)
+        self.dys = [values(tokens, rows, device=device, dtype=dtype) for rows, _ in case.weights]
+        self.x = values(tokens, case.cols, device=device, dtype=dtype)
         self.spans = [slice(case.start, case.start + rows) for rows in case.rows]
         shapes = [(rows, case.cols) for rows in case.rows]
         if case.form == "experts":
@@ -52,9 +58,12 @@ class Setup:
             blocks = torch.randperm(case.weights[0][0] // 64)[: case.rows[0] // 64]
             self.blocks = Blocks(blocks.to(device), 64)
         out = torch.float32 if self.accumulate else dtype
-        self.ours, self.theirs = (
-            [torch.zeros(shape, dtype=out, device=device) for shape in shapes] for _ in range(2)
-        )
+        self.ours = [torch.zeros(shape, dtype=out, device=device) for shape in shapes]
+        if case.form == "group":  # one after another, so that one product can write all of them
+            self.whole = torch.zeros(sum(case.rows), case.cols, dtype=out, device=device)
+            self.theirs = list(self.whole.split(case.rows))
+        else:
+            self.theirs = [torch.zeros(shape, dtype=out, device=device) for shape in shapes]
 
     def chunkft(self, backend: str, config: Config | None = None) -> None:
         """The library's function, by a backend."""
@@ -97,9 +106,9 @@ class Setup:
             torch.mm(member[:, span].t(), self.x, out=out)
 
     def _cat(self) -> None:
-        """One product of all slices side by side; its result is cut without a copy, as leaves' gradients may be."""
+        """One product of all slices side by side."""
         rows = torch.cat([dy[:, span] for dy, span in zip(self.dys, self.spans, strict=True)], dim=1)
-        self.theirs = list(torch.mm(rows.t(), self.x).split(list(self.case.rows)))
+        torch.mm(rows.t(), self.x, out=self.whole)
 
     def _index_select(self) -> None:
         dy = self.dys[0]

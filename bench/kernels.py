@@ -29,15 +29,16 @@ from typing import Any
 import torch
 
 from chunkft.kernels import gpu, measured, triton_wgrad
+from chunkft.kernels.choice import by_one_product, choose, choose_group, one_by_one
 from chunkft.kernels.heuristics import (
     Config,
     Problem,
     candidates,
-    choose,
     pick,
     predict,
     predict_torch,
     roofline,
+    tiles,
 )
 from chunkft.kernels.targets import TARGETS, Target
 
@@ -56,6 +57,11 @@ def config_of(case: Case, target: Target) -> Config:
     return pick(problem_of(case), target, case.form != "experts")
 
 
+def tiles_of(case: Case, config: Config) -> int:
+    """Programs of a launch."""
+    return tiles(config, problem_of(case)) * config.splits
+
+
 def least(case: Case, target: Target) -> float:
     """Microseconds of the roofline; the experts read tokens of their own each."""
     if case.form != "experts":
@@ -65,25 +71,30 @@ def least(case: Case, target: Target) -> float:
 
 
 def prediction(case: Case, target: Target) -> dict[str, Any]:
-    """Modelled microseconds of Triton, of PyTorch and of the roofline."""
+    """Modelled microseconds of Triton, of PyTorch and of the roofline.
+
+    ``auto`` compares with what it would run otherwise; of experts that is a product each, not ``torch._grouped_mm``.
+    """
     problem, config, bound = problem_of(case), config_of(case, target), least(case, target)
     ours = predict(config, problem, target)
     mine = ours.microseconds
     if case.form == "group":
-        parts = [Problem(case.tokens, rows, case.cols) for rows in case.rows]
-        theirs = sum(predict_torch(part, target).microseconds for part in parts)
+        theirs = min(one_by_one(problem, target), by_one_product(problem, target))
     elif case.form == "experts":
         mine, theirs = max(mine, bound / 0.85 + 4.0), bound / 0.9 + 4.0
     else:
         theirs = predict_torch(problem, target).microseconds
-    single = case.form in ("slice", "misaligned", "accumulate", "blocks")
+    if case.form in ("group", "experts"):
+        auto = choose_group(problem, target, split=case.form == "group")
+    else:
+        auto = choose(problem, target)
     return {
         "config": asdict(config),
         "bound": ours.bound,
         "triton_us": round(mine, 2),
         "torch_us": round(theirs, 2),
         "roofline_us": round(bound, 2),
-        "auto": "triton" if single and choose(problem, target) else "torch",
+        "auto": "torch" if auto is None else "triton",
     }
 
 
@@ -107,14 +118,14 @@ def measure(case: Case, target: Target, clock: Clock, tune: int, rounds: int) ->
     for name, run in runs.items():
         if reason := setup.check(run):
             raise CheckFailed(f"{configs[int(name)] if name.isdigit() else name}: {reason}")
+    if case.form == "experts":  # what `auto` runs without a table waits for the device, which no graph can
+        runs["fallback"] = lambda: setup.chunkft("torch")
     theirs = setup.torch()
     runs |= {f"torch {name}": run for name, run in theirs.items()}
     eager = dict(zip(runs, clock.microseconds(list(runs.values()), rounds), strict=True))
     best = min(range(len(configs)), key=lambda i: eager[str(i)])
-    # PyTorch's form of experts asks the device for their sizes, which no graph can hold
-    graphed = [
-        name for name in runs if not name.isdigit() and not (case.form == "experts" and name == "auto")
-    ]
+    waits = {"auto", "fallback"} if case.form == "experts" else set()
+    graphed = [name for name in runs if not name.isdigit() and name not in waits]
     graphs = clock.microseconds([clock.graph(runs[name]) for name in (*graphed, str(best))], rounds)
     alone = dict(zip((*graphed, "triton"), graphs, strict=True))
     alone.setdefault("auto", eager["auto"])
@@ -137,6 +148,9 @@ def measure(case: Case, target: Target, clock: Clock, tune: int, rounds: int) ->
         "tflops": round(flop / alone["triton"] / 1e6, 1),
         "gbytes_per_s": round(moved / alone["triton"] / 1e3, 1),
         "speedup": round(base / alone["triton"], 3),
+        "gain_of_auto": math.floor(1000 * eager["fallback"] / eager[str(best)]) / 1000
+        if "fallback" in eager
+        else math.floor(1000 * base / alone["triton"]) / 1000,
         "auto_speedup": round(base / alone["auto"], 3),
     }
 
@@ -190,17 +204,17 @@ def write_table_of(suite: dict[str, Any], path: Path) -> None:
 
 
 def table_entries(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries of a table: every measured case that `auto` may meet."""
+    """Entries of a table: what Triton wins in each measured case over what `auto` would run otherwise."""
     fields = {f.name for f in dataclasses.fields(Case)}
     found = []
     for record in records:
-        if "speedup" not in record or record.get("form") in (None, "experts"):
+        if "gain_of_auto" not in record:
             continue
         values = {name: record[name] for name in fields}
         values["weights"] = tuple(tuple(pair) for pair in values["weights"])
         values["rows"] = tuple(values["rows"])
         config = Config(**record["config"])
-        found.append(measured.entry(problem_of(Case(**values)), config, record["speedup"]))
+        found.append(measured.entry(problem_of(Case(**values)), config, record["gain_of_auto"]))
     return found
 
 

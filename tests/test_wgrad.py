@@ -1,15 +1,19 @@
 """The weight gradient of a slice: the bits of the dense product in fp32, its accuracy in 16 bits."""
 
+import sys
+
 import pytest
 import torch
 from helpers import assert_close_to_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from chunkft.kernels import Blocks, wgrad
+from chunkft.kernels import Blocks, torch_wgrad, wgrad
 from chunkft.kernels.heuristics import Config
-from chunkft.kernels.wgrad import saved_columns
+from chunkft.kernels.launches import forget
+from chunkft.kernels.torch_wgrad import saved_columns
 
+kernels_wgrad = sys.modules["chunkft.kernels.wgrad"]  # the function has its module's name
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 LAYOUTS = ("plain", "transposed", "strided", "window", "expanded")
 
@@ -104,6 +108,126 @@ def test_wider_result_keeps_the_accumulators_digits(dtype):
     total = torch.ones(16, 30)
     wgrad(dy, x, slice(3, 19), out=total, accumulate=True)
     assert_close_to_exact(total, single[3:19] + 1, exact[3:19] + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "window"])
+def test_a_sum_in_sixteen_bits_is_rounded_once(dtype, layout):
+    dy, x = torch.randn(300, 40).to(dtype), torch.randn(300, 50).to(dtype)
+    whole = (torch.randn(64, 64) * 50).to(dtype)
+    out = {
+        "rows": whole[:29, :50].clone(),
+        "columns": whole[:50, :29].clone().t(),
+        "window": whole[3:32, 5:55],
+    }[layout]
+    exact = out.double() + dy[:, 7:36].double().t() @ x.double()
+    once = (exact.to(dtype).double() - exact).abs().max()
+    for _ in range(2):  # as it is checked, and as it is remembered
+        total = out.clone() if layout != "window" else out
+        before = total.clone()
+        assert wgrad(dy, x, slice(7, 36), out=total, accumulate=True) is total
+        assert (total.double() - exact).abs().max() <= once * (1 + 1e-3)
+        total.copy_(before)
+
+
+def test_an_fp32_sum_of_sixteen_bit_operands_is_one_product(monkeypatch):
+    """As on CUDA, whose addmm multiplies 16 bits into fp32; here a stand-in does, which checks what CUDA would."""
+    calls = []
+
+    def stand_in(name):
+        def call(*operands, out_dtype, out=None):
+            left, right = operands[-2:]
+            assert left.dtype == right.dtype == torch.bfloat16
+            assert out_dtype == torch.float32
+            assert out is None or out.dtype == out_dtype
+            calls.append((name, out is not None))
+            product = left.float() @ right.float()
+            product = product + operands[0] if name == "addmm" else product
+            return product if out is None else out.copy_(product)
+
+        return call
+
+    dy, x = torch.randn(40, 30).bfloat16(), torch.randn(40, 20).bfloat16()
+    exact = dy[:, 3:19].float().t() @ x.float()
+    real = torch.mm, torch.addmm
+    for module in (kernels_wgrad, torch_wgrad):
+        monkeypatch.setattr(module, "multiplies_into_fp32", lambda operand: True)
+    monkeypatch.setattr(
+        torch, "mm", lambda *a, **k: (stand_in("mm") if "out_dtype" in k else real[0])(*a, **k)
+    )
+    monkeypatch.setattr(torch, "addmm", stand_in("addmm"))
+    out = torch.ones(16, 20)
+    with torch.no_grad():
+        for _ in range(2):
+            out.fill_(1.0)
+            wgrad(dy, x, slice(3, 19), out=out, accumulate=True)
+            torch.testing.assert_close(out, exact + 1)
+            wgrad(dy, x, slice(3, 19), out=out)
+            torch.testing.assert_close(out, exact)
+        torch.testing.assert_close(wgrad(dy, x, slice(3, 19), out_dtype=torch.float32), exact)
+    forget()
+    assert calls == [("addmm", True), ("mm", True)] * 2 + [("mm", False)]
+
+
+def test_torch_multiplies_sixteen_bits_into_fp32_in_place():
+    """The signatures that CUDA's form calls, on the device that has shapes only."""
+    a, b, out = (torch.empty(size, device="meta", dtype=kind) for size, kind in
+                 (((6, 4), torch.bfloat16), ((4, 5), torch.bfloat16), ((6, 5), torch.float32)))  # fmt: skip
+    assert torch.addmm(out, a, b, out_dtype=torch.float32, out=out) is out
+    assert torch.mm(a, b, out_dtype=torch.float32, out=out) is out
+    assert torch.mm(a, b, out_dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_remembered_calls_are_told_apart(dtype):
+    """Calls that differ in one thing each, twice in turn: what is remembered of one never answers another."""
+    forget()
+    dy, x = torch.randn(12, 40).to(dtype), torch.randn(12, 70).to(dtype)
+    wide = torch.randn(12, 80).to(dtype)
+    variants = [
+        (dy, x, slice(3, 20), {}),
+        (dy, x, slice(4, 20), {}),
+        (dy, x, slice(3, 21), {}),
+        (dy, x, slice(None, 20), {}),
+        (wide[:, ::2], x, slice(3, 20), {}),
+        (dy[:7], x[:7], slice(3, 20), {}),
+        (dy, x[:, :33], slice(3, 20), {}),
+        (dy, x, slice(3, 20), {"out_dtype": torch.float64}),
+        (dy, x, slice(3, 20), {"cols": slice(5, 66)}),
+        (dy, x, slice(3, 20), {"out": torch.empty(17, 70, dtype=dtype)}),
+        (dy, x, slice(3, 20), {"out": torch.empty(70, 17, dtype=dtype).t()}),
+        (dy, x, slice(3, 20), {"out": torch.ones(17, 70, dtype=dtype), "accumulate": True}),
+        (dy, x, slice(3, 20), {"out": torch.empty(17, 70, dtype=torch.float64)}),
+        (dy.double(), x.double(), slice(3, 20), {}),
+    ]
+    with torch.no_grad():
+        for _ in range(2):
+            for a, b, rows, options in variants:
+                before = options["out"].clone() if options.get("accumulate") else 0
+                got = wgrad(a, b, rows, **options)
+                wanted = options.get("out_dtype") or (options["out"].dtype if "out" in options else a.dtype)
+                exact = a.double().t() @ b.double()
+                expected = (exact[rows, options.get("cols", slice(None))] + before).to(wanted)
+                assert got.dtype == wanted
+                assert "out" not in options or got is options["out"]
+                torch.testing.assert_close(got, expected, rtol=2e-2, atol=1e-1)
+                options.get("out", torch.empty(0)).fill_(1.0)
+    for bad in ({"out": torch.empty(17, 71, dtype=dtype)}, {"accumulate": True}):
+        with pytest.raises(ValueError, match="out"):
+            wgrad(dy, x, slice(3, 20), **bad)
+
+
+def test_gradients_flow_through_a_result_that_was_given():
+    dy, x = torch.randn(9, 20).bfloat16(), torch.randn(9, 30).bfloat16()
+    for _ in range(2):
+        with torch.no_grad():
+            wgrad(dy, x, slice(3, 19), out=torch.empty(16, 30, dtype=torch.bfloat16))
+        leaf = dy.clone().requires_grad_()
+        wgrad(leaf, x, slice(3, 19), out=torch.empty(16, 30, dtype=torch.bfloat16)).sum().backward()
+        assert leaf.grad is not None
+        assert int(leaf.grad.count_nonzero()) > 0
+    with pytest.raises(RuntimeError, match="more than one element"):
+        wgrad(dy, x, slice(3, 19), out=torch.empty(1, 30, dtype=torch.bfloat16).expand(16, 30))
 
 
 def test_result_may_be_narrower_than_the_inputs():

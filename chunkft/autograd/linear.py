@@ -13,7 +13,7 @@ from torch.autograd.function import Function
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
 from chunkft.kernels import wgrad
-from chunkft.kernels.wgrad import saved_columns
+from chunkft.kernels.torch_wgrad import saved_columns
 
 Active = Sequence[tuple[Slice, Tensor]]
 Window = tuple[int, int, int]  # dim, start, stop

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from chunkft.kernels import gpu
+from chunkft.kernels import choice, gpu
+from chunkft.kernels.grouped_choice import config_of_experts, way_of_groups
 from chunkft.kernels.selection import checked
+from chunkft.kernels.torch_grouped_wgrad import by_one_product, one_by_one
 from chunkft.kernels.wgrad import BACKENDS, wgrad
 
 if TYPE_CHECKING:
@@ -44,7 +47,9 @@ def grouped_wgrad(
         outs: G tensors (R_g, C) of one dtype that receive the results; for Triton with a contiguous last dimension.
         accumulate: add to ``outs`` instead of overwriting them.
         out_dtype: dtype of new results; the input's by default.
-        backend: as for ``wgrad``; ``"auto"`` takes PyTorch, one product a slice, until measured otherwise.
+        backend: as for ``wgrad``. ``"torch"`` is a product a slice, or one for all that share X where copying their dY
+            side by side is expected to cost less than products of few rows (on a GPU; results are views of one tensor
+            then); ``"auto"`` compares Triton with the better of the two.
         tf32: as for ``wgrad``.
         config: tile of the Triton kernel instead of the picker's choice.
 
@@ -90,22 +95,42 @@ def grouped_wgrad(
                 f"out_dtype={out_dtype} disagrees with outs[{i}].dtype={out.dtype}; give one of them"
             )
 
-    if backend != "triton":
-        results = []
-        for i, dy in enumerate(dys):
-            own_out = None if outs is None else outs[i]
-            results.append(
-                wgrad(dy, xs[i], spans[i], widths[i], own_out, accumulate, out_dtype, backend, tf32=tf32)
-            )
-        return results
     if not dys:
         return []
-    gpu.require(dys[0])
+    if backend == "triton":
+        gpu.require(dys[0])
+        return _by_triton(dys, xs, spans, widths, outs, accumulate, out_dtype, tf32, config)
+    if len({dy.dtype for dy in dys}) > 1:
+        return [
+            wgrad(dy, own, span, width, None if outs is None else outs[i], accumulate, out_dtype, "torch")
+            for i, (dy, own, span, width) in enumerate(zip(dys, xs, spans, widths, strict=True))
+        ]
+    wanted = outs[0].dtype if outs is not None else out_dtype or dys[0].dtype
+    way = way_of_groups(dys, xs, spans, widths, outs, accumulate, wanted, tf32, triton=backend == "auto")
+    if way == "by one product":
+        return by_one_product(dys, xs[0], spans, widths[0], outs, accumulate, wanted)
+    if way == "one by one":
+        return one_by_one(dys, xs, spans, widths, outs, accumulate, wanted)
+    return _by_triton(dys, xs, spans, widths, outs, accumulate, out_dtype, tf32, way)
+
+
+def _by_triton(
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    spans: Sequence[slice],
+    widths: Sequence[slice],
+    outs: Sequence[Tensor] | None,
+    accumulate: bool,
+    out_dtype: torch.dtype | None,
+    tf32: bool,
+    config: Config | None,
+) -> list[Tensor]:
     from chunkft.kernels.triton_grouped_wgrad import launch_groups
 
     if outs is None:
         results = [
-            dy.new_empty(shape, dtype=out_dtype or dy.dtype) for dy, shape in zip(dys, shapes, strict=True)
+            dy.new_empty((span.stop - span.start, width.stop - width.start), dtype=out_dtype or dy.dtype)
+            for dy, span, width in zip(dys, spans, widths, strict=True)
         ]
     else:
         results = list(outs)
@@ -143,8 +168,10 @@ def expert_wgrad(
         out: (E', R, C) tensor that receives the result.
         accumulate: add to ``out`` instead of overwriting it.
         out_dtype: dtype of a new result; the input's by default.
-        backend: as for ``wgrad``. ``"torch"``, which ``"auto"`` takes until measured otherwise, waits for the device
-            to learn the offsets; Triton does not.
+        backend: as for ``wgrad``. ``"torch"`` waits for the device to learn the offsets, and is a product an expert;
+            Triton, which ``"auto"`` takes on a GPU if that is expected or measured to be faster, does neither.
+            ``torch._grouped_mm`` is not used: without tokens it gave no zeros on compute capability 10.0
+            (pytorch/pytorch#172439).
         tf32: as for ``wgrad``.
         config: tile of the Triton kernel instead of the picker's choice; without splits and TMA.
 
@@ -183,8 +210,16 @@ def expert_wgrad(
         raise ValueError(f"out must have shape {shape}, got {tuple(out.shape)}")
     if backend == "triton":
         gpu.require(dy)
+    elif backend == "auto" and choice.asks(dy):
+        from chunkft.kernels.triton_grouped_wgrad import expert_problem
+
+        shifts = (row.start % 8, col.start % 8)
+        wanted = (out_dtype or dy.dtype) if out is None else out.dtype
+        mean = expert_problem(dy, len(offsets), shape[1:], shifts, wanted.itemsize, tf32)
+        mean = replace(mean, accumulate=accumulate)
+        config = config_of_experts(dy, x, out, wanted, mean, shape[0])
     target = dy.new_empty(shape, dtype=out_dtype or dy.dtype) if out is None else out
-    if backend == "triton":
+    if backend == "triton" or config is not None:
         from chunkft.kernels.triton_grouped_wgrad import launch_experts
 
         launch_experts(

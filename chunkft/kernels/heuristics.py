@@ -2,7 +2,7 @@
 
 Pure Python, no GPU needed. Each constraint is one predicate; the picker enumerates what satisfies all of them, and an
 override by the caller is held against the same predicates. No figure of the model has been measured on a GPU yet:
-``choose`` is cautious for that reason. A table of measurements, where there is one, comes before the model.
+``choice`` is cautious for that reason. A table of measurements, where there is one, comes before the model.
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from chunkft.kernels.targets import Target
-
-if TYPE_CHECKING:
-    from chunkft.kernels.measured import Table
 
 # register file of a multiprocessor holds 64 K words; half of a thread's 255 may be accumulator
 _ACCUMULATOR_WORDS = 128
@@ -25,9 +21,6 @@ _WORKSPACE_BYTES = 64 << 20
 _SPLIT_BLOCKS = 4
 # row tiles that are ordered together, see tile_of in gpu/wgrad.py
 ROW_GROUP = 8
-# how much faster than PyTorch Triton must be to be taken: as measured, and as modelled where nothing was measured
-MEASURED_MARGIN = 1.03
-MODEL_MARGIN = 1.3
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Problem:
     ``row_block`` and ``col_block``: 0 for a contiguous slice, else the size of the blocks that are named by index (1
     for arbitrary indices). ``row_shift`` and ``col_shift``: how far the start is from a multiple of 8. ``parts``: rows
     of each slice where several make up ``rows``; no tile has rows of two. ``described``: both matrices suit a tensor
-    descriptor (16-byte aligned base and row pitch, not empty).
+    descriptor (16-byte aligned base and row pitch, not empty). ``shared``: several slices have one X.
     """
 
     tokens: int
@@ -53,6 +46,7 @@ class Problem:
     accumulate: bool = False
     tf32: bool = False
     parts: tuple[int, ...] = ()
+    shared: bool = False
 
     @property
     def ieee(self) -> bool:
@@ -244,22 +238,6 @@ def pick(problem: Problem, target: Target, split: bool = True) -> Config:
     """The configuration of the least predicted time; ties go to the first, which has the larger tile."""
     legal = (c for c in candidates(problem, target) if split or c.splits == 1)
     return min(legal, key=lambda c: predict(c, problem, target).microseconds)
-
-
-def choose(problem: Problem, target: Target, table: Table | None = None) -> Config | None:
-    """The configuration to run where Triton is expected to be faster than PyTorch by a margin, else None.
-
-    What was measured decides. Without a measurement only gathers of blocks can go to Triton, which save PyTorch's
-    copy, and only if the model, which flatters PyTorch, sees them well ahead.
-    """
-    if table is not None and (found := table.find(problem, target)) is not None:
-        config, speedup = found
-        return config if speedup >= MEASURED_MARGIN else None
-    if max(problem.row_block, problem.col_block) < 8 or 0 < min(problem.row_block, problem.col_block) < 8:
-        return None
-    config = pick(problem, target)
-    ahead = predict_torch(problem, target).microseconds / predict(config, problem, target).microseconds
-    return config if ahead >= MODEL_MARGIN else None
 
 
 def predict(config: Config, problem: Problem, target: Target) -> Prediction:

@@ -34,9 +34,15 @@ def checked(selection: Selection, size: int, name: str) -> Selection:
     """
     if selection is None:
         return None
-    if isinstance(selection, Tensor):
-        _check_index(selection, size, name)
-        return selection
+    # slices first: to ask whether something is a Tensor takes as long as all of this
+    if isinstance(selection, slice):
+        start, stop, step = selection.start, selection.stop, selection.step
+        start, stop = 0 if start is None else start, size if stop is None else stop
+        if (step is not None and step != 1) or not 0 <= start <= stop <= size:
+            raise ValueError(
+                f"{name}={selection} is not allowed; needs 0 <= start <= stop <= {size} and step 1"
+            )
+        return slice(start, stop)
     if isinstance(selection, Blocks):
         if not isinstance(selection.size, int) or selection.size < 8 or size % selection.size:
             raise ValueError(
@@ -44,20 +50,17 @@ def checked(selection: Selection, size: int, name: str) -> Selection:
             )
         _check_index(selection.index, size // selection.size, name)
         return selection
-    start = 0 if selection.start is None else selection.start
-    stop = size if selection.stop is None else selection.stop
-    if selection.step not in (None, 1) or not 0 <= start <= stop <= size:
-        raise ValueError(f"{name}={selection} is not allowed; needs 0 <= start <= stop <= {size} and step 1")
-    return slice(start, stop)
+    _check_index(selection, size, name)
+    return selection
 
 
 def selected_size(selection: Selection, size: int) -> int:
     """How many of ``size`` rows or columns a checked selection has."""
     if selection is None:
         return size
-    if isinstance(selection, Blocks):
-        return selection.index.numel() * selection.size
-    return selection.numel() if isinstance(selection, Tensor) else int(selection.stop - selection.start)
+    if isinstance(selection, slice):
+        return int(selection.stop - selection.start)
+    return selection.index.numel() * selection.size if isinstance(selection, Blocks) else selection.numel()
 
 
 def gathered(matrix: Tensor, selection: Tensor | Blocks) -> Tensor:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chunkft.kernels import gpu, measured
-from chunkft.kernels.heuristics import (
-    Config,
-    Problem,
-    broken_limits,
-    choose,
-    pick,
-    tiles,
-    workspace_elements,
-)
+from chunkft.kernels.choice import choose
+from chunkft.kernels.heuristics import Config, Problem, broken_limits, pick, tiles, workspace_elements
+from chunkft.kernels.launches import Launch, Memo, alignment
 from chunkft.kernels.selection import Blocks, Selection, selected_size
 from chunkft.kernels.targets import Target, target_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGN = 8
+# by all that they depend on: the choices of backend="auto", and the launches
+_decisions: Memo[tuple[Config | None, Config | None]] = Memo()
+_plans: Memo[Plan] = Memo()
 
 
 def target_for(device: torch.device) -> Target:
@@ -45,8 +44,9 @@ def problem_of(
     out_dtype: torch.dtype,
     accumulate: bool,
     tf32: bool,
+    described: bool,
 ) -> Problem:
-    """What the picker has to know about checked arguments of ``wgrad``."""
+    """What the picker has to know about checked arguments of ``wgrad``; ``described`` as ``is_described`` of both."""
     row_start, row_block = _start(rows)
     col_start, col_block = _start(cols)
     return Problem(
@@ -59,20 +59,59 @@ def problem_of(
         col_block=col_block,
         row_shift=row_start % _ALIGN,
         col_shift=col_start % _ALIGN,
-        described=_described(dy) and _described(x),
+        described=described,
         accumulate=accumulate,
         tf32=tf32,
     )
 
 
-def chosen(dy: Tensor, x: Tensor, rows: Selection, cols: Selection, **what: Any) -> Config | None:
-    """The configuration with which ``backend="auto"`` takes Triton, or None where it takes PyTorch."""
-    if not dy.is_cuda or torch.compiler.is_compiling() or not gpu.available() or unsupported(dy, x):
-        return None
-    if torch.cuda.get_device_capability(dy.device) < (8, 0):
-        return None
-    target = target_for(dy.device)
-    return choose(problem_of(dy, x, rows, cols, **what), target, measured.for_capability(target.capability))
+def chosen(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    *,
+    out_dtype: torch.dtype,
+    accumulate: bool,
+    tf32: bool,
+    norm: bool,
+) -> tuple[Config | None, bool]:
+    """The configuration with which ``backend="auto"`` takes Triton, or None: PyTorch; and whether at any address."""
+    if torch.compiler.is_compiling():
+        return None, False
+    key = (
+        dy.shape, x.shape, dy.stride(), x.stride(), dy.dtype, dy.device, _named(rows), _named(cols),
+        out_dtype, accumulate, tf32, norm,
+    )  # fmt: skip
+    found = _decisions.get(key)
+    if found is None:
+        found = _decisions.keep(key, _decide(dy, x, rows, cols, out_dtype, accumulate, tf32, norm))
+    # Only where it matters: a tensor that stands for a batch of others has no address.
+    settled = found[0] is found[1]
+    return found[0 if settled else _described(dy) and _described(x)], settled
+
+
+def _decide(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    out_dtype: torch.dtype,
+    accumulate: bool,
+    tf32: bool,
+    norm: bool,
+) -> tuple[Config | None, Config | None]:
+    """The choice for matrices that do not suit a descriptor, and for those that do."""
+    if not gpu.available() or unsupported(dy, x):
+        return None, None
+    try:
+        target = target_for(dy.device)
+    except ValueError:  # older than the kernels, or not known to them
+        return None, None
+    table = measured.for_capability(target.capability)
+    problem = problem_of(dy, x, rows, cols, out_dtype, accumulate, tf32, described=False)
+    plain = choose(problem, target, table, norm=norm)
+    return plain, choose(replace(problem, described=True), target, table, norm=norm)
 
 
 def unsupported(dy: Tensor, x: Tensor) -> str:
@@ -83,6 +122,17 @@ def unsupported(dy: Tensor, x: Tensor) -> str:
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             return f"{name} must have a contiguous last dimension, got strides {matrix.stride()}"
     return ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch but for its tensors; ``call`` is None where the result is empty."""
+
+    config: Config
+    tiles: int
+    workspace: int
+    call: Launch | None
+    integers: tuple[int, ...]
 
 
 def launch(
@@ -102,74 +152,130 @@ def launch(
     Raises:
         ValueError: if the tensors or ``config`` do not suit the kernel.
     """
-    gpu.require(dy)
-    reason = unsupported(dy, x)
-    if not reason and out.dtype not in DTYPES:
-        reason = f"out must be bfloat16, float16 or float32, got {out.dtype}"
-    if reason:
-        raise ValueError(f"backend='triton' cannot do this: {reason}")
-    target = target_for(dy.device)
-    problem = problem_of(dy, x, rows, cols, out.dtype, accumulate, tf32)
-    config = _checked_config(config, problem, target)
-    if not problem.rows or not problem.cols:
+    plan = launch_of(
+        dy, x, rows, cols, out, accumulate=accumulate, tf32=tf32, norm=squared_norm is not None, config=config
+    )
+    if plan.call is None:
         if squared_norm is not None:
             squared_norm.zero_()
         return
+    config = plan.config
+    partials = counters = norms = None
+    if config.splits > 1:
+        partials = torch.empty(plan.workspace, dtype=torch.float32, device=dy.device)
+        counters = torch.zeros(plan.tiles, dtype=torch.int32, device=dy.device)
+    if squared_norm is not None:
+        norms = torch.empty(plan.tiles, dtype=torch.float32, device=dy.device)
+    row_index, col_index = _index(rows), _index(cols)
+    tensors = (dy, x, out, row_index, col_index, partials, counters, norms)
+    with torch.cuda.device(dy.device) if dy.is_cuda else nullcontext():
+        plan.call(
+            alignment(*[tensor.data_ptr() for tensor in tensors if tensor is not None]),
+            _operand(dy, config.block_k, config.block_m, config.tma),
+            _operand(x, config.block_k, config.block_n, config.tma),
+            out,
+            row_index,
+            col_index,
+            partials,
+            counters,
+            # a pointer is needed where none is used: the kernel adds the tile's number to it
+            out if norms is None else norms,
+            *plan.integers,
+        )
+    if squared_norm is not None and norms is not None:
+        torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
 
+
+def launch_of(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+    tf32: bool = False,
+    norm: bool = False,
+    config: Config | None = None,
+) -> Plan:
+    """Everything of a launch on checked arguments but their addresses: made once, then remembered.
+
+    Raises:
+        ValueError: if the tensors or ``config`` do not suit the kernel.
+    """
+    described = _described(dy) and _described(x)
+    key = (
+        dy.shape, x.shape, dy.stride(), x.stride(), out.stride(), dy.dtype, out.dtype, dy.device,
+        _named(rows), _named(cols), accumulate, tf32, norm, config, described,
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        gpu.require(dy)
+        reason = unsupported(dy, x)
+        if not reason and out.dtype not in DTYPES:
+            reason = f"out must be bfloat16, float16 or float32, got {out.dtype}"
+        if reason:
+            raise ValueError(f"backend='triton' cannot do this: {reason}")
+        target = target_for(dy.device)
+        problem = problem_of(dy, x, rows, cols, out.dtype, accumulate, tf32, described)
+        used = _checked_config(config, problem, target)
+        plan = _plans.keep(key, _plan(dy, x, rows, cols, out, problem, used, norm))
+    return plan
+
+
+def _plan(
+    dy: Tensor,
+    x: Tensor,
+    rows: Selection,
+    cols: Selection,
+    out: Tensor,
+    problem: Problem,
+    config: Config,
+    norm: bool,
+) -> Plan:
+    """Everything of a launch that shapes, strides, dtypes and bounds tell."""
+    if not problem.rows or not problem.cols:
+        return Plan(config, 0, 0, None, ())
     from chunkft.kernels.gpu.wgrad import wgrad_kernel
 
     count = tiles(config, problem)
     row_start, row_shift = divmod(_start(rows)[0], _ALIGN)
     col_start, col_shift = divmod(_start(cols)[0], _ALIGN)
     steps = -(-problem.tokens // config.block_k)
-    partials = counters = norms = None
-    if config.splits > 1:
-        partials = torch.empty(workspace_elements(config, problem), dtype=torch.float32, device=dy.device)
-        counters = torch.zeros(count, dtype=torch.int32, device=dy.device)
-    if squared_norm is not None:
-        norms = torch.empty(count, dtype=torch.float32, device=dy.device)
-    with torch.cuda.device(dy.device) if dy.is_cuda else nullcontext():
-        wgrad_kernel[(count * config.splits,)](
-            _operand(dy, config.block_k, config.block_m, config.tma),
-            _operand(x, config.block_k, config.block_n, config.tma),
-            out,
-            _index(rows),
-            _index(cols),
-            partials,
-            counters,
-            # a pointer is needed where none is used: the kernel adds the tile's number to it
-            out if norms is None else norms,
-            problem.tokens,
-            -(-steps // config.splits) * config.block_k,
-            dy.shape[1],
-            x.shape[1],
-            problem.rows,
-            problem.cols,
-            dy.stride(0),
-            x.stride(0),
-            out.stride(0),
-            out.stride(1),
-            row_start,
-            row_shift,
-            col_start,
-            col_shift,
-            BM=config.block_m,
-            BN=config.block_n,
-            BK=config.block_k,
-            SPLITS=config.splits,
-            ROW_BLOCK=problem.row_block,
-            COL_BLOCK=problem.col_block,
-            MASKED=not config.tma and problem.tokens % config.block_k != 0,
-            TMA=config.tma,
-            ACCUMULATE=accumulate,
-            NORM=norms is not None,
-            PRECISION="tf32" if tf32 and problem.itemsize == 4 else "ieee",
-            INTERPRETED=gpu.interpreted(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-    if squared_norm is not None and norms is not None:
-        torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
+    integers = (
+        problem.tokens,
+        -(-steps // config.splits) * config.block_k,
+        dy.shape[1],
+        x.shape[1],
+        problem.rows,
+        problem.cols,
+        dy.stride(0),
+        x.stride(0),
+        out.stride(0),
+        out.stride(1),
+        row_start,
+        row_shift,
+        col_start,
+        col_shift,
+    )
+    constants = {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": config.block_k,
+        "SPLITS": config.splits,
+        "ROW_BLOCK": problem.row_block,
+        "COL_BLOCK": problem.col_block,
+        "MASKED": not config.tma and problem.tokens % config.block_k != 0,
+        "TMA": config.tma,
+        "ACCUMULATE": problem.accumulate,
+        "NORM": norm,
+        "PRECISION": "tf32" if problem.tf32 and problem.itemsize == 4 else "ieee",
+        "INTERPRETED": gpu.interpreted(),
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    workspace = workspace_elements(config, problem) if config.splits > 1 else 0
+    call = Launch(wgrad_kernel, (count * config.splits,), constants, options)
+    return Plan(config, count, workspace, call, integers)
 
 
 def _checked_config(config: Config | None, problem: Problem, target: Target) -> Config:
@@ -183,7 +289,7 @@ def _checked_config(config: Config | None, problem: Problem, target: Target) -> 
         return config
     table = measured.for_capability(target.capability)
     found = None if table is None else table.find(problem, target)
-    return pick(problem, target) if found is None else found[0]
+    return pick(problem, target) if found is None or found[0] is None else found[0]
 
 
 def _start(selection: Selection) -> tuple[int, int]:
@@ -193,6 +299,16 @@ def _start(selection: Selection) -> tuple[int, int]:
     if isinstance(selection, Blocks):
         return 0, selection.size
     return (0 if selection is None else int(selection.start)), 0
+
+
+def _named(selection: Selection) -> Hashable:
+    """All that a launch depends on, but for the indices."""
+    if selection is None:
+        return None
+    if isinstance(selection, slice):
+        return selection.start, selection.stop
+    index, size = (selection.index, selection.size) if isinstance(selection, Blocks) else (selection, 1)
+    return index.numel(), index.dtype, size
 
 
 def _index(selection: Selection) -> Tensor | None:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from helpers import assert_close_to_exact
 
 from chunkft.kernels import expert_wgrad, grouped_wgrad, wgrad
+from chunkft.kernels.torch_grouped_wgrad import adjacent, by_one_product, can_join
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DYS = [torch.randn(20, size) for size in (64, 40, 33)]
@@ -21,6 +23,64 @@ def test_groups_have_the_bits_of_single_slices():
     assert torch.equal(outs[1], 1 + wgrad(DYS[1], X * 2))
     assert grouped_wgrad([], X) == []
     assert grouped_wgrad(DYS, X, out_dtype=torch.float64)[0].dtype == torch.float64
+
+
+def joined_operands(dtype):
+    dys, x = [dy.to(dtype) for dy in DYS], X.to(dtype)
+    spans, cols = [slice(3, 50), slice(0, 40), slice(7, 7)], slice(5, 48)
+    exact = [dy[:, rows].double().t() @ x[:, cols].double() for dy, rows in zip(dys, spans, strict=True)]
+    return dys, x, spans, cols, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("given", "accumulate"),
+    [("new", False), ("apart", False), ("apart", True), ("adjacent", False), ("adjacent", True)],
+)
+def test_one_product_of_joined_slices_is_the_products_of_each(dtype, given, accumulate):
+    dys, x, spans, cols, exact = joined_operands(dtype)
+    outs = None
+    if given != "new":
+        whole = torch.randn(87, 43).to(dtype)
+        outs = (
+            list(whole.split([47, 40, 0]))
+            if given == "adjacent"
+            else [whole[:47].clone(), whole[47:].clone(), X[:0, :43].to(dtype)]
+        )
+        assert (adjacent(outs) is not None) == (given == "adjacent")
+        if accumulate:
+            exact = [e + out.double() for e, out in zip(exact, outs, strict=True)]
+    with torch.no_grad():
+        got = by_one_product(dys, x, spans, cols, outs, accumulate, dtype)
+    for i, (one, expected) in enumerate(zip(got, exact, strict=True)):
+        assert outs is None or one is outs[i]
+        assert_close_to_exact(one, expected.to(dtype), expected)
+    if given == "new":
+        assert len({one.untyped_storage().data_ptr() for one in got}) == 1
+
+
+@pytest.mark.parametrize("change", ["gap", "order", "column", "storage"])
+def test_outs_that_are_not_one_tensor_are_not_taken_for_one(change):
+    whole = torch.zeros(20, 6)
+    outs = {
+        "gap": [whole[0:5], whole[6:9]],
+        "order": [whole[5:9], whole[0:5]],
+        "column": [whole[0:5, :3], whole[5:9, :3]],
+        "storage": [whole[0:5], torch.zeros(25, 6)[5:9]],
+    }[change]
+    assert adjacent(outs) is None
+    view = adjacent([whole[2:5], whole[5:5], whole[5:9]])
+    assert view.shape == (7, 6)
+    assert view.data_ptr() == whole[2:].data_ptr()
+
+
+def test_bits_on_a_cpu_come_before_one_product():
+    assert not can_join(DYS, [X] * 3)
+    assert not can_join(DYS, [X.bfloat16() for _ in range(3)])
+    shared = X.bfloat16()
+    assert can_join(DYS, [shared, shared[:], shared])
+    assert not can_join(DYS, [shared, shared[:, 1:], shared])
+    assert not can_join(DYS[:1], [shared])
 
 
 def test_experts_have_the_gradient_of_autograd():

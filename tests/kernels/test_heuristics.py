@@ -1,12 +1,11 @@
-"""The picker: only legal configurations, one for every problem; the table before the model; caution without either."""
+"""The picker: only legal configurations, one for every problem."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
 
-from chunkft.kernels import heuristics, measured
+from chunkft.kernels import heuristics
 from chunkft.kernels.heuristics import (
     LIMITS,
     PREFERENCES,
@@ -14,7 +13,6 @@ from chunkft.kernels.heuristics import (
     Problem,
     broken_limits,
     candidates,
-    choose,
     pick,
     predict,
     predict_torch,
@@ -112,77 +110,6 @@ def test_slices_of_their_own_have_tiles_of_their_own():
     assert heuristics.tiles(config, Problem(64, 130, 128)) == 3
     assert heuristics.tiles(config, Problem(64, 130, 128, parts=(10, 20, 100))) == 4
     assert heuristics.tiles(config, Problem(64, 128, 128, row_shift=1, col_shift=1)) == 6
-
-
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
-def test_without_measurements_contiguous_slices_and_single_indices_stay_with_pytorch(target):
-    for tokens, rows, cols in product((64, 1024, 16384), (8, 64, 512, 4096), (256, 4096)):
-        assert choose(Problem(tokens, rows, cols), target) is None
-        assert choose(Problem(tokens, rows, cols, row_block=1), target) is None
-        assert choose(Problem(tokens, rows, cols, row_block=64, col_block=1), target) is None
-
-
-def test_gathers_of_blocks_go_to_triton_only_with_a_margin(monkeypatch):
-    problem = Problem(16384, 4096, 512, row_block=64)
-    ahead = (
-        predict_torch(problem, H100).microseconds / predict(pick(problem, H100), problem, H100).microseconds
-    )
-    for margin, expected in ((ahead * 0.99, pick(problem, H100)), (ahead * 1.01, None)):
-        monkeypatch.setattr(heuristics, "MODEL_MARGIN", margin)
-        assert choose(problem, H100) == expected
-
-
-def write(tmp_path, entries, capability=90, version=measured.FORMAT):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"format": version, "family": capability, "entries": entries}))
-    return path
-
-
-def test_what_was_measured_decides(tmp_path):
-    problem, config = Problem(4096, 500, 4096), Config(128, 128, 64, 8, 4, tma=True)
-    slow = Problem(1024, 128, 4096)
-    table = measured.load(
-        write(tmp_path, [measured.entry(problem, config, 1.2), measured.entry(slow, config, 1.02)])
-    )
-    assert choose(problem, H100, table) == config
-    assert choose(replace(problem, tokens=4000, rows=530), H100, table) == config
-    assert choose(slow, H100, table) is None
-    assert table.find(replace(problem, itemsize=4), H100) is None
-    assert table.find(replace(problem, tokens=16384), H100) is None
-    # another family, or a configuration that is not legal for this problem
-    assert table.find(problem, A100) is None
-    assert table.find(replace(problem, described=False), H100) is None
-
-
-def test_measured_slowness_keeps_gathers_with_pytorch(tmp_path, monkeypatch):
-    monkeypatch.setattr(heuristics, "MODEL_MARGIN", 0.0)
-    problem = Problem(16384, 4096, 512, row_block=64)
-    assert choose(problem, H100) is not None
-    table = measured.load(write(tmp_path, [measured.entry(problem, pick(problem, H100), 0.9)]))
-    assert choose(problem, H100, table) is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["{", "[]", '{"format": 1, "entries": []}', '{"format": 2, "family": 90, "entries": []}'],
-)
-def test_files_that_are_no_table_are_refused(tmp_path, content):
-    path = tmp_path / "table.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"table\.json is not a table of kernel configurations of format 1"):
-        measured.load(path)
-
-
-def test_the_environment_names_a_table(tmp_path, monkeypatch):
-    measured.for_capability.cache_clear()
-    assert measured.for_capability(90) is None
-    path = write(tmp_path, [measured.entry(Problem(1, 1, 1), Config(64, 64, 32, 4, 2), 2.0)])
-    monkeypatch.setenv(measured.VARIABLE, str(path))
-    measured.for_capability.cache_clear()
-    table = measured.for_capability(90)
-    assert table is not None
-    assert [asdict(config)["block_m"] for config, _ in table.entries.values()] == [64]
-    measured.for_capability.cache_clear()
 
 
 def test_devices_are_known_by_name_or_by_family():

@@ -124,6 +124,13 @@ def test_tensors_that_are_aligned_otherwise_get_a_variant_of_their_own(record):
     variants = [one.variant for one in record.launches]
     assert variants[0] == variants[1] == variants[4]
     assert variants[2] == variants[3] != variants[0]
+    # of the result as well, where all else is as before
+    result = torch.zeros(64 * 384 + 8).bfloat16()
+    for offset in (0, 1, 8):
+        out = result[offset : offset + 64 * 384].view(64, 384)
+        wgrad(DY, X, slice(0, 64), out=out, backend="triton", config=config)
+    variants = [one.variant for one in record.launches[-3:]]
+    assert variants[0] == variants[2] != variants[1]
 
 
 def table(*entries):
@@ -185,7 +192,7 @@ def test_auto_groups_go_where_the_choice_says(record, monkeypatch):
                     torch.testing.assert_close(one, right, rtol=2e-2, atol=0.2)
     # tokens or columns that differ need a launch each: PyTorch
     del record.launches[:]
-    grouped_wgrad([DY, DY[:100]], [X, X[:100]])
+    grouped_wgrad([DY, DY[:100]] * 3, [X, X[:100]] * 3)
     assert record.launches == []
 
 

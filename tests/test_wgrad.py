@@ -217,6 +217,31 @@ def test_remembered_calls_are_told_apart(dtype):
             wgrad(dy, x, slice(3, 20), **bad)
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_result_that_is_given_in_fp32_has_the_bits_of_product_and_sum(threads, accumulate):
+    dy, x = torch.randn(3001, 64), torch.randn(3001, 96)
+    product = dy.t().mm(x)[32:64]
+    for out in (torch.randn(32, 96), torch.randn(96, 32).t(), torch.randn(32, 100)[:, 3:99]):
+        expected = out + product if accumulate else product
+        wgrad(dy, x, slice(32, 64), out=out, accumulate=accumulate)
+        assert torch.equal(out, expected)
+
+
+def test_a_product_writes_only_where_it_can_go_row_by_row_or_column_by_column():
+    dy, x = torch.zeros(5, 8).bfloat16(), torch.zeros(5, 6).bfloat16()
+    whole = torch.zeros(20, 20).bfloat16()
+    for out, direct in (
+        (whole[:8, :6], True),
+        (whole[:6, :8].t(), True),
+        (whole[::2, :6][:8], True),
+        (whole[:8, ::2][:, :6], False),
+        (whole[:1, :6].expand(8, 6), False),
+        (whole[:8, :6].float(), False),
+        (whole[:8, :6].to("meta"), False),
+    ):
+        assert torch_wgrad.writes_into(out, dy, x, False, False) == direct
+
+
 def test_gradients_flow_through_a_result_that_was_given():
     dy, x = torch.randn(9, 20).bfloat16(), torch.randn(9, 30).bfloat16()
     for _ in range(2):

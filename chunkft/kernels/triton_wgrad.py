@@ -128,6 +128,8 @@ def unsupported(dy: Tensor, x: Tensor) -> str:
 class Plan:
     """A launch but for its tensors; ``call`` is None where the result is empty."""
 
+    problem: Problem
+    target: Target
     config: Config
     tiles: int
     workspace: int
@@ -219,7 +221,7 @@ def launch_of(
         target = target_for(dy.device)
         problem = problem_of(dy, x, rows, cols, out.dtype, accumulate, tf32, described)
         used = _checked_config(config, problem, target)
-        plan = _plans.keep(key, _plan(dy, x, rows, cols, out, problem, used, norm))
+        plan = _plans.keep(key, _plan(dy, x, rows, cols, out, problem, target, used, norm))
     return plan
 
 
@@ -230,12 +232,13 @@ def _plan(
     cols: Selection,
     out: Tensor,
     problem: Problem,
+    target: Target,
     config: Config,
     norm: bool,
 ) -> Plan:
     """Everything of a launch that shapes, strides, dtypes and bounds tell."""
     if not problem.rows or not problem.cols:
-        return Plan(config, 0, 0, None, ())
+        return Plan(problem, target, config, 0, 0, None, ())
     from chunkft.kernels.gpu.wgrad import wgrad_kernel
 
     count = tiles(config, problem)
@@ -275,7 +278,7 @@ def _plan(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     workspace = workspace_elements(config, problem) if config.splits > 1 else 0
     call = Launch(wgrad_kernel, (count * config.splits,), constants, options)
-    return Plan(config, count, workspace, call, integers)
+    return Plan(problem, target, config, count, workspace, call, integers)
 
 
 def _checked_config(config: Config | None, problem: Problem, target: Target) -> Config:

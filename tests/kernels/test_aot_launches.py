@@ -12,7 +12,7 @@ from aot import CACHE
 import chunkft
 from bench import kernels
 from bench.empty_launches import empty_launches
-from bench.kernel_cases import CHUNKS, FORMS, MODELS, TOKENS, Case, cases
+from bench.kernel_cases import FORMS, Case, cases
 from bench.kernel_setup import Setup
 from bench.variants import LLAMA_2_7B, llama, sweep
 from chunkft.kernels import (
@@ -60,7 +60,7 @@ DISTINCT = distinct()
 
 def test_the_distinct_cases_are_of_every_form():
     assert {case.form for case in DISTINCT} == set(FORMS)
-    assert len(DISTINCT) < len(MODELS) * len(CHUNKS) * len(TOKENS)
+    assert len(DISTINCT) < len(list(cases())) / 4
 
 
 @pytest.mark.parametrize("case", DISTINCT, ids=lambda case: case.title.replace(" ", ""))
@@ -69,8 +69,9 @@ def test_every_configuration_of_the_benchmark_launches(record, case):
     setup = Setup(case, torch.device("cpu"), values=torch.empty)
     setup.chunkft("triton", config)
     setup.chunkft("triton", config)
-    programs = kernels.tiles_of(case, config)
-    assert [one.grid for one in record.launches] == [(programs, 1, 1)] * 2
+    first, second = record.launches
+    assert first == second
+    assert 0 < first.grid[0] <= kernels.tiles_of(case, config)
     assert len(record.variants) == 1
 
 
@@ -79,7 +80,9 @@ def test_a_sweep_over_llama_2_7b_compiles_few_variants(by, tokens):
     model = llama(LLAMA_2_7B)
     found = sweep(model, chunkft.partition(model, chunks=32, by=by), tokens)
     named = "\n".join(found.variants.values())
-    assert {one.kernel for one in found.launches} == {"wgrad_kernel", "adamw_kernel", "embedding_grad_kernel"}
+    kernels_of = {one.kernel for one in found.launches}
+    assert kernels_of >= {"adamw_kernel", "embedding_grad_kernel"}
+    assert any(name.startswith("wgrad") for name in kernels_of)
     assert len(found.launches) > 32 + 224
     assert len(found.variants) <= 12, named
 
@@ -125,6 +128,13 @@ def test_tensors_that_are_aligned_otherwise_get_a_variant_of_their_own(record):
     variants = [one.variant for one in record.launches]
     assert variants[0] == variants[1] == variants[4]
     assert variants[2] == variants[3] != variants[0]
+    # of the result as well, where all else is as before
+    result = torch.zeros(64 * 384 + 8).bfloat16()
+    for offset in (0, 1, 8):
+        out = result[offset : offset + 64 * 384].view(64, 384)
+        wgrad(DY, X, slice(0, 64), out=out, backend="triton", config=config)
+    variants = [one.variant for one in record.launches[-3:]]
+    assert variants[0] == variants[2] != variants[1]
 
 
 def table(*entries):
@@ -186,7 +196,7 @@ def test_auto_groups_go_where_the_choice_says(record, monkeypatch):
                     torch.testing.assert_close(one, right, rtol=2e-2, atol=0.2)
     # tokens or columns that differ need a launch each: PyTorch
     del record.launches[:]
-    grouped_wgrad([DY, DY[:100]], [X, X[:100]])
+    grouped_wgrad([DY, DY[:100]] * 3, [X, X[:100]] * 3)
     assert record.launches == []
 
 

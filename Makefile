@@ -182,6 +182,9 @@ GPU_BUILD_STAMP := $(GPU_VENV)/.chunkft-build-$(ID)
 # What such a machine has: no datasets, no trl, no linters. torch brings triton and the CUDA libraries that it links.
 GPU_PACKAGES := torch numpy transformers accelerate peft lightning safetensors matplotlib psutil tqdm \
 	pytest pytest-xdist pytest-timeout pytest-benchmark hypothesis pybind11 cmake ninja 'setuptools>=77'
+# What a first run on a GPU rests on (CONTRIBUTING.md); those of tests/gpu are collected, to skip for want of a device.
+GPU_ENV_TESTS := tests/kernels tests/gpu $(addprefix tests/,test_bench_harness.py test_doctor.py test_driver_prototypes.py \
+	test_host_arena.py test_kernel_slices.py test_optimizer_contract.py trainers/test_accelerate_and_trl.py)
 PYTHON312 ?= $(shell for p in python3.12 python3 python "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 \
 	"$$(uv python find 3.12 2>/dev/null)"; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)

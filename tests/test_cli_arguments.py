@@ -1,5 +1,7 @@
 """Options are parsed, and wrong ones are told in one line with exit status 2."""
 
+import sys
+
 import pytest
 
 import chunkft
@@ -94,3 +96,10 @@ def test_help_names_every_option(capsys, command):
     text = capsys.readouterr().out
     for option in ("--model", "--chunks", "--partition", "--slice-dim", "--always-active", "--task"):
         assert option in text
+
+
+def test_a_package_that_is_not_installed_is_named_in_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert main(["finetune", "--steps", "1", "--out", str(tmp_path / "out")]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "chunkft: this needs the package datasets, which is not installed"

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from browser import WIDER_THAN_PAGE, Browser
 
+pytest.importorskip("mkdocs")
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 

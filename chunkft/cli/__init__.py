@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return FAILURE
     except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and not missing.startswith("chunkft"):
+            return _report(f"this needs the package {missing}, which is not installed", FAILURE, debug)
         hint = "" if debug else " (--debug shows where)"
         return _report(f"{type(error).__name__}: {_first_line(error)}{hint}", FAILURE, debug)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from datasets import Dataset
 from test_transformers_trainer import IDS, OPTIONS, build, same
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -66,7 +65,7 @@ def test_accelerate_resumes_to_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_trl_with_one_chunk_is_trl_with_adamw(kind, tmp_path):
-    trl = pytest.importorskip("trl")
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
     rows = [
         {"prompt": f"{n} plus {n}", "chosen": f" is {2 * n}.", "rejected": " is many."} for n in range(12)
@@ -88,14 +87,16 @@ def test_trl_with_one_chunk_is_trl_with_adamw(kind, tmp_path):
         place = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
         common = {"model": model, "processing_class": tokenizer, "optimizers": (optimizer, None)}
         if kind == "sft":
-            data = Dataset.from_list([{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
+            data = datasets.Dataset.from_list(
+                [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
+            )
             trainer = trl.SFTTrainer(args=trl.SFTConfig(**settings, **place), train_dataset=data, **common)
         else:
             reference = AutoModelForCausalLM.from_pretrained(embedded_model_dir())
             trainer = trl.DPOTrainer(
                 ref_model=reference,
                 args=trl.DPOConfig(**settings, **place),
-                train_dataset=Dataset.from_list(rows),
+                train_dataset=datasets.Dataset.from_list(rows),
                 **common,
             )
         trainer.train()

@@ -249,9 +249,19 @@ def _directly(view: GradientView, func: Any, args: Sequence[Any], kwargs: dict[s
 def _is_elementwise(func: Any) -> bool:
     tags = func.tags
     return func in _ELEMENTWISE or (
-        torch.Tag.pointwise in tags
-        and torch.Tag.inplace in tags
-        and torch.Tag.nondeterministic_seeded not in tags
+        torch.Tag.pointwise in tags and _is_in_place(func) and torch.Tag.nondeterministic_seeded not in tags
+    )
+
+
+def _is_in_place(func: Any) -> bool:
+    """Whether an operator writes into its first argument; torch 2.11 has no tag for that."""
+    arguments = func._schema.arguments
+    first = arguments[0] if arguments else None
+    return (
+        first is not None
+        and first.alias_info is not None
+        and first.alias_info.is_write
+        and not first.kwarg_only
     )
 
 

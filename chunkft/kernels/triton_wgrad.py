@@ -128,6 +128,14 @@ def launch(
         counters = torch.zeros(count, dtype=torch.int32, device=dy.device)
     if squared_norm is not None:
         norms = torch.empty(count, dtype=torch.float32, device=dy.device)
+    if config.persistent:
+        from chunkft.kernels.triton_persistent import launch_persistent
+
+        starts = _start(rows)[0], _start(cols)[0]
+        launch_persistent(dy, x, *starts, out, norms, problem, config, target)
+        if squared_norm is not None and norms is not None:
+            torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
+        return
     with torch.cuda.device(dy.device) if dy.is_cuda else nullcontext():
         wgrad_kernel[(count * config.splits,)](
             _operand(dy, config.block_k, config.block_m, config.tma),

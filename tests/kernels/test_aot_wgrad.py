@@ -64,6 +64,8 @@ def reachable():
     for sm in TARGETS:
         for kind, tiles in (("bf16", TILES_16BIT), ("tf32", TILES_TF32), ("ieee", TILES_IEEE)):
             for tile in tiles:
+                if tile.persistent:  # test_aot_wgrad_persistent.py
+                    continue
                 for described in (True, False):
                     problem = Problem(
                         4096,
@@ -78,7 +80,7 @@ def reachable():
                     if described and not config.tma:
                         continue
                     if all(test(config, problem, target_of(sm)) for test in (*LIMITS, *PREFERENCES)):
-                        size = f"{config.block_m}x{config.block_n}x{config.block_k}"
+                        size = f"{config.block_m}x{config.block_n}x{config.block_k}x{config.num_stages}"
                         way = "tma" if config.tma else "pointers"
                         yield pytest.param(sm, config, problem, kind, id=f"{sm}-{kind}-{size}-{way}")
 

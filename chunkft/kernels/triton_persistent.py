@@ -21,7 +21,6 @@ def launch_persistent(
     row_start: int,
     col_start: int,
     out: Tensor,
-    norms: Tensor | None,
     problem: Problem,
     config: Config,
     target: Target,
@@ -34,7 +33,6 @@ def launch_persistent(
         row_start: first row of the slice.
         col_start: first column.
         out: (R, C), R and C not 0, of any strides; receives the result.
-        norms: fp32, receives the squared norm of each tile as it was stored; None where not wanted.
         problem: what is asked for.
         config: a persistent configuration that satisfies the limits.
         target: the device, which says how many programs run at a time.
@@ -48,8 +46,6 @@ def launch_persistent(
             _described(dy, config.block_k, config.block_m),
             _described(x, config.block_k, config.block_n),
             _described(out, config.block_m, config.block_n // count) if described else out,
-            # a pointer is needed where none is used
-            dy if norms is None else norms,
             problem.tokens,
             problem.rows,
             problem.cols,
@@ -66,8 +62,7 @@ def launch_persistent(
             DTYPE=TYPES[out.dtype],
             DESCRIBED=described,
             ACCUMULATE=problem.accumulate,
-            NORM=norms is not None,
-            SPECIALIZED=is_specialized(target.capability, described, norms is not None),
+            SPECIALIZED=is_specialized(target.capability, described),
             PRECISION="tf32" if problem.tf32 and problem.itemsize == 4 else "ieee",
             INTERPRETED=gpu.interpreted(),
             num_warps=config.num_warps,
@@ -88,9 +83,9 @@ def can_describe(out: Tensor, problem: Problem) -> bool:
     )
 
 
-def is_specialized(capability: int, described: bool, norms: bool) -> bool:
+def is_specialized(capability: int, described: bool) -> bool:
     """Where warp specialisation changes the code and both Triton 3.6 and 3.9 compile it; elsewhere 3.6 fails."""
-    return capability == 100 and described and not norms
+    return capability == 100 and described
 
 
 def _described(matrix: Tensor, height: int, width: int) -> Any:

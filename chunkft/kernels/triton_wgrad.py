@@ -116,6 +116,15 @@ def launch(
             squared_norm.zero_()
         return
 
+    if config.persistent:
+        from chunkft.kernels.triton_persistent import launch_persistent
+
+        launch_persistent(dy, x, _start(rows)[0], _start(cols)[0], out, problem, config, target)
+        if squared_norm is not None:
+            # Triton 3.6 does not compile a sum over the parts of a tile for 10.0: another pass, as PyTorch's form has
+            squared_norm.copy_(out.float().square().sum().view(squared_norm.shape))
+        return
+
     from chunkft.kernels.gpu.wgrad import wgrad_kernel
 
     count = tiles(config, problem)
@@ -128,14 +137,6 @@ def launch(
         counters = torch.zeros(count, dtype=torch.int32, device=dy.device)
     if squared_norm is not None:
         norms = torch.empty(count, dtype=torch.float32, device=dy.device)
-    if config.persistent:
-        from chunkft.kernels.triton_persistent import launch_persistent
-
-        starts = _start(rows)[0], _start(cols)[0]
-        launch_persistent(dy, x, *starts, out, norms, problem, config, target)
-        if squared_norm is not None and norms is not None:
-            torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
-        return
     with torch.cuda.device(dy.device) if dy.is_cuda else nullcontext():
         wgrad_kernel[(count * config.splits,)](
             _operand(dy, config.block_k, config.block_m, config.tma),

@@ -21,7 +21,7 @@ TYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
 PROBLEM = Problem(4096, 8192, 8192)
 
 
-def compiled(sm, config, *, out="bf16", described=True, accumulate=False, norm=False):
+def compiled(sm, config, *, out="bf16", described=True, accumulate=False):
     """As the launcher would; what it found is within what the picker counted on."""
     problem = replace(PROBLEM, out_itemsize=2 if out == "bf16" else 4, accumulate=accumulate)
     count = parts(config, problem)
@@ -34,8 +34,7 @@ def compiled(sm, config, *, out="bf16", described=True, accumulate=False, norm=F
         "DTYPE": TYPES[out],
         "DESCRIBED": described,
         "ACCUMULATE": accumulate,
-        "NORM": norm,
-        "SPECIALIZED": is_specialized(sm, described, norm),
+        "SPECIALIZED": is_specialized(sm, described),
         "PRECISION": "ieee",
         "INTERPRETED": False,
     }
@@ -43,7 +42,6 @@ def compiled(sm, config, *, out="bf16", described=True, accumulate=False, norm=F
         "dy": f"tensordesc<bf16[{config.block_k}, {config.block_m}]>",
         "x": f"tensordesc<bf16[{config.block_k}, {config.block_n}]>",
         "out": f"tensordesc<{out}[{config.block_m}, {config.block_n // count}]>" if described else f"*{out}",
-        "norms": "*fp32",
     }
     types |= dict.fromkeys((*SIZES, *LOOSE), "i32")
     found = compile_for(
@@ -58,9 +56,9 @@ def compiled(sm, config, *, out="bf16", described=True, accumulate=False, norm=F
     assert found.has("mma.sync") == (sm == 120)
     assert "cp.async.bulk.tensor.2d.shared" in found.ptx, "operands do not come by TMA"
     assert ("cp.async.bulk.tensor.2d.global" in found.ptx) == described, "the result is not stored by TMA"
-    assert found.has("st.global") == (norm or not described)
+    assert found.has("st.global") == (not described)
     # producer and consumer warps share out the registers
-    assert found.has("setmaxnreg") == is_specialized(sm, described, norm)
+    assert found.has("setmaxnreg") == is_specialized(sm, described)
     return found
 
 
@@ -84,13 +82,12 @@ def test_tiles_of_the_picker(sm, config):
 
 @pytest.mark.parametrize(("sm", "config"), CASES)
 def test_results_that_no_descriptor_stores(sm, config):
-    compiled(sm, config, described=False, accumulate=True, norm=True)
+    compiled(sm, config, described=False, accumulate=True)
 
 
 @pytest.mark.parametrize(("sm", "config"), [case for case in CASES if case.values[1] == CASES[0].values[1]])
-def test_norms_and_sums_in_place(sm, config):
+def test_sums_in_place_of_the_same_dtype(sm, config):
     compiled(sm, config, accumulate=True)
-    compiled(sm, config, accumulate=True, norm=True)
 
 
 def test_there_is_a_tile_for_every_target_with_tma():

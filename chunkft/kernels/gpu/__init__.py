@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -37,3 +39,8 @@ def require(tensor: Tensor) -> None:
             f"backend='triton' needs tensors on a CUDA device, got {tensor.device}; "
             "on a CPU it works only with TRITON_INTERPRET=1"
         )
+
+
+def current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's device the current one: Triton launches there, on that device's current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -74,19 +74,20 @@ def embedding_rows(
     )
     padding = -1 if padding_idx is None or not start <= padding_idx < stop else padding_idx - start
     columns = min(COLUMNS_MAX, triton.next_power_of_2(width))
-    embedding_grad_kernel[(rows, triton.cdiv(width, columns))](
-        dy,
-        order,
-        bounds,
-        out,
-        width,
-        dy.stride(0),
-        padding,
-        BY_FREQUENCY=by_frequency,
-        DTYPE=_TYPES[dy.dtype],
-        TOKENS=TOKENS,
-        COLUMNS=columns,
-        INTERPRETED=gpu.interpreted(),
-        num_warps=4,
-    )
+    with gpu.current(dy):
+        embedding_grad_kernel[(rows, triton.cdiv(width, columns))](
+            dy,
+            order,
+            bounds,
+            out,
+            width,
+            dy.stride(0),
+            padding,
+            BY_FREQUENCY=by_frequency,
+            DTYPE=_TYPES[dy.dtype],
+            TOKENS=TOKENS,
+            COLUMNS=columns,
+            INTERPRETED=gpu.interpreted(),
+            num_warps=4,
+        )
     return out

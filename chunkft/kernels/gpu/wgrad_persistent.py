@@ -32,29 +32,22 @@ def _store(
     DTYPE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    NORM: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Adds what is there, rounds and stores; the squared norm of what was stored, where it is wanted, else 0."""
-    height: tl.constexpr = part.shape[0]
-    width: tl.constexpr = part.shape[1]
-    r, c = row + tl.arange(0, height), col + tl.arange(0, width)
-    ok = ((r >= 0) & (r < rows))[:, None] & ((c >= 0) & (c < cols))[None, :]
+    """Adds what is there, rounds and stores."""
     if DESCRIBED:
         if ACCUMULATE:
             part += out.load([row, col]).to(tl.float32)
-        value = rounded(part, DTYPE, INTERPRETED)
-        out.store([row, col], value)
+        out.store([row, col], rounded(part, DTYPE, INTERPRETED))
     else:
+        height: tl.constexpr = part.shape[0]
+        width: tl.constexpr = part.shape[1]
+        r, c = row + tl.arange(0, height), col + tl.arange(0, width)
+        ok = ((r >= 0) & (r < rows))[:, None] & ((c >= 0) & (c < cols))[None, :]
         at = (out + r.to(tl.int64) * row_stride)[:, None] + c.to(tl.int64)[None, :] * col_stride
         if ACCUMULATE:
             part += tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        value = rounded(part, DTYPE, INTERPRETED)
-        tl.store(at, value, mask=ok)
-    if NORM:
-        stored = tl.where(ok, value.to(tl.float32), 0.0)
-        return tl.sum(tl.sum(stored * stored, axis=1), axis=0)
-    return 0.0
+        tl.store(at, rounded(part, DTYPE, INTERPRETED), mask=ok)
 
 
 @triton.jit
@@ -71,28 +64,26 @@ def _store_parts(
     DTYPE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    NORM: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """A tile in PARTS column ranges, one after the other: only the buffer of one must fit beside the pipeline."""
     if PARTS == 1:
-        return _store(
+        _store(
             out, total, row, rows, row_stride, col, cols, col_stride,
-            DTYPE, DESCRIBED, ACCUMULATE, NORM, INTERPRETED,
+            DTYPE, DESCRIBED, ACCUMULATE, INTERPRETED,
         )  # fmt: skip
     else:
         height: tl.constexpr = total.shape[0]
         half: tl.constexpr = total.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(total, (height, 2, half)), (0, 2, 1)))
-        a = _store_parts(
+        _store_parts(
             out, left, row, rows, row_stride, col, cols, col_stride,
-            PARTS // 2, DTYPE, DESCRIBED, ACCUMULATE, NORM, INTERPRETED,
+            PARTS // 2, DTYPE, DESCRIBED, ACCUMULATE, INTERPRETED,
         )  # fmt: skip
-        b = _store_parts(
+        _store_parts(
             out, right, row, rows, row_stride, col + half, cols, col_stride,
-            PARTS // 2, DTYPE, DESCRIBED, ACCUMULATE, NORM, INTERPRETED,
+            PARTS // 2, DTYPE, DESCRIBED, ACCUMULATE, INTERPRETED,
         )  # fmt: skip
-        return a + b
 
 
 @triton.jit(do_not_specialize=["tokens", "rows", "row_start", "row_shift", "col_start"])
@@ -100,7 +91,6 @@ def wgrad_persistent_kernel(
     dy,
     x,
     out,
-    norms,
     tokens,
     rows,
     cols,
@@ -117,7 +107,6 @@ def wgrad_persistent_kernel(
     DTYPE: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    NORM: tl.constexpr,
     SPECIALIZED: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -126,7 +115,7 @@ def wgrad_persistent_kernel(
 
     ``dy``, ``x``: descriptors with blocks (BK, BM) and (BK, BN); the slice's start is a coordinate of theirs. ``out``:
     with DESCRIBED a descriptor with blocks (BM, BN / PARTS), which cuts off what lies outside of the slice, else a
-    pointer. ``norms``: a squared norm a tile.
+    pointer.
     """
     tiles_m, tiles_n = tl.cdiv(rows + row_shift, BM), tl.cdiv(cols + col_shift, BN)
     for tile in tl.range(
@@ -139,9 +128,7 @@ def wgrad_persistent_kernel(
             dy_tile = operand(dy.load([at, row]), INTERPRETED)  # [BK, BM]
             x_tile = operand(x.load([at, col]), INTERPRETED)  # [BK, BN]
             total = tl.dot(tl.trans(dy_tile), x_tile, total, input_precision=PRECISION)
-        norm = _store_parts(
+        _store_parts(
             out, total, m * BM - row_shift, rows, row_stride, n * BN - col_shift, cols, col_stride,
-            PARTS, DTYPE, DESCRIBED, ACCUMULATE, NORM, INTERPRETED,
+            PARTS, DTYPE, DESCRIBED, ACCUMULATE, INTERPRETED,
         )  # fmt: skip
-        if NORM:
-            tl.store(norms + tile, norm)

@@ -89,6 +89,11 @@ def test_each_limit_is_named(change, problem, target, broken):
             Problem(4096, 1024, 4096),
             heuristics.persistence_has_work,
         ),
+        (
+            Config(128, 128, 64, 8, 3, persistent=True),
+            Problem(4096, 8192, 8192, described=False, parts=(4096, 4096)),
+            heuristics.persistence_has_work,
+        ),
         (Config(64, 128, 64, 4, 3, 8), Problem(1024, 64, 128), heuristics.splits_have_work),
         (Config(64, 128, 64, 4, 3, 7), Problem(64 * 36, 64, 128), heuristics.splits_have_work),
         (Config(64, 128, 64, 4, 3, 2), Problem(4096, 4096, 4096), heuristics.splits_are_needed),

@@ -34,6 +34,9 @@ def embedding_grad_kernel(
 
     ``dy`` (T, width) with ``stride`` from row to row, ``order`` (T,), ``bounds`` (rows + 1,), ``out`` (rows, width);
     ``padding`` is the row that stays zero, or -1.
+
+    A program has TOKENS rows of dY on their way at a time, in pieces of 16 bytes. An id with all T tokens takes many
+    such rounds, one after the other, in ``width / COLUMNS`` programs: slow, but other rows do not wait for it.
     """
     row = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]

@@ -141,8 +141,8 @@ def finish(
 def is_last(total, partials, counters, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
     """Stores this program's part of a tile, and tells whether all parts of the tile are there.
 
-    The counter is zero at the start of each launch: its memory is new and zeroed on the same stream, so that a CUDA graph
-    holds the zeroing, too. tests/kernels/test_split_protocol.py tries every interleaving of this protocol's model.
+    The counter is zero at the start of each launch: its memory is new and zeroed on the same stream, so that a CUDA
+    graph holds the zeroing, too. tests/kernels/test_split_protocol.py tries every interleaving of a model of this.
     """
     place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     tl.store(partials + (tile.to(tl.int64) * SPLITS + split) * (BM * BN) + place, total)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from chunkft.kernels import gpu
+from chunkft.kernels.adamw_table import Columns, Scalars
 from chunkft.kernels.rounding import apply_residual, split_residual, stochastic_round
 
 MASTERS = ("none", "fp32", "residual", "stochastic")
@@ -34,6 +35,8 @@ class Piece:
     lr: float
     weight_decay: float
     seed: int
+    # of dimensions, in which they are seen here; None: their own
+    order: tuple[int, ...] | None = None
 
 
 def adamw(
@@ -119,24 +122,22 @@ def adamw(
                 f"{name} must be a float32 tensor of one element on {device}, got {value.dtype} of shape "
                 f"{tuple(value.shape)} on {value.device}"
             )
-    pieces = []
-    for j, param in enumerate(params):
-        tensors = [param, grads[j], exp_avgs[j], exp_avg_sqs[j]]
-        _check_piece(j, tensors, extras[j], counters[j], master, device)
-        pieces.append(_piece(j, tensors, extras[j], counters[j], rates[j], decays[j], seeds[j]))
     if found_inf is not None and device.type != "cpu" and any(c.device != device for c in counters):
         raise ValueError(
             f"found_inf on {device} needs steps on {device} as well: whether they count is known there only"
         )
+    columns = (params, exp_avgs, exp_avg_sqs, extras, counters)
+    scalars = Scalars(_step_counts(counters), rates, decays, seeds)
     if _uses_triton(backend, params):
         # Imported here: Triton is optional.
         from chunkft.kernels.gpu.adamw import prepare
 
-        launches = prepare(pieces, betas, eps, master, grad_scale, clip_factor, found_inf)
+        launches = prepare(columns, grads, scalars, betas, eps, master, grad_scale, clip_factor, found_inf)
         _count(counters, found_inf)
         for launch in launches:
             launch()
         return
+    pieces = checked_pieces(columns, grads, scalars, master)
     if found_inf is not None and bool(found_inf != 0):
         return
     _count(counters, None)
@@ -214,21 +215,43 @@ def _count(counters: Sequence[Tensor], found_inf: Tensor | None) -> None:
         torch._foreach_add_(list(counters), (found_inf == 0).to(torch.float32).view(()))
 
 
+def checked_pieces(columns: Columns, grads: Sequence[Tensor], scalars: Scalars, master: str) -> list[Piece]:
+    """The slices of a call, each with its tensors and numbers.
+
+    Raises:
+        ValueError: if tensors of a slice do not fit together.
+    """
+    pieces = []
+    for j, (param, exp_avg, exp_avg_sq, extra, counter) in enumerate(zip(*columns, strict=True)):
+        tensors = [param, grads[j], exp_avg, exp_avg_sq]
+        _check_piece(j, tensors, extra, counter, master, columns[0][0].device)
+        numbers = (scalars.steps[j], scalars.rates[j], scalars.decays[j], scalars.seeds[j])
+        pieces.append(_piece(j, tensors, extra, counter, *numbers))
+    return pieces
+
+
+def _step_counts(counters: Sequence[Tensor]) -> list[float]:
+    """Counts with this update, NaN where only the device knows."""
+    return [c.item() + 1 if c.device.type == "cpu" else math.nan for c in counters]
+
+
 def _piece(
     j: int,
     tensors: list[Tensor],
     extra: Tensor | None,
     counter: Tensor,
+    step: float,
     lr: float,
     weight_decay: float,
     seed: int,
 ) -> Piece:
+    order = None
     tensors = [tensor.detach() for tensor in tensors]
     state = [*tensors[2:], *([] if extra is None else [extra])]
     if not all(tensor.is_contiguous() for tensor in state):
         # Dense in another order of dimensions, as channels_last: seen in that order everything is contiguous.
         strides = state[0].stride()
-        order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
+        order = tuple(sorted(range(len(strides)), key=lambda dim: -strides[dim]))
         tensors = [tensor.permute(order) for tensor in tensors]
         state = [tensor.permute(order) for tensor in state]
         extra = None if extra is None else extra.permute(order)
@@ -237,9 +260,8 @@ def _piece(
                 f"slice {j}: exp_avg, exp_avg_sq, master and residual must be contiguous, or all of one dense order "
                 f"of strides; got {[tensor.stride() for tensor in state]}"
             )
-    step = float(counter) + 1 if counter.device.type == "cpu" else math.nan
     param, grad, exp_avg, exp_avg_sq = tensors
-    return Piece(param, grad, exp_avg, exp_avg_sq, extra, counter, step, lr, weight_decay, seed)
+    return Piece(param, grad, exp_avg, exp_avg_sq, extra, counter, step, lr, weight_decay, seed, order)
 
 
 def _check_scalars(betas: tuple[float, float], eps: float) -> None:

@@ -21,6 +21,11 @@ _WORKSPACE_BYTES = 64 << 20
 _SPLIT_BLOCKS = 4
 # row tiles that are ordered together, see tile_of in gpu/wgrad.py
 ROW_GROUP = 8
+# bytes of a persistent tile's part on its way to memory, beside the buffers of the pipeline
+_PART_BYTES = 32 << 10
+# Bytes a microsecond that L2 feeds one multiprocessor with: 7 TB/s by 132, the upper end of what others measured on
+# H100 (5.5 to 7: chipsandcheese.com/p/nvidias-h100-funny-l2-and-tons-of-bandwidth). 64 bytes a clock would be double.
+_L2_SPEED = 53e3
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """A launch: tile of the result, tokens a step, token ranges, warps, pipeline stages, and how tiles are read."""
+    """A launch: tile of the result, tokens a step, token ranges, warps, pipeline stages, and how tiles are read.
+
+    ``persistent``: at most one program a multiprocessor, which walks over tiles (gpu/wgrad_persistent.py).
+    """
 
     block_m: int
     block_n: int
@@ -65,6 +73,7 @@ class Config:
     num_stages: int
     splits: int = 1
     tma: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,13 @@ class Prediction:
 
 # What the picker may choose from, before splits; tests/kernels/test_aot_wgrad.py compiles all of it.
 TILES_16BIT = (
+    Config(128, 256, 64, 8, 4, persistent=True),
+    Config(256, 128, 64, 8, 4, persistent=True),
+    Config(128, 128, 64, 8, 4, persistent=True),
+    Config(128, 128, 64, 8, 3, persistent=True),
+    # Of 128 x 128 with three stages two blocks fit a multiprocessor, which is worth more than a fourth stage; 256 x 128
+    # spills where it is not stored in parts.
+    Config(128, 256, 64, 8, 4),
     Config(128, 256, 64, 8, 3),
     Config(128, 128, 64, 8, 3),
     Config(64, 128, 64, 4, 3),
@@ -146,6 +162,13 @@ def has_descriptors(config: Config, problem: Problem, target: Target) -> bool:
     return target.capability >= 90 and problem.described and boxes and one_box and problem.col_block == 0
 
 
+def can_persist(config: Config, problem: Problem, target: Target) -> bool:
+    """The persistent kernel reads contiguous slices by TMA, and each of its tiles is one program's."""
+    if not config.persistent:
+        return True
+    return config.tma and config.splits == 1 and not problem.row_block and not problem.col_block
+
+
 def uses_descriptors(config: Config, problem: Problem, target: Target) -> bool:
     """Tensor cores are fed by TMA where it can be used; only an override reads through pointers there."""
     if problem.ieee:
@@ -156,6 +179,20 @@ def uses_descriptors(config: Config, problem: Problem, target: Target) -> bool:
 def fills_tensor_core(config: Config, problem: Problem, target: Target) -> bool:
     """The tensor cores of 9.0 (wgmma) and 10.0 (tcgen05) multiply 64 rows or more at a time."""
     return target.capability not in (90, 100) or problem.ieee or config.block_m >= 64
+
+
+def has_depth(config: Config, problem: Problem, target: Target) -> bool:
+    """Four stages are for TMA, and there they are taken where they fit."""
+    if config.num_stages > 3:
+        return config.tma
+    deeper = replace(config, num_stages=4)
+    known = replace(deeper, splits=1, tma=False) in TILES_16BIT
+    return not (config.tma and known and fits_shared_memory(deeper, problem, target))
+
+
+def persistence_has_work(config: Config, problem: Problem, target: Target) -> bool:
+    """Walking over tiles pays where some program has more than one."""
+    return not config.persistent or tiles(config, problem) > target.multiprocessors
 
 
 def splits_have_work(config: Config, problem: Problem, target: Target) -> bool:
@@ -182,7 +219,7 @@ def fits_workspace(config: Config, problem: Problem, target: Target) -> bool:
 
 Predicate = Callable[[Config, Problem, Target], bool]
 # without these a launch fails or is wrong; an override must satisfy them
-LIMITS: tuple[Predicate, ...] = (is_power_of_two, has_warps, fits_shared_memory, has_descriptors)
+LIMITS: tuple[Predicate, ...] = (is_power_of_two, has_warps, fits_shared_memory, has_descriptors, can_persist)
 # with these it is slow at worst
 PREFERENCES: tuple[Predicate, ...] = (
     fits_registers,
@@ -191,6 +228,8 @@ PREFERENCES: tuple[Predicate, ...] = (
     gathers_fit,
     uses_descriptors,
     fills_tensor_core,
+    has_depth,
+    persistence_has_work,
     splits_have_work,
     splits_are_needed,
     fits_workspace,
@@ -202,8 +241,29 @@ def shared_bytes(config: Config, problem: Problem, target: Target) -> int:
     # tcgen05 takes tf32 operands in one order only, for which both are copied once more
     buffers = config.num_stages + (2 if problem.tf32 and target.capability == 100 else 0)
     buffers *= (config.block_m + config.block_n) * config.block_k * problem.itemsize
+    if config.persistent:
+        # multiplied by mma.sync there is one buffer less; a part on its way lies beside the next tile's first operands
+        buffers -= buffers // config.num_stages if target.capability == 120 else 0
+        return buffers + part_bytes(config, problem) + 1024
     # barriers of the pipeline, and the tile's change of layout on the way to memory, which reuses the buffers
     return max(buffers + 1024, config.block_m * config.block_n * problem.out_itemsize + 1024)
+
+
+def parts(config: Config, problem: Problem) -> int:
+    """Column ranges in which a persistent program stores a tile."""
+    count, size = 1, _stored_bytes(config, problem)
+    while size // count > _PART_BYTES and config.block_n // count > 16:
+        count *= 2
+    return count
+
+
+def part_bytes(config: Config, problem: Problem) -> int:
+    """Shared memory for one part of a persistent tile: what is stored and, with ``accumulate``, what was there."""
+    return _stored_bytes(config, problem) // parts(config, problem)
+
+
+def _stored_bytes(config: Config, problem: Problem) -> int:
+    return config.block_m * config.block_n * problem.out_itemsize * (2 if problem.accumulate else 1)
 
 
 def tiles(config: Config, problem: Problem) -> int:
@@ -244,8 +304,9 @@ def predict(config: Config, problem: Problem, target: Target) -> Prediction:
     """Time of the Triton kernel: the slowest of arithmetic, memory and L2, plus what does not overlap.
 
     Assumptions, none measured: a 128 x 256 tile reaches 80 % of peak, less in proportion to the fourth root of a
-    smaller area; memory 85 % of its speed; L2 feeds each multiprocessor 100 GB/s; 4 us of launch, first loads and
-    last stores.
+    smaller area; memory 85 % of its speed; 4 us of launch, first loads and last stores, and 1 us more for every further
+    tile of a multiprocessor that holds one block at a time, unless that is persistent and loads ahead. L2's speed was
+    measured by others.
     """
     m, n = _tiles(config, problem)
     steps = math.ceil(math.ceil(problem.tokens / config.block_k) / config.splits)
@@ -262,12 +323,14 @@ def predict(config: Config, problem: Problem, target: Target) -> Prediction:
     )
     memory = (traffic + _output_bytes(problem)) / (0.85e3 * target.bandwidth)
     tile_bytes = (config.block_m + config.block_n) * config.block_k * problem.itemsize * narrow
-    l2 = rounds * steps * tile_bytes / 100e3
-    parts = {"arithmetic": arithmetic, "memory": memory, "l2": l2}
-    bound = max(parts, key=parts.__getitem__)
+    l2 = rounds * steps * tile_bytes / _L2_SPEED
+    times = {"arithmetic": arithmetic, "memory": memory, "l2": l2}
+    bound = max(times, key=times.__getitem__)
     partial = config.block_m * config.block_n * 4
-    meeting = 0.0 if config.splits == 1 else 1.0 + (rounds + config.splits) * partial / 100e3
-    return Prediction(parts[bound] + meeting + 4.0, bound)
+    meeting = 0.0 if config.splits == 1 else 1.0 + (rounds + config.splits) * partial / _L2_SPEED
+    alone = 2 * shared_bytes(config, problem, target) > target.shared_memory
+    between = float(rounds - 1) if alone and not config.persistent else 0.0
+    return Prediction(times[bound] + meeting + between + 4.0, bound)
 
 
 def predict_torch(problem: Problem, target: Target) -> Prediction:
@@ -289,9 +352,9 @@ def predict_torch(problem: Problem, target: Target) -> Prediction:
     for block, size in ((problem.row_block, problem.rows), (problem.col_block, problem.cols)):
         if block:
             copies += 2.0 + 2.0 * problem.tokens * size * problem.itemsize / (0.85e3 * target.bandwidth)
-    parts = {"arithmetic": best, "memory": memory}
-    bound = max(parts, key=parts.__getitem__)
-    return Prediction(parts[bound] + copies + 4.0, bound)
+    times = {"arithmetic": best, "memory": memory}
+    bound = max(times, key=times.__getitem__)
+    return Prediction(times[bound] + copies + 4.0, bound)
 
 
 def roofline(problem: Problem, target: Target) -> Prediction:
@@ -305,8 +368,8 @@ def roofline(problem: Problem, target: Target) -> Prediction:
 
 def _tiles(config: Config, problem: Problem) -> tuple[int, int]:
     rows, cols = problem.rows + problem.row_shift, problem.cols + problem.col_shift
-    parts = problem.parts or (rows,)
-    return sum(-(-part // config.block_m) for part in parts), -(-cols // config.block_n)
+    spans = problem.parts or (rows,)
+    return sum(-(-span // config.block_m) for span in spans), -(-cols // config.block_n)
 
 
 def _passes(config: Config, problem: Problem, target: Target) -> tuple[int, int]:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from chunkft.kernels import gpu
-from chunkft.kernels.heuristics import Config, Problem, broken_limits, pick, tiles, workspace_elements
+from chunkft.kernels.heuristics import (
+    Config,
+    Problem,
+    broken_limits,
+    pick,
+    shared_bytes,
+    tiles,
+    workspace_elements,
+)
 from chunkft.kernels.targets import Target
 from chunkft.kernels.triton_wgrad import DTYPES, target_for, unsupported
 
@@ -89,7 +97,7 @@ def _launch_batch(
         partials = torch.empty(workspace_elements(config, problem), dtype=torch.float32, device=device)
         counters = torch.zeros(count, dtype=torch.int32, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        grouped_kernel[(count * config.splits,)](
+        grouped_kernel[(_programs(config, problem, device),)](
             dys,
             xs,
             outs,
@@ -123,6 +131,17 @@ def _launch_batch(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+
+
+def _programs(config: Config, problem: Problem, device: torch.device) -> int:
+    """One program a tile and token range or, where it is persistent, as many as run at a time for certain."""
+    count = tiles(config, problem) * config.splits
+    if not config.persistent:
+        return count
+    target = target_for(device)
+    # 64 K registers, of which a thread has at most 255
+    blocks = min(target.shared_memory // shared_bytes(config, problem, target), 8 // config.num_warps)
+    return min(count, target.multiprocessors * max(1, blocks))
 
 
 def expert_problem(

@@ -16,6 +16,7 @@ from chunkft.kernels.heuristics import Config, Problem, broken_limits, pick, til
 from chunkft.kernels.launches import Launch, Memo, alignment
 from chunkft.kernels.selection import Blocks, Selection, selected_size
 from chunkft.kernels.targets import Target, target_of
+from chunkft.kernels.torch_wgrad import squared_norm_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGN = 8
@@ -162,6 +163,14 @@ def launch(
             squared_norm.zero_()
         return
     config = plan.config
+    if config.persistent:
+        from chunkft.kernels.triton_persistent import launch_persistent
+
+        launch_persistent(dy, x, _start(rows)[0], _start(cols)[0], out, plan.problem, config, plan.target)
+        if squared_norm is not None:
+            # Triton 3.6 does not compile a sum over the parts of a tile for 10.0: another pass, as PyTorch's form has
+            squared_norm.copy_(squared_norm_of(out).view(squared_norm.shape))
+        return
     partials = counters = norms = None
     if config.splits > 1:
         partials = torch.empty(plan.workspace, dtype=torch.float32, device=dy.device)

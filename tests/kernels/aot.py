@@ -34,6 +34,7 @@ STACK = (
     else {
         ("wgrad_kernel", 100): 24,
         ("wgrad_kernel", 120): 8,
+        ("wgrad_persistent_kernel", 120): 8,
         ("grouped_kernel", 100): 8,
         ("adamw_kernel", 120): 8,
     }

@@ -64,6 +64,8 @@ def reachable():
     for sm in TARGETS:
         for kind, tiles in (("bf16", TILES_16BIT), ("tf32", TILES_TF32), ("ieee", TILES_IEEE)):
             for tile in tiles:
+                if tile.persistent:  # test_aot_wgrad_persistent.py
+                    continue
                 for described in (True, False):
                     problem = Problem(
                         4096,
@@ -78,7 +80,7 @@ def reachable():
                     if described and not config.tma:
                         continue
                     if all(test(config, problem, target_of(sm)) for test in (*LIMITS, *PREFERENCES)):
-                        size = f"{config.block_m}x{config.block_n}x{config.block_k}"
+                        size = f"{config.block_m}x{config.block_n}x{config.block_k}x{config.num_stages}"
                         way = "tma" if config.tma else "pointers"
                         yield pytest.param(sm, config, problem, kind, id=f"{sm}-{kind}-{size}-{way}")
 
@@ -148,3 +150,21 @@ def test_the_plain_launch_has_no_atomics(sm):
     check(light)
     assert not light.has("atom")
     assert light.has("st.global.v4.b32"), "the result is not stored in 16-byte pieces"
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100, 120])
+def test_parts_are_released_and_acquired(sm):
+    """The steps of test_split_protocol.py: store, barrier, add (release, acquire), barrier, read past L1."""
+    found = report(sm, Config(64, 128, 64, 4, 3, tma=sm >= 90), Problem(4096, 4096, 4096))
+    before, after = found.ptx.split("atom.global.gpu.acq_rel.add.u32")
+    stored = before.rindex("st.global")
+    assert "bar.sync" in before[stored:]
+    read = after.index("ld.global.cg")
+    assert "bar.sync" in after[:read]
+    assert "st.global" not in after[:read]
+    if sm == 90:
+        before, after = found.sass().split("ATOMG.E.ADD.STRONG.GPU")
+        assert before.rindex("MEMBAR.ALL.GPU") > before.rindex("STG"), (
+            "nothing brings the part to memory first"
+        )
+        assert after.index("CCTL.IVALL") < after.index("LDG.E.128.STRONG.GPU"), "old values may lie in L1"

@@ -20,7 +20,7 @@ from chunkft.kernels.heuristics import (
 )
 from chunkft.kernels.targets import TARGETS, family, shared_memory_limit, target_of
 
-H100, A100, RTX4090 = TARGETS["h100"], TARGETS["a100"], TARGETS["rtx4090"]
+H100, A100, RTX4090, RTX5090 = (TARGETS[name] for name in ("h100", "a100", "rtx4090", "rtx5090"))
 KINDS = [(2, False), (4, True), (4, False)]
 
 
@@ -52,6 +52,10 @@ def test_every_problem_gets_a_legal_configuration(target, itemsize, tf32):
         ({"tma": True}, {"described": False}, H100, "has_descriptors"),
         ({"tma": True}, {"row_block": 8}, H100, "has_descriptors"),
         ({"tma": True}, {"col_block": 64}, H100, "has_descriptors"),
+        ({"persistent": True}, {}, H100, "can_persist"),
+        ({"persistent": True, "tma": True, "splits": 2}, {}, H100, "can_persist"),
+        ({"persistent": True, "tma": True}, {"row_block": 64}, H100, "can_persist"),
+        ({"persistent": True, "tma": True, "block_n": 256}, {}, RTX5090, "fits_shared_memory"),
     ],
 )
 def test_each_limit_is_named(change, problem, target, broken):
@@ -71,6 +75,23 @@ def test_each_limit_is_named(change, problem, target, broken):
         (Config(64, 64, 32, 8, 3), Problem(4096, 64, 4096), heuristics.gathers_fit),
         (Config(64, 128, 64, 4, 3), Problem(4096, 64, 4096), heuristics.uses_descriptors),
         (Config(32, 128, 64, 4, 3, tma=True), Problem(4096, 32, 4096), heuristics.fills_tensor_core),
+        (Config(128, 256, 64, 8, 3, tma=True), Problem(4096, 4096, 4096), heuristics.has_depth),
+        (
+            Config(128, 128, 64, 8, 3, tma=True, persistent=True),
+            Problem(4096, 4096, 4096),
+            heuristics.has_depth,
+        ),
+        (Config(128, 256, 64, 8, 4), Problem(4096, 4096, 4096, described=False), heuristics.has_depth),
+        (
+            Config(128, 256, 64, 8, 4, tma=True, persistent=True),
+            Problem(4096, 1024, 4096),
+            heuristics.persistence_has_work,
+        ),
+        (
+            Config(128, 128, 64, 8, 3, persistent=True),
+            Problem(4096, 8192, 8192, described=False, parts=(4096, 4096)),
+            heuristics.persistence_has_work,
+        ),
         (Config(64, 128, 64, 4, 3, 8), Problem(1024, 64, 128), heuristics.splits_have_work),
         (Config(64, 128, 64, 4, 3, 7), Problem(64 * 36, 64, 128), heuristics.splits_have_work),
         (Config(64, 128, 64, 4, 3, 2), Problem(4096, 4096, 4096), heuristics.splits_are_needed),
@@ -103,6 +124,36 @@ def test_no_prediction_beats_the_roofline(target):
             least = roofline(problem, target).microseconds
             assert predict(pick(problem, target), problem, target).microseconds > least
             assert predict_torch(problem, target).microseconds > least
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("out_itemsize", [2, 4])
+def test_many_tiles_are_walked_over_where_there_is_tma(target, accumulate, out_itemsize):
+    problem = Problem(4096, 8192, 8192, out_itemsize=out_itemsize, accumulate=accumulate)
+    config = pick(problem, target)
+    assert config.persistent == (target.capability >= 90)
+    if config.persistent:
+        assert config.num_stages == (3 if target.capability == 120 else 4)
+        assert heuristics.part_bytes(config, problem) <= 32 << 10
+        # neither a gather nor a group can
+        assert not pick(replace(problem, row_block=64), target).persistent
+        assert not pick(replace(problem, described=False), target).persistent
+
+
+def test_each_persistent_tile_is_chosen_for_some_slice():
+    seen = set()
+    for target in (H100, RTX5090):
+        for rows, cols in product(range(256, 32768, 1408), (128, 1152, 4096)):
+            config = pick(Problem(4096, rows, cols), target)
+            seen |= {replace(config, tma=False)} if config.persistent else set()
+    assert seen == {config for config in heuristics.TILES_16BIT if config.persistent}
+
+
+def test_a_part_is_at_least_sixteen_columns():
+    config = Config(256, 32, 64, 8, 4, tma=True, persistent=True)
+    problem = Problem(4096, 512, 4096, out_itemsize=4, accumulate=True)
+    assert heuristics.parts(config, problem) == 2
 
 
 def test_slices_of_their_own_have_tiles_of_their_own():

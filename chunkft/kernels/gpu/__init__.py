@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +44,8 @@ def require(tensor: Tensor) -> None:
 
         if why := fault():
             raise ValueError(f"backend='triton' cannot be had with TRITON_INTERPRET: {why}")
+
+
+def current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes a tensor's device the current one: Triton launches there, on that device's current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

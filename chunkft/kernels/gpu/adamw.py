@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,39 +10,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chunkft.kernels import gpu
-from chunkft.kernels.adamw import Piece
+from chunkft.kernels import adamw_table, gpu
+from chunkft.kernels.adamw import checked_pieces
+from chunkft.kernels.adamw_table import TABLES, Columns, Scalars, Tile, batches_of
 from chunkft.kernels.gpu.common import rounded
 from chunkft.kernels.gpu.philox import noise16
 
-BLOCK = 1024
-LOOPS = 4  # blocks of one program, so that finding its slice is paid once in 4,096 elements
-WARPS = 4
-# a contiguous slice is rows of this many elements, so that the position in a row fits into 32 bits
-CONTIGUOUS = 1 << 30
-LAST = 2**31 - 1
-# slots in the table of starts: a power of 4, so that few variants are compiled
-SLOTS_MIN = 16
-SLOTS_MAX = 1024
+# What may be swept on a GPU; the first is taken. The blocks of a program share the search for their slice, once in 4096
+# elements. On 9.0 a thread of the first has all loads of a block under way at once, seven of 16 bytes with a residual,
+# in 80 registers (128 with Triton 3.6); with 8 warps loads of 16-bit tensors are of 8 bytes.
+VARIANTS = (
+    Tile(1024, 4, 4),
+    Tile(1024, 8, 4),
+    Tile(1024, 16, 4),
+    Tile(512, 8, 2),
+    Tile(2048, 4, 8),
+    Tile(1024, 4, 8),
+)
 
-# The table, int64: log(beta1) and log(beta2), then FIELDS of every slice; floats are fp64 by their bits.
-HEADER = tl.constexpr(2)
-FIELDS = tl.constexpr(14)
-PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(1)
-EXP_AVG = tl.constexpr(2)
-EXP_AVG_SQ = tl.constexpr(3)
-EXTRA = tl.constexpr(4)  # master or residual
-COUNTER = tl.constexpr(5)  # address of the step count, or 0: then STEP is the count
-STEP = tl.constexpr(6)
-NUMEL = tl.constexpr(7)
-COLUMNS = tl.constexpr(8)  # of one row of the parameter
-STRIDE = tl.constexpr(9)  # from row to row of the parameter, in elements
-WIDE = tl.constexpr(10)  # every tensor starts at a multiple of 16 bytes, and the parameter is contiguous
-SEED = tl.constexpr(11)
-LR = tl.constexpr(12)
-DECAY = tl.constexpr(13)
-
+HEADER = tl.constexpr(adamw_table.HEADER)
+FIELDS = tl.constexpr(adamw_table.FIELDS)
+PARAM = tl.constexpr(adamw_table.PARAM)
+GRAD = tl.constexpr(adamw_table.GRAD)
+EXP_AVG = tl.constexpr(adamw_table.EXP_AVG)
+EXP_AVG_SQ = tl.constexpr(adamw_table.EXP_AVG_SQ)
+EXTRA = tl.constexpr(adamw_table.EXTRA)
+COUNTER = tl.constexpr(adamw_table.COUNTER)
+STEP = tl.constexpr(adamw_table.STEP)
+NUMEL = tl.constexpr(adamw_table.NUMEL)
+COLUMNS = tl.constexpr(adamw_table.COLUMNS)
+STRIDE = tl.constexpr(adamw_table.STRIDE)
+WIDE = tl.constexpr(adamw_table.WIDE)
+SEED = tl.constexpr(adamw_table.SEED)
+LR = tl.constexpr(adamw_table.LR)
+DECAY = tl.constexpr(adamw_table.DECAY)
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -121,7 +119,10 @@ def _update_block(
     step_size,
     root,
     decay,
-    DTYPES: tl.constexpr,
+    KIND: tl.constexpr,
+    GRAD_KIND: tl.constexpr,
+    FIRST_KIND: tl.constexpr,
+    SECOND_KIND: tl.constexpr,
     MASTER: tl.constexpr,
     SCALED: tl.constexpr,
     CLIPPED: tl.constexpr,
@@ -129,12 +130,11 @@ def _update_block(
     SIZE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    kind: tl.constexpr = DTYPES[0]
     bits16: tl.constexpr = MASTER == "residual" or MASTER == "stochastic"
-    param = tl.load(row + PARAM).to(tl.pointer_type(tl.int16 if bits16 else kind))
-    grad = tl.load(row + GRAD).to(tl.pointer_type(DTYPES[1]))
-    exp_avg = tl.load(row + EXP_AVG).to(tl.pointer_type(DTYPES[2]))
-    exp_avg_sq = tl.load(row + EXP_AVG_SQ).to(tl.pointer_type(DTYPES[3]))
+    param = tl.load(row + PARAM).to(tl.pointer_type(tl.int16 if bits16 else KIND))
+    grad = tl.load(row + GRAD).to(tl.pointer_type(GRAD_KIND))
+    exp_avg = tl.load(row + EXP_AVG).to(tl.pointer_type(FIRST_KIND))
+    exp_avg_sq = tl.load(row + EXP_AVG_SQ).to(tl.pointer_type(SECOND_KIND))
     extra = tl.load(row + EXTRA).to(tl.pointer_type(tl.int16 if MASTER == "residual" else tl.float32))
     lane = tl.arange(0, SIZE)  # [SIZE]
     at = begin + lane
@@ -168,7 +168,7 @@ def _update_block(
     if MASTER == "fp32":
         master = tl.load(extra + at, mask=inside)
         # a weight that was changed by others wins over its master
-        value = tl.where(rounded(master, kind, INTERPRETED).to(tl.float32) == value, master, value)
+        value = tl.where(rounded(master, KIND, INTERPRETED).to(tl.float32) == value, master, value)
     m = _read(exp_avg + at, inside)
     v = _read(exp_avg_sq + at, inside)
     value = value * decay
@@ -177,8 +177,8 @@ def _update_block(
     v = _fma(keep2 * g, g, v * beta2, INTERPRETED)
     denominator = tl.math.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root) + eps
     value = value + tl.math.div_rn(-step_size * m, denominator)
-    tl.store(exp_avg + at, rounded(m, DTYPES[2], INTERPRETED), mask=inside)
-    tl.store(exp_avg_sq + at, rounded(v, DTYPES[3], INTERPRETED), mask=inside)
+    tl.store(exp_avg + at, rounded(m, FIRST_KIND, INTERPRETED), mask=inside)
+    tl.store(exp_avg_sq + at, rounded(v, SECOND_KIND, INTERPRETED), mask=inside)
     if MASTER == "residual":
         upper, lower = _split(value)
         tl.store(param, upper, mask=inside)
@@ -186,7 +186,7 @@ def _update_block(
     elif MASTER == "stochastic":
         tl.store(param, _stochastic(value, noise16(tl.load(row + SEED), begin, SIZE)), mask=inside)
     else:
-        tl.store(param, rounded(value, kind, INTERPRETED), mask=inside)
+        tl.store(param, rounded(value, KIND, INTERPRETED), mask=inside)
     if MASTER == "fp32":
         tl.store(extra + at, value, mask=inside)
 
@@ -202,7 +202,10 @@ def adamw_kernel(
     beta2,
     keep2,
     eps,
-    DTYPES: tl.constexpr,
+    KIND: tl.constexpr,
+    GRAD_KIND: tl.constexpr,
+    FIRST_KIND: tl.constexpr,
+    SECOND_KIND: tl.constexpr,
     MASTER: tl.constexpr,
     WATCHED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -217,8 +220,8 @@ def adamw_kernel(
     ``m' = m + (1 - b1)(g - m)``, ``v' = b2 v + (1 - b2) g^2``,
     ``p' = p (1 - lr wd) - lr / (1 - b1^t) m' / (sqrt(v') / sqrt(1 - b2^t) + eps)`` (arXiv 1711.05101, algorithm 2).
 
-    ``table``: as above; ``starts``: (SLOTS,) int64, first program of every slice, padded with LAST; ``pull``: of
-    ``_pull``. Corrections are computed in fp64, once a program; all else in fp32.
+    ``table``: of ``adamw_table``; ``starts``: (SLOTS,) int64, first program of every slice, padded with
+    ``adamw_table.LAST``; ``pull``: of ``_pull``. Corrections are computed in fp64, once a program; all else in fp32.
     """
     if WATCHED:  # noqa: SIM102 - a constexpr decides whether there is anything to load
         if tl.load(found_inf) != 0:
@@ -250,75 +253,97 @@ def adamw_kernel(
         if begin < numel:
             if wide & (begin + SIZE <= numel):
                 _update_block(row, begin, numel, scale, factor, pull, beta2, keep2, eps, step_size, root, decay,
-                              DTYPES, MASTER, SCALED, CLIPPED, True, SIZE, INTERPRETED)  # fmt: skip
+                              KIND, GRAD_KIND, FIRST_KIND, SECOND_KIND, MASTER, SCALED, CLIPPED, True, SIZE,
+                              INTERPRETED)  # fmt: skip
             else:
                 # an element a thread: the addresses of more would take the registers of the common case
                 for _ in range(4):
                     _update_block(row, begin, numel, scale, factor, pull, beta2, keep2, eps, step_size, root, decay,
-                                  DTYPES, MASTER, SCALED, CLIPPED, False, SIZE // 4, INTERPRETED)  # fmt: skip
+                                  KIND, GRAD_KIND, FIRST_KIND, SECOND_KIND, MASTER, SCALED, CLIPPED, False, SIZE // 4,
+                                  INTERPRETED)  # fmt: skip
                     begin += SIZE // 4
 
 
 def prepare(
-    pieces: Sequence[Piece],
+    columns: Columns,
+    grads: Sequence[Tensor],
+    scalars: Scalars,
     betas: tuple[float, float],
     eps: float,
     master: str,
     grad_scale: Tensor | None,
     clip_factor: Tensor | None,
     found_inf: Tensor | None,
+    tile: Tile | None = None,
 ) -> list[Callable[[], object]]:
-    """Launches, one for each combination of dtypes among the slices and each SLOTS_MAX slices, ready to be called."""
-    groups: dict[tuple[torch.dtype, ...], list[Piece]] = {}
-    for piece in pieces:
-        if piece.param.numel():
-            tensors = (piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq)
-            kept = dataclasses.replace(piece, grad=piece.grad.contiguous())  # lives until the launch
-            groups.setdefault(tuple(t.dtype for t in tensors), []).append(kept)
+    """Launches, one for each combination of dtypes among the slices and each SLOTS_MAX slices, ready to be called.
+
+    The slices are checked, and their rows of the table computed, unless a call of late had the same tensors. ``tile``:
+    the first of VARIANTS by default.
+
+    Raises:
+        ValueError: if tensors do not fit together, or a parameter is not one that the kernel can update.
+    """
+    tile = VARIANTS[0] if tile is None else tile
+    name = (len(grads), columns[0][0].data_ptr(), master, tile)
+    batches = TABLES.find(name, columns, grads)
+    if batches is None:
+        batches = batches_of(checked_pieces(columns, grads, scalars, master), tile)
+        TABLES.keep(name, columns, grads, batches)
     launches: list[Callable[[], object]] = []
-    for dtypes, members in groups.items():
-        for begin in range(0, len(members), SLOTS_MAX):
-            part = members[begin : begin + SLOTS_MAX]
-            table, slots, programs = _table(part, betas)
-            launches.append(
-                functools.partial(
-                    _launch,
-                    part,
-                    programs,
-                    table[slots:],
-                    table[:slots],
-                    table if found_inf is None else found_inf,
-                    table if grad_scale is None else grad_scale,
-                    table if clip_factor is None else clip_factor,
-                    _pull(betas[0]),
-                    betas[1],
-                    1 - betas[1],
-                    eps,
-                    DTYPES=tuple(_TYPES[dtype] for dtype in dtypes),
-                    MASTER=master,
-                    WATCHED=found_inf is not None,
-                    SCALED=grad_scale is not None,
-                    CLIPPED=clip_factor is not None,
-                    SLOTS=slots,
-                )
+    for batch in batches:
+        host, members = batch.fill(grads, scalars, betas)
+        device = members[0].device
+        # From page-locked memory the copy is queued without a wait; PyTorch keeps that memory until it is done.
+        table = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        kind, grad_kind, first_kind, second_kind = (_TYPES[dtype] for dtype in batch.dtypes)
+        launches.append(
+            functools.partial(
+                _launch,
+                members,
+                batch.programs,
+                tile,
+                table[batch.slots :],
+                table[: batch.slots],
+                table if found_inf is None else found_inf,
+                table if grad_scale is None else grad_scale,
+                table if clip_factor is None else clip_factor,
+                _pull(betas[0]),
+                betas[1],
+                1 - betas[1],
+                eps,
+                KIND=kind,
+                GRAD_KIND=grad_kind,
+                FIRST_KIND=first_kind,
+                SECOND_KIND=second_kind,
+                MASTER=master,
+                WATCHED=found_inf is not None,
+                SCALED=grad_scale is not None,
+                CLIPPED=clip_factor is not None,
+                SLOTS=batch.slots,
             )
+        )
     return launches
 
 
-def _launch(pieces: Sequence[Piece], programs: int, *arguments: object, **constexprs: object) -> None:
-    """``pieces`` are those that the table points to, which have to live until now."""
-    adamw_kernel[(programs,)](
-        *arguments,
-        **constexprs,
-        SIZE=BLOCK,
-        REPEAT=LOOPS,
-        INTERPRETED=gpu.interpreted(),
-        # without fused multiply-adds a GPU gives the bits that the interpreter gives; memory is the bound
-        enable_fp_fusion=False,
-        num_warps=WARPS,
-    )
+def _launch(
+    grads: Sequence[Tensor], programs: int, tile: Tile, *arguments: object, **constexprs: object
+) -> None:
+    """``grads`` are those that the table points to, which have to live until now."""
+    with gpu.current(grads[0]):
+        adamw_kernel[(programs,)](
+            *arguments,
+            **constexprs,
+            SIZE=tile.block,
+            REPEAT=tile.loops,
+            INTERPRETED=gpu.interpreted(),
+            # without fused multiply-adds a GPU gives the bits that the interpreter gives; memory is the bound
+            enable_fp_fusion=False,
+            num_warps=tile.warps,
+        )
 
 
+@functools.cache
 def _pull(beta1: float) -> float:
     """What the difference of gradient and moment is multiplied with: below 1/2 from the moment, else from the gradient.
 
@@ -326,77 +351,3 @@ def _pull(beta1: float) -> float:
     """
     weight = torch.tensor(1 - beta1, dtype=torch.float32)
     return float(weight if weight < 0.5 else weight - 1)
-
-
-def _table(pieces: Sequence[Piece], betas: tuple[float, float]) -> tuple[Tensor, int, int]:
-    """Slots and table in one tensor on the device, the number of slots, and the number of programs."""
-    starts: list[int] = []
-    rows: list[list[int]] = []
-    programs = 0
-    for piece in pieces:
-        rows.append(_row(piece))
-        starts.append(programs)
-        programs += -(-piece.param.numel() // (BLOCK * LOOPS))
-    if programs >= LAST:
-        raise ValueError(f"{programs} blocks are too many for one launch; update fewer slices at a time")
-    slots = SLOTS_MIN
-    while slots < len(pieces):
-        slots *= 4
-    header = [_bits(math.log(beta) if beta else -math.inf) for beta in betas]
-    content = [*starts, *[LAST] * (slots - len(starts)), *header, *(value for row in rows for value in row)]
-    host = torch.tensor(content, dtype=torch.int64)
-    device = pieces[0].param.device
-    if device.type == "cpu":
-        return host, slots, programs
-    # From page-locked memory the copy is queued without a wait; PyTorch keeps that memory until it is done.
-    return host.pin_memory().to(device, non_blocking=True), slots, programs
-
-
-def _row(piece: Piece) -> list[int]:
-    tensors = [piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq]
-    tensors += [] if piece.extra is None else [piece.extra]
-    columns, stride = _rows(piece.param)
-    wide = columns == CONTIGUOUS and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-    on_host = not math.isnan(piece.step)
-    return [
-        piece.param.data_ptr(),
-        piece.grad.data_ptr(),
-        piece.exp_avg.data_ptr(),
-        piece.exp_avg_sq.data_ptr(),
-        0 if piece.extra is None else piece.extra.data_ptr(),
-        0 if on_host else piece.counter.data_ptr(),
-        _bits(piece.step),
-        piece.param.numel(),
-        columns,
-        stride,
-        int(wide),
-        piece.seed,
-        _bits(piece.lr),
-        _bits(1 - piece.lr * piece.weight_decay),
-    ]
-
-
-def _rows(param: Tensor) -> tuple[int, int]:
-    """Elements of a row and elements from row to row, for a parameter whose rows are contiguous."""
-    if param.is_contiguous():
-        return CONTIGUOUS, CONTIGUOUS
-    columns = 1
-    for size, stride in zip(reversed(param.shape), reversed(param.stride()), strict=True):
-        if size != 1 and stride != columns:
-            break
-        columns *= size
-    try:
-        stride = param.view(-1, columns).stride(0)
-    except RuntimeError:
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} and strides {param.stride()} is not a matrix with contiguous "
-            "rows; its update needs backend='torch'"
-        ) from None
-    if columns > CONTIGUOUS:
-        raise ValueError(f"rows of {columns} elements are too long; allowed are 2^30")
-    return columns, stride
-
-
-def _bits(value: float) -> int:
-    """The bits of an fp64 number as a signed integer."""
-    return int(struct.unpack("<q", struct.pack("<d", value))[0])

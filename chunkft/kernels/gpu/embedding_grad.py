@@ -34,6 +34,9 @@ def embedding_grad_kernel(
 
     ``dy`` (T, width) with ``stride`` from row to row, ``order`` (T,), ``bounds`` (rows + 1,), ``out`` (rows, width);
     ``padding`` is the row that stays zero, or -1.
+
+    A program has TOKENS rows of dY on their way at a time, in pieces of 16 bytes. An id with all T tokens takes many
+    such rounds, one after the other, in ``width / COLUMNS`` programs: slow, but other rows do not wait for it.
     """
     row = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -74,19 +77,20 @@ def embedding_rows(
     )
     padding = -1 if padding_idx is None or not start <= padding_idx < stop else padding_idx - start
     columns = min(COLUMNS_MAX, triton.next_power_of_2(width))
-    embedding_grad_kernel[(rows, triton.cdiv(width, columns))](
-        dy,
-        order,
-        bounds,
-        out,
-        width,
-        dy.stride(0),
-        padding,
-        BY_FREQUENCY=by_frequency,
-        DTYPE=_TYPES[dy.dtype],
-        TOKENS=TOKENS,
-        COLUMNS=columns,
-        INTERPRETED=gpu.interpreted(),
-        num_warps=4,
-    )
+    with gpu.current(dy):
+        embedding_grad_kernel[(rows, triton.cdiv(width, columns))](
+            dy,
+            order,
+            bounds,
+            out,
+            width,
+            dy.stride(0),
+            padding,
+            BY_FREQUENCY=by_frequency,
+            DTYPE=_TYPES[dy.dtype],
+            TOKENS=TOKENS,
+            COLUMNS=columns,
+            INTERPRETED=gpu.interpreted(),
+            num_warps=4,
+        )
     return out

@@ -139,17 +139,21 @@ def finish(
 
 @triton.jit
 def is_last(total, partials, counters, tile, split, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
-    """Stores this program's part of a tile, and tells whether all parts of the tile are there."""
+    """Stores this program's part of a tile, and tells whether all parts of the tile are there.
+
+    The counter is zero at the start of each launch: its memory is new and zeroed on the same stream, so that a CUDA
+    graph holds the zeroing, too. tests/kernels/test_split_protocol.py tries every interleaving of a model of this.
+    """
     place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     tl.store(partials + (tile.to(tl.int64) * SPLITS + split) * (BM * BN) + place, total)
-    # every thread's part is stored before one thread says so
+    # every thread's part is stored before one thread says so: the release of its addition covers them all
     tl.debug_barrier()
     return tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
 
 
 @triton.jit
 def sum_of_parts(partials, tile, BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr):
-    """Adds all parts of a tile in their order; past L1, which may hold what was there before."""
+    """Adds all parts of a tile in their order, after the acquire in ``is_last``; past L1 besides."""
     place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     total = tl.zeros((BM, BN), tl.float32)
     for split in range(SPLITS):

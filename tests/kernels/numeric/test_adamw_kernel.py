@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from chunkft.kernels import adamw_table
 from chunkft.kernels.adamw import adamw
-from chunkft.kernels.gpu import adamw as kernel
 
 
 @pytest.fixture
@@ -122,8 +122,8 @@ def test_columns_misaligned_rows_and_strided_gradients(device):
 
 @pytest.mark.usefixtures("exact_sqrt")
 def test_more_slices_than_slots_and_mixed_dtypes(device, monkeypatch):
-    monkeypatch.setattr(kernel, "SLOTS_MIN", 2)
-    monkeypatch.setattr(kernel, "SLOTS_MAX", 8)
+    monkeypatch.setattr(adamw_table, "SLOTS_MIN", 2)
+    monkeypatch.setattr(adamw_table, "SLOTS_MAX", 8)
     arguments = chunk([(j + 1, 3) for j in range(21)], device)
     for j in range(0, 21, 4):
         arguments["params"][j] = arguments["params"][j].bfloat16()
@@ -172,3 +172,32 @@ def test_what_the_kernel_cannot_do_is_said_before_anything_changes(device):
     with pytest.raises(ValueError, match="is not a matrix with contiguous rows"):
         adamw(**odd, lr=0.1, backend="triton")
     assert odd["steps"][0] == 0
+
+
+@pytest.mark.usefixtures("exact_sqrt")
+def test_tensors_and_numbers_that_change_between_steps(device):
+    """The rows of the table are kept from call to call: none may outlive what it was made of."""
+    arguments = chunk([(40, 64), (9,), (4097,)], device)
+    rates = {"lr": 1e-2, "weight_decay": 0.1}
+    assert_same(arguments, run_both(arguments, **rates))
+    # only numbers, and gradients that moved or lost their alignment
+    arguments["grads"] = [torch.randn(2561, device=device)[1:].view(40, 64), *arguments["grads"][:0:-1][::-1]]
+    assert_same(
+        arguments, run_both(arguments, lr=[0.1, 0.2, 0.3], weight_decay=[0.5, 0.0, 0.1], betas=(0.2, 0.3))
+    )
+    # the same memory as another matrix, as columns of a wider one, and in another order
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        arguments[name][0] = arguments[name][0].view(64, 40)
+    assert_same(arguments, run_both(arguments, **rates))
+    wide = arguments["params"][0].view(-1).new_zeros(64, 50)
+    arguments["params"][0] = wide[:, :40]
+    assert_same(arguments, run_both(arguments, **rates))
+    assert not bool(wide[:, 40:].any())
+    for tensors in arguments.values():
+        tensors.reverse()
+    assert_same(arguments, run_both(arguments, **rates))
+    # freed and allocated again, which may well be at the same address
+    for _ in range(3):
+        arguments["params"][0] = None
+        arguments["params"][0] = torch.randn(4097, device=device)
+        assert_same(arguments, run_both(arguments, **rates))

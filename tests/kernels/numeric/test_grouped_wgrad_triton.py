@@ -1,5 +1,7 @@
 """The Triton kernels of grouped_wgrad and expert_wgrad: as accurate as PyTorch, ragged, empty, in several launches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close_to_exact
@@ -35,6 +37,22 @@ def test_slices_that_share_an_input(device, config, cols, dtype):
     compare(ours, dys, [x] * 5, RAGGED, cols)
     again = grouped_wgrad(dys, x, RAGGED, cols, backend="triton", config=config)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["plain", "split"])
+def test_programs_that_walk_over_tiles_give_the_same_bits(device, monkeypatch, config, programs):
+    dys, (x,) = matrices(device), matrices(device, sizes=(48,))
+    plain = grouped_wgrad(dys, x, RAGGED, slice(3, 41), backend="triton", config=config)
+    few = replace(triton_grouped_wgrad.target_for(torch.device(device)), multiprocessors=programs)
+    monkeypatch.setattr(triton_grouped_wgrad, "target_for", lambda device: few)
+    count, asked = triton_grouped_wgrad._programs, []
+    monkeypatch.setattr(triton_grouped_wgrad, "_programs", lambda *a: asked.append(count(*a)) or asked[-1])
+    walked = grouped_wgrad(
+        dys, x, RAGGED, slice(3, 41), backend="triton", config=replace(config, persistent=True)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(walked, plain, strict=True))
+    assert asked == [2 * programs]  # two blocks of four warps a multiprocessor
 
 
 @pytest.mark.parametrize("aligned", [True, False])

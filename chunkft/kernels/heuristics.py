@@ -163,8 +163,8 @@ def has_descriptors(config: Config, problem: Problem, target: Target) -> bool:
 
 
 def can_persist(config: Config, problem: Problem, target: Target) -> bool:
-    """The persistent kernel reads contiguous slices by TMA, and each of its tiles is one program's."""
-    if not config.persistent:
+    """The persistent kernel reads contiguous slices by TMA, a tile is one program's; the one of groups always can."""
+    if not config.persistent or problem.parts:
         return True
     return config.tma and config.splits == 1 and not problem.row_block and not problem.col_block
 
@@ -191,8 +191,8 @@ def has_depth(config: Config, problem: Problem, target: Target) -> bool:
 
 
 def persistence_has_work(config: Config, problem: Problem, target: Target) -> bool:
-    """Walking over tiles pays where some program has more than one."""
-    return not config.persistent or tiles(config, problem) > target.multiprocessors
+    """Walking over tiles pays where some program has more than one; in groups nothing says so yet."""
+    return not config.persistent or (not problem.parts and tiles(config, problem) > target.multiprocessors)
 
 
 def splits_have_work(config: Config, problem: Problem, target: Target) -> bool:
@@ -241,7 +241,7 @@ def shared_bytes(config: Config, problem: Problem, target: Target) -> int:
     # tcgen05 takes tf32 operands in one order only, for which both are copied once more
     buffers = config.num_stages + (2 if problem.tf32 and target.capability == 100 else 0)
     buffers *= (config.block_m + config.block_n) * config.block_k * problem.itemsize
-    if config.persistent:
+    if config.persistent and not problem.parts:
         # multiplied by mma.sync there is one buffer less; a part on its way lies beside the next tile's first operands
         buffers -= buffers // config.num_stages if target.capability == 120 else 0
         return buffers + part_bytes(config, problem) + 1024

@@ -166,6 +166,8 @@ def wants_weight(ctx: Any, parameter: int, leaves: int) -> bool:
         parameter: number of the weight among its inputs that are tensors; after it come the leaves.
         leaves: how many there are.
     """
+    if torch.compiler.is_compiling():
+        return False  # the backward pass is recorded before it is asked for anything; Dynamo of 2.11 has no edges
     edges = ctx.next_functions
     will_execute = torch._C._will_engine_execute_node
     try:

@@ -250,7 +250,8 @@ def _is_elementwise(func: Any) -> bool:
     tags = func.tags
     return func in _ELEMENTWISE or (
         torch.Tag.pointwise in tags
-        and torch.Tag.inplace in tags
+        and func._schema.is_mutable
+        and func._schema.name.endswith("_")  # what Tag.inplace says, which torch 2.11 does not have
         and torch.Tag.nondeterministic_seeded not in tags
     )
 

@@ -11,11 +11,9 @@ python -m bench.gpu_smoke pager                bytes through the pager and back
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 
 from . import common
+from .rehearsal import in_interpreter
 
 GIB = 1 << 30
 
@@ -183,12 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="small and on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(arguments)
-    if args.rehearse and "TRITON_INTERPRET" not in os.environ:
-        # has to be set before Triton is imported
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        words = sys.argv[1:] if arguments is None else list(arguments)
-        done = subprocess.run([sys.executable, "-m", f"{common.PACKAGE}.gpu_smoke", *words], env=environment)
-        raise SystemExit(done.returncode)
+    if args.rehearse:
+        in_interpreter("gpu_smoke", arguments)
     if args.list:
         from .kernel_calls import CALLS
 

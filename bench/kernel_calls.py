@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,10 +90,10 @@ def _index(rows: Any, device: torch.device) -> Any:
     return slice(None) if rows is None else rows
 
 
-def _grouped(device: torch.device, small: bool) -> Check:
+def _grouped(device: torch.device, small: bool, **tile: Any) -> Check:
     dy, x = _operands(device, small)
     spans = [slice(8, 40), slice(3, 50), None]
-    config = _tile(small)
+    config = _tile(small, **tile)
     ours = kernels.grouped_wgrad([dy] * 3, x, spans, backend="triton", config=config)
     exact = dy.double().t() @ x.double()
     theirs = dy.t() @ x
@@ -204,6 +205,9 @@ CALLS: dict[str, Call] = {
     "wgrad-tma": _wgrad(rows=slice(3, 61), tma=True),
     "wgrad-split": _wgrad(splits=3),
     "wgrad-split-tma": _wgrad(splits=3, tma=True),
+    "wgrad-persistent": _wgrad(tma=True, persistent=True),
+    "wgrad-persistent-odd": _wgrad(rows=slice(3, 61), tma=True, persistent=True),
+    "wgrad-persistent-accumulate": _wgrad(accumulate=True, tma=True, persistent=True),
     "wgrad-blocks": _wgrad(rows=_blocks, picked=True),
     "wgrad-indices": _wgrad(rows=_single, picked=True),
     "wgrad-accumulate": _wgrad(accumulate=True, tma=True),
@@ -212,6 +216,7 @@ CALLS: dict[str, Call] = {
     "wgrad-fp32": _wgrad(dtype=torch.float32, picked=True),
     "wgrad-tf32": _wgrad(dtype=torch.float32, tf32=True, picked=True),
     "grouped": _grouped,
+    "grouped-persistent": partial(_grouped, persistent=True),
     "experts": _experts,
     "embedding": _embedding,
     "adamw-fp32": _adamw("none", torch.float32),

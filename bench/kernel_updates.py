@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from chunkft import kernels
-from chunkft.kernels import gpu
 
 from . import common
 from .clock import Clock
 from .harness import CheckFailed
 from .records import Records
+from .rehearsal import in_interpreter
 
 BETAS, EPS, LR, DECAY = (0.9, 0.999), 1e-8, 1e-4, 0.01
 WIDTH = 4096
@@ -89,27 +87,37 @@ def torch_adamw(clock: Clock, elements: int, dtype: torch.dtype) -> tuple[Callab
     return lambda: optimizer.step(), numel * 7 * weights[0].element_size()
 
 
-def settings() -> dict[str, dict[str, Any]]:
-    """Launch settings of the AdamW kernel by name; the default first."""
+@contextlib.contextmanager
+def launched_as(tile: Any) -> Iterator[None]:
+    """The AdamW kernel with another launch setting as its default."""
     from chunkft.kernels.gpu import adamw as device_side
 
-    known = getattr(device_side, "VARIANTS", ())
-    return {"default": {}} | {str(tile): {"tile": tile} for tile in known}
+    with mock.patch.object(device_side, "VARIANTS", (tile,)):
+        yield
+
+
+def settings() -> dict[str, Any]:
+    """Launch settings of the AdamW kernel by name, the default first."""
+    from chunkft.kernels.gpu.adamw import VARIANTS
+
+    names = ["default", *(f"{tile.block}x{tile.loops}/{tile.warps} warps" for tile in VARIANTS[1:])]
+    return dict(zip(names, VARIANTS, strict=True))
 
 
 def measure_adamw(records: Records, clock: Clock, elements: int, rounds: int, copy: float) -> None:
     """Every mode with the default setting, the first mode with every setting, PyTorch's fused update."""
     dtypes = {"none fp32": ("none", torch.float32)} | {mode: (mode, torch.bfloat16) for mode in MODES}
     for name, (mode, dtype) in dtypes.items():
-        every = settings() if mode == MODES[0] else {"default": {}}
+        every = settings() if mode == MODES[0] else {"default": settings()["default"]}
         run, moved = adamw_case(clock, elements, mode, dtype)
-        for setting, options in every.items():
+        for setting, tile in every.items():
             key = f"adamw/{name}/{setting}"
             if key in records:
                 continue
-            with contextlib.suppress(CheckFailed), records.case(key) as record:
-                us = clock.microseconds([lambda o=options, r=run: r(backend="triton", **o)], rounds)[0]
-                record |= _rates(us, moved, copy)
+            with records.case(key) as record, launched_as(tile):
+                record |= _rates(
+                    clock.microseconds([lambda r=run: r(backend="triton")], rounds)[0], moved, copy
+                )
             print(_line(key, record), flush=True)
     for dtype in (torch.bfloat16, torch.float32):
         key = f"torch fused adamw/{str(dtype).split('.')[1]}"
@@ -176,10 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="small, on the CPU: figures mean nothing")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "kernel-updates.json")
     args = parser.parse_args(arguments)
-    if args.rehearse and not gpu.interpreted():
-        words = sys.argv[1:] if arguments is None else list(arguments)
-        command = [sys.executable, "-m", f"{common.PACKAGE}.kernel_updates", *words]
-        raise SystemExit(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode)
+    if args.rehearse:
+        in_interpreter("kernel_updates", arguments)
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --rehearse runs this on the CPU")
     torch.manual_seed(0)

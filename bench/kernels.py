@@ -16,11 +16,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +25,7 @@ from typing import Any
 
 import torch
 
-from chunkft.kernels import gpu, measured, triton_wgrad
+from chunkft.kernels import measured, triton_wgrad
 from chunkft.kernels.choice import by_one_product, choose, choose_group, one_by_one
 from chunkft.kernels.heuristics import (
     Config,
@@ -48,6 +45,7 @@ from .harness import CheckFailed
 from .kernel_cases import CHUNKS, EXPERTS, FORMS, MODELS, TOKENS, Case, cases, small
 from .kernel_setup import EXPERTS_A_TOKEN, Setup, problem_of
 from .records import Records
+from .rehearsal import in_interpreter
 
 ROUNDS = 30
 
@@ -312,11 +310,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry of the command line."""
     options = parse(arguments)
-    if options.rehearse and not gpu.interpreted():
-        # has to be set before Triton is imported
-        words = sys.argv[1:] if arguments is None else list(arguments)
-        command = [sys.executable, "-m", f"{common.PACKAGE}.kernels", *words]
-        raise SystemExit(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode)
+    if options.rehearse:
+        in_interpreter("kernels", arguments)
     torch.manual_seed(options.seed)
     chosen = selected(options)
     out = options.out or common.RESULTS / f"kernels-{'measured' if options.measuring else 'predicted'}.json"

@@ -14,7 +14,7 @@ SLOTS = {
     "c": "kernels against cuBLAS and against a copy",
     "d": "the paper's case: Llama-2-7B, bf16, 1,024 tokens",
     "e": "other methods side by side",
-    "f": "tuning of the shapes that are furthest behind",
+    "f": "tuning of the shapes that are furthest behind, and compute-sanitizer",
 }
 
 # On the CPU even where there is a GPU: a rehearsal spends none of its time.
@@ -80,12 +80,13 @@ def _contact() -> Iterator[Case]:
 
 
 def _correctness() -> Iterator[Case]:
+    kernels, gpu = ("tests/kernels/numeric",), ("tests/gpu", "--marks", "not slow")
     suites = {
-        "kernels": ("tests/kernels/numeric", "every kernel against fp64, natively", 60.0),
-        "gpu": ("tests/gpu", "streams, graphs, paging, training, memory", 75.0),
+        "kernels": (kernels, "every kernel against fp64, natively", 60.0),
+        "gpu": (gpu, "streams, graphs, paging, training, memory", 75.0),
     }
-    for name, (folder, what, expect) in suites.items():
-        command = ("-m", "bench.suite_tests", folder, "--workers", str(WORKERS), "--out", "{out}")
+    for name, (words, what, expect) in suites.items():
+        command = ("-m", "bench.suite_tests", *words, "--workers", str(WORKERS), "--out", "{out}")
         yield _case(
             f"correct/{name}", "b", what, command, (*command, "--collect-only"), expect, 3 * expect,
             needs="contact/build",
@@ -172,4 +173,9 @@ def _tuning() -> Iterator[Case]:
     yield _case(
         "tuning/worst", "f", "twelve tiles for each of the worst shapes", (*words, *real), (*words, *small),
         90, 240, restarts=3, needs="contact/build",
+    )  # fmt: skip
+    sanitized = ("tests/gpu", "--marks", "slow", "--workers", "3", "--out", "{out}")
+    yield _case(
+        "tuning/sanitizer", "f", "every kernel under compute-sanitizer", ("-m", "bench.suite_tests", *sanitized),
+        ("-m", "bench.suite_tests", *sanitized, "--collect-only"), 120, 300, needs="contact/build",
     )  # fmt: skip

@@ -92,11 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.suite_tests", description=__doc__.split("\n")[0])
     parser.add_argument("paths", nargs="+", help="files or folders of tests")
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--marks", help="an expression of marks, such as 'not slow'")
     parser.add_argument("--collect-only", action="store_true", help="find the tests and run none")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(arguments)
     outcomes = Outcomes(args.out)
     words = ["-q", "-p", "no:cacheprovider", "-p", f"{common.PACKAGE}.suite_tests", "-rfE", "--tb=short"]
+    if args.marks:
+        words += ["-m", args.marks]
     if args.collect_only:
         words += ["--collect-only", "-qq"]
     elif args.workers > 1:

@@ -78,6 +78,18 @@ def test_a_run_of_something_else_is_refused(measured, words):
         bars_of(PREDICTED, measured)
 
 
+def test_a_suite_holds_one_place_of_state_in_each_of_its_cases():
+    place = {"settings": SETTINGS, "variants": {"paged K=32": {"peak_bytes": 17 * GIB}}}
+    full = {"settings": SETTINGS, "variants": {"adamw": {"peak_bytes": 50 * GIB}}}
+    lean = {"settings": SETTINGS, "variants": {"lean K=128": {"peak_bytes": 13 * GIB}}}
+    rows = {"paper/paged": {"result": place}, "paper/adamw": {"result": full}, "paper/lean": {"result": lean}}
+    rows |= {"paper/stream": {"verdict": "no time left"}, "kernels/pager": {"result": {"variants": {}}}}
+    bars = bars_of(PREDICTED, memory_picture.measured_in({"cases": rows}))
+    assert {bar.name: bar.measured for bar in bars if bar.measured} == {"paged, K=32": 17 * GIB}
+    with pytest.raises(ValueError, match="'model': None"):
+        bars_of(PREDICTED, memory_picture.measured_in({"cases": {}}))
+
+
 def test_predictions_without_the_case_are_refused():
     with pytest.raises(ValueError, match="hold 0 cases"):
         bars_of({"cases": PREDICTED["cases"][1:]})

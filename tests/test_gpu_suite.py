@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from bench import common, gpu_suite, records, suite_cases, suite_run
+from bench import common, gpu_suite, kernel_calls, records, suite_build, suite_cases, suite_run
 from bench.suite_run import NOT_STARTED, OUT_OF_TIME, Case, Suite
 
 WRITES = (
@@ -222,7 +222,9 @@ def test_every_case_has_a_name_a_slot_and_a_rehearsal():
     assert all(c.needs in (None, *names[:i]) for i, c in enumerate(cases))
     programs = {(c.slot, c.command[1]) for c in cases}
     rehearsed = {(c.slot, c.rehearsal[1]) for c in cases if c.rehearsal and c.rehearsal[0] == "-m"}
-    assert programs - rehearsed == {("a", "pip")}
+    assert programs - rehearsed == {("a", "bench.suite_build")}
+    calls = [c.name.split("/")[1] for c in cases if "kernel" in c.command]
+    assert calls == list(kernel_calls.CALLS)
     # twelve minutes reach the peak and the step of the paper's case, beside full AdamW
     first = cases[: names.index("paper/adamw") + 1]
     assert sum(c.expect / (suite_cases.WORKERS if c.together else 1) for c in first) < 12 * 60
@@ -299,3 +301,39 @@ def test_records_are_written_before_and_after_each_case(tmp_path):
     again = records.Records(path, {"head": 2}, resume=True)
     assert list(again) == ["one", "two"]
     assert "one" not in records.Records(path, {"head": 3})
+
+
+def test_the_suite_starts_where_the_package_is_not_built_yet(tmp_path):
+    """Its first case builds it: nothing before that may import it."""
+    (tmp_path / "chunkft").mkdir()
+    (tmp_path / "chunkft" / "__init__.py").write_text("raise ImportError('not built')")
+    (tmp_path / "bench").symlink_to(common.REPO / "bench")
+    code = "import sys; from bench import gpu_suite; gpu_suite.main(['--list']); sys.exit('chunkft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "contact/build" in done.stdout
+
+
+REFUSED = ("-c", "raise SystemExit('error: externally-managed-environment')")
+
+
+def test_where_pip_is_refused_the_core_is_built_in_place(capfd):
+    """As the Python of a distribution does, or an environment that is read-only."""
+    assert suite_build.build(("-c", "print('pip')"), REFUSED) == "installed"
+    assert suite_build.build(REFUSED, ("-c", "print('setup')")) == "in place"
+    out, err = capfd.readouterr()
+    assert "externally-managed" in err
+    assert str(common.REPO / "chunkft" / "__init__.py") in out
+    with pytest.raises(RuntimeError, match="neither pip nor setup.py"):
+        suite_build.build(REFUSED, REFUSED)
+
+
+def test_a_build_that_cannot_be_imported_is_no_build(monkeypatch):
+    monkeypatch.setattr(suite_build, "PROBE", "import chunkft_of_elsewhere")
+    with pytest.raises(RuntimeError, match="cannot be imported"):
+        suite_build.build(("-c", "pass"), REFUSED)
+
+
+def test_without_pip_the_core_is_built_in_place(monkeypatch):
+    monkeypatch.setattr(suite_build.importlib.util, "find_spec", lambda name: None)
+    assert suite_build.build(("-c", "raise SystemExit('called')"), ("-c", "pass")) == "in place"

@@ -21,6 +21,8 @@ REPO = Path(__file__).resolve().parent.parent
 PACKAGE = __package__  # bench in a checkout, chunkft_bench where it was installed
 CHECKOUT = Path(__file__).resolve().parent.name == "bench" and (REPO / "pyproject.toml").is_file()
 RESULTS = REPO / "bench" / "results" if CHECKOUT else Path.cwd() / "bench-results"
+# Exit status of a benchmark that went through all cases and has no figure for some: to start it again changes nothing.
+INCOMPLETE = 3
 PACKAGES = (
     *(
         "torch",
@@ -97,11 +99,14 @@ def command_line() -> str:
     return " ".join(words).replace(f"{REPO}/", "")
 
 
-def header(seed: int) -> dict[str, Any]:
-    """What repeats a figure: command, device, threads, versions, commit and seed, with the time of day."""
+def header(seed: int, device: str | None = None) -> dict[str, Any]:
+    """What repeats a figure: command, device, threads, versions, commit and seed, with the time of day.
+
+    Where `device` names it nothing is asked of the accelerator by this process.
+    """
     return {
         "command": command_line(),
-        "device": device_name(),
+        "device": device_name() if device is None else device,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": commit(),

@@ -15,12 +15,16 @@ Every case runs in a process group of its own: one that hangs, crashes or spoils
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import common
@@ -29,11 +33,12 @@ from .suite_run import Case, Say, Suite, run_all
 
 REHEARSED = "rehearsal"  # folder of a dry run's results
 FIRST = ("contact/build", "contact/machine")
+ASKING = 120  # seconds for the name of the GPU, which the first import of torch is part of
 
 
 def folder_name(device: str) -> str:
     """A device's name as a folder name: lower case, everything but letters and digits a dash."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "unnamed"
 
 
 def gpu_name() -> str:
@@ -42,8 +47,11 @@ def gpu_name() -> str:
     Raises RuntimeError where torch sees none.
     """
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    name = done.stdout.strip()
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=ASKING)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the GPU did not tell its name within {ASKING} s") from None
+    name = (done.stdout.strip().splitlines() or [""])[-1]
     if done.returncode != 0 or not name:
         said = (done.stderr.strip().splitlines() or ["torch sees no CUDA device"])[-1]
         raise RuntimeError(f"no GPU to measure: {said}; --dry-run rehearses on the CPU")
@@ -116,14 +124,33 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
     folder = args.results / folder_name(device)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "suite.json"
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        parser.error(f"another suite writes into {folder}; wait for it, or name other --results")
+    except OSError as error:  # a file system without locks
+        print(f"{folder} cannot be locked ({error}): start no second suite there", file=sys.stderr)
+    try:
+        with _ended_as_by_hand():
+            return _suite(args, cases, chosen, device, path)
+    finally:
+        os.close(lock)
+
+
+def _suite(
+    args: argparse.Namespace, cases: Sequence[Case], chosen: Sequence[Case], device: str, path: Path
+) -> int:
+    """Runs the chosen cases; the process's exit status."""
     workers = args.workers or (min(2, common.usable_cores()) if args.dry_run else WORKERS)
-    head = common.header(0) | {"kind": "rehearsed" if args.dry_run else "measured", "gpu": device}
+    head = common.header(0, device) | {"kind": "rehearsed" if args.dry_run else "measured", "gpu": device}
     kept = args.resume or bool(args.names)  # cases that were not asked for stay as they are
     suite = Suite(path, head, kept)
     if args.names and not args.resume:
         suite.forget(case.name for case in chosen if case.name not in FIRST)
     if not args.dry_run:
-        suite.forget(FIRST)  # another day's machine is another machine
+        # another day's machine is another machine
+        suite.forget(case.name for case in chosen if case.name in FIRST)
     say = _teller(time.monotonic())
     say(f"{device}: {len(chosen)} cases in {args.minutes:g} minutes, results in {path}")
     try:
@@ -137,6 +164,23 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         + (f"; not: {', '.join(bad)}" if bad else "")
     )
     return 1 if bad else 0
+
+
+@contextlib.contextmanager
+def _ended_as_by_hand() -> Iterator[None]:
+    """A suite that is told to end, by `timeout` or a closed terminal, ends its case too, as after Ctrl-C."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    told = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    # what is ignored stays so: that is how nohup works
+    before = {one: signal.signal(one, stop) for one in told if signal.getsignal(one) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _teller(start: float) -> Say:

@@ -200,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = ((50, 60, 40, 20),) if args.rehearse else TABLES
     measure_embedding(records, clock, tables, rounds, copy)
     if any("error" in record for record in records.values()):
-        raise SystemExit("some cases have no figure: see the lines that say why")
+        print("some cases have no figure: see the lines that say why", file=sys.stderr)
+        raise SystemExit(common.INCOMPLETE)
 
 
 if __name__ == "__main__":

@@ -344,7 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(name, means)
     print(f"{out}: {len(records)} cases, {result['kind']}")
     if any("error" in record for record in records.values()):
-        raise SystemExit("some cases have no figure: see the lines that say why")
+        print("some cases have no figure: see the lines that say why", file=sys.stderr)
+        raise SystemExit(common.INCOMPLETE)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ complete but for seconds whenever and however the suite ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,8 @@ from . import common
 GRACE = 5.0  # seconds between asking a group to end and killing it, and that a killed one may take
 EVERY = 2.0  # seconds between two looks at the results of a running case
 TAIL = 40  # last lines of output that are kept with a case
+LONGEST, SHOWN = 1 << 16, 400  # characters of a line that are read at once, and that are kept with a case
+LOGGED = 64 << 20  # characters of output that a case may leave in the log
 OUT_OF_TIME, NOT_STARTED = "out of time", "no time left"
 
 Say = Callable[[str], None]
@@ -38,7 +41,7 @@ class Case:
     `{out}` in the command is the file for its JSON, `{suite}` the file with the results of all cases before it, and
     `{device}` the folder of the device. It needs about `expect` seconds on a data-centre GPU and is not started where
     less is left; it is stopped after `limit`. Neighbours marked `together` run at the same time. A command that knows
-    `--resume` is started again after a crash, up to `restarts` times. `rehearsal` is what `--dry-run` runs instead;
+    `--resume` is started again after a crash, up to `restarts` times, and goes on behind its earlier results. `rehearsal` is what `--dry-run` runs instead;
     empty where the rehearsal of another case of the slot covers this one.
     """
 
@@ -56,12 +59,18 @@ class Case:
 
 
 class Suite:
-    """Rows of cases by name in the JSON file of a device."""
+    """Rows of cases by name in the JSON file of a device.
+
+    A file that holds results and is not resumed, or that cannot be read, is kept beside the new one.
+    """
 
     def __init__(self, path: Path, head: dict[str, Any], resume: bool) -> None:
         self.path = path
-        before = json.loads(path.read_text()) if path.exists() else {}
-        self.rows: dict[str, dict[str, Any]] = before.get("cases", {}) if resume else {}
+        rows = _rows(path)
+        if path.exists() and (rows is None or (rows and not resume)):
+            aside = time.strftime(f"{path.stem}-%Y%m%d-%H%M%S", time.gmtime())
+            path.replace(path.with_name(f"{aside}-{time.time_ns() % 10**9:09d}{path.suffix}"))
+        self.rows: dict[str, dict[str, Any]] = (rows or {}) if resume else {}
         self.stopping = threading.Event()
         self._head = head
         self._lock = threading.Lock()
@@ -79,7 +88,19 @@ class Suite:
         """Sets the row of a case and writes the file."""
         with self._lock:
             self.rows[name] = row
-            common.write_json(self.path, {**self._head, "cases": self.rows})
+            try:
+                common.write_json(self.path, {**self._head, "cases": self.rows})
+            except OSError as error:  # a full disk: the rows are there yet, and the next case may find room
+                print(f"{self.path} could not be written: {error}", file=sys.stderr, flush=True)
+
+
+def _rows(path: Path) -> dict[str, dict[str, Any]] | None:
+    """Rows of a suite's file; None where it holds none that can be read."""
+    try:
+        rows = json.loads(path.read_text())["cases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rows if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()) else None
 
 
 def run_all(
@@ -89,7 +110,7 @@ def run_all(
     deadline = time.monotonic() + seconds
     for batch in batches([case for case in cases if not suite.done(case.name)]):
         with ThreadPoolExecutor(workers if len(batch) > 1 else 1) as pool:
-            waiting = [pool.submit(_run, case, suite, deadline, say, rehearse) for case in batch]
+            waiting = [pool.submit(_run_safely, case, suite, deadline, say, rehearse) for case in batch]
             try:
                 for future in waiting:
                     future.result()
@@ -111,11 +132,24 @@ def batches(cases: Sequence[Case]) -> list[list[Case]]:
     return found
 
 
+def _run_safely(case: Case, suite: Suite, deadline: float, say: Say, rehearse: bool) -> None:
+    """Runs a case; what goes wrong around it, such as a process that cannot be started, ends the case alone."""
+    try:
+        _run(case, suite, deadline, say, rehearse)
+    except Exception as error:
+        verdict = f"not run: {type(error).__name__}: {error}"
+        suite.put(case.name, {**suite.rows.get(case.name, {}), "slot": case.slot, "verdict": verdict})
+        say(f"{case.name:28s} {verdict}")
+
+
 def _run(case: Case, suite: Suite, deadline: float, say: Say, rehearse: bool) -> None:
     row: dict[str, Any] = {"slot": case.slot, "what": case.what, "commit": common.commit()}
     row["started"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    before = suite.rows.get(case.name, {}).get("result")
     if suite.stopping.is_set():
         return
+    if before is not None:
+        row["result"] = before  # until there is something better
     if case.needs is not None and not suite.done(case.needs):
         suite.put(case.name, row | {"verdict": f"needs {case.needs}", "seconds": 0.0})
         say(f"{case.name:28s} needs {case.needs}")
@@ -133,6 +167,7 @@ def _run(case: Case, suite: Suite, deadline: float, say: Say, rehearse: bool) ->
         return
     command = [sys.executable, *words]
     row["command"] = " ".join(["python", *words]).replace(f"{common.REPO}/", "")
+    goes_on = case.restarts > 0 and _seed(part, before)
     begin = time.monotonic()
     lines: deque[str] = deque(maxlen=TAIL)
     code: int | str = 0
@@ -142,10 +177,10 @@ def _run(case: Case, suite: Suite, deadline: float, say: Say, rehearse: bool) ->
             code = NOT_STARTED if attempt == 0 else code
             break
         code = _watched(
-            case, [*command, *(["--resume"] if attempt else [])], min(case.limit, left), part, suite, row, lines,
-            rehearse,
+            case, [*command, *(["--resume"] if attempt or goes_on else [])], min(case.limit, left), part, suite,
+            row, lines, rehearse,
         )  # fmt: skip
-        if code in (0, OUT_OF_TIME) or suite.stopping.is_set():
+        if code in (0, common.INCOMPLETE, OUT_OF_TIME) or suite.stopping.is_set():
             break
     row["seconds"] = round(time.monotonic() - begin, 1)
     row["verdict"] = "ok" if code == 0 else code if isinstance(code, str) else _ended(code)
@@ -166,8 +201,10 @@ def _watched(
     rehearse: bool,
 ) -> int | str:
     """Exit code of a command, or OUT_OF_TIME; its results are taken over while it runs."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | (case.environment if rehearse else {})
+    environment = os.environ | surroundings(suite.path.parent) | (case.environment if rehearse else {})
     log = suite.path.with_suffix(".log")
+    with contextlib.suppress(OSError):
+        log.touch()
     process = subprocess.Popen(
         command,
         cwd=common.REPO,
@@ -198,6 +235,26 @@ def _watched(
         reader.join(GRACE)
 
 
+def surroundings(folder: Path) -> dict[str, str]:
+    """Variables that every case gets: this package wherever it runs, and a cache that Triton can write."""
+    found = {"PYTHONUNBUFFERED": "1"}
+    found["PYTHONPATH"] = os.pathsep.join(filter(None, (str(common.REPO), os.environ.get("PYTHONPATH"))))
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    nearest = next((place for place in (home / ".triton", home) if place.exists()), home)
+    if "TRITON_CACHE_DIR" not in os.environ and not os.access(nearest, os.W_OK):
+        found["TRITON_CACHE_DIR"] = str(folder / ".triton")
+    return found
+
+
+def _seed(part: Path, before: dict[str, Any] | None) -> bool:
+    """Puts what an earlier run measured where the command goes on behind it; errors are tried again."""
+    records = (before or {}).get("records")
+    kept = {k: r for k, r in records.items() if "error" not in r} if isinstance(records, dict) else {}
+    if kept:
+        common.write_json(part, {**(before or {}), "running": None, "records": kept})
+    return bool(kept)
+
+
 _GROUPS: set[int] = set()
 
 
@@ -225,21 +282,27 @@ def end_all() -> None:
 
 
 def _read(process: subprocess.Popen[str], log: Path, name: str, lines: deque[str]) -> None:
-    assert process.stdout is not None
-    with log.open("a") as file:
-        for line in process.stdout:
-            lines.append(line.rstrip("\n"))
-            file.write(f"[{name}] {line}")
-            file.flush()
+    stream = process.stdout
+    assert stream is not None
+    left = LOGGED
+    for line in iter(lambda: stream.readline(LONGEST), ""):
+        lines.append(line.rstrip("\n")[:SHOWN])
+        if left > 0:
+            left -= len(line)
+            # a disk that is full must not stop the reading: the process would wait for it
+            with contextlib.suppress(OSError), log.open("a") as file:
+                file.write(f"[{name}] {line}" if line.endswith("\n") else f"[{name}] {line}\n")
 
 
 def _adopt(row: dict[str, Any], part: Path, lines: deque[str]) -> None:
     row["output"] = list(lines)
-    if part.exists():
+    with contextlib.suppress(OSError, ValueError):  # there is none, or it is no JSON: what was there stays
         row["result"] = json.loads(part.read_text())
 
 
 def _ended(code: int) -> str:
+    if code == common.INCOMPLETE:
+        return "some figures missing"
     if code >= 0:
         return f"failed ({code})"
     try:
@@ -249,7 +312,7 @@ def _ended(code: int) -> str:
 
 
 def _last(lines: deque[str]) -> str:
-    for line in reversed(lines):
+    for line in reversed(list(lines)):  # a reader may be at work yet
         if line.strip():
             return line.strip()[:110]
     return ""

@@ -1,8 +1,10 @@
 """The suite of a first contact: one case that hangs, crashes or fails ends alone, and what is known is kept."""
 
 import dataclasses
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ import time
 import pytest
 import torch
 
-from bench import common, gpu_suite, records, suite_cases, suite_run
+from bench import common, gpu_suite, kernel_calls, records, suite_build, suite_cases, suite_run
 from bench.suite_run import NOT_STARTED, OUT_OF_TIME, Case, Suite
 
 WRITES = (
@@ -144,6 +146,118 @@ def test_resume_goes_on_with_what_did_not_end_well(tmp_path):
     assert mark.read_text() == "xxxxx"
 
 
+def test_resume_goes_on_behind_the_records_of_another_day(tmp_path):
+    """What was measured is not measured again, nor lost where there is less time; what failed is tried again."""
+    script = tmp_path / "shapes.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "from bench.records import Records\n"
+        "kept = Records(pathlib.Path(sys.argv[1]), {}, resume='--resume' in sys.argv)\n"
+        "for key in 'abc':\n"
+        "    if key in kept: continue\n"
+        "    with kept.case(key) as record:\n"
+        "        record['day'] = DAY\n"
+        "        if DAY == 1 and key == 'b': record['error'] = 'off'\n"
+        "        if DAY == 1 and key == 'c': time.sleep(60)\n"
+    )
+    text = script.read_text()
+    one = Case("shapes", "c", "", (str(script), "{out}"), (), 0.1, 8.0, restarts=1)
+    script.write_text(f"DAY = 1\n{text}")
+    rows, _ = run([one], tmp_path)
+    assert rows["shapes"]["verdict"] == OUT_OF_TIME
+    rows, _ = run([dataclasses.replace(one, expect=1e9)], tmp_path, resume=True)
+    assert rows["shapes"]["verdict"] == NOT_STARTED
+    assert rows["shapes"]["result"]["records"]["a"] == {"day": 1}
+    script.write_text(f"DAY = 2\n{text}")
+    rows, _ = run([one], tmp_path, resume=True)
+    assert rows["shapes"]["verdict"] == "ok"
+    assert {k: r["day"] for k, r in rows["shapes"]["result"]["records"].items()} == {"a": 1, "b": 2, "c": 2}
+
+
+def test_what_went_through_all_cases_is_not_started_again(tmp_path):
+    mark = tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'a').write('x'); raise SystemExit({common.INCOMPLETE})"
+    rows, _ = run([case("one", code, restarts=3)], tmp_path)
+    assert mark.read_text() == "x"
+    assert rows["one"]["verdict"] == "some figures missing"
+
+
+def test_results_are_kept_beside_a_new_run_and_a_broken_file_too(tmp_path):
+    run([case("one", "print(1)")], tmp_path)
+    run([case("two", "print(2)")], tmp_path)
+    kept = [path for path in tmp_path.glob("suite-*.json")]
+    assert [list(json.loads(path.read_text())["cases"]) for path in kept] == [["one"]]
+    (tmp_path / "suite.json").write_text('{"cases": {"two"')
+    rows, _ = run([case("three", "print(3)")], tmp_path, resume=True)
+    assert list(rows) == ["three"]
+    assert '{"cases": {"two"' in [path.read_text() for path in tmp_path.glob("suite-*.json")]
+
+
+def test_what_goes_wrong_around_a_case_ends_that_case_alone(tmp_path, monkeypatch):
+    start = subprocess.Popen
+
+    def refuse(command, **options):
+        if "first" in command[-2]:
+            raise OSError("no memory for another process")
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    rows, said = run([case("one", "'first'"), case("two", "'second'")], tmp_path)
+    assert rows["one"]["verdict"] == "not run: OSError: no memory for another process"
+    assert rows["two"]["verdict"] == "ok"
+
+
+def test_a_full_disk_costs_what_it_holds_and_not_the_suite(tmp_path, monkeypatch):
+    """Output is read on, for the process waits otherwise, and later rows find room for all."""
+    (tmp_path / "suite.log").mkdir()  # cannot be opened as a file
+    write, refused = common.write_json, []
+
+    def full(path, result):
+        if len(refused) < 1:
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        write(path, result)
+
+    monkeypatch.setattr(common, "write_json", full)
+    much = "print('x' * (1 << 20)); print('end')"
+    rows, _ = run([case("one", much, limit=20.0), case("two", "pass")], tmp_path)
+    assert refused
+    assert [row["verdict"] for row in rows.values()] == ["ok", "ok"]
+    assert rows["one"]["output"][-1] == "end"
+    assert max(map(len, rows["one"]["output"])) <= suite_run.SHOWN
+
+
+def test_results_that_are_no_json_do_not_end_the_suite(tmp_path):
+    rows, _ = run([case("one", "import sys; open(sys.argv[1], 'w').write('{')"), case("two", "")], tmp_path)
+    assert [row["verdict"] for row in rows.values()] == ["ok", "ok"]
+    assert "result" not in rows["one"]
+
+
+def test_cases_find_the_package_and_a_cache_for_triton(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    found = suite_run.surroundings(tmp_path)
+    assert found["PYTHONPATH"].split(os.pathsep) == [str(common.REPO), "/elsewhere"]
+    assert "TRITON_CACHE_DIR" not in found
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert suite_run.surroundings(tmp_path)["TRITON_CACHE_DIR"] == str(tmp_path / ".triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/own")
+    assert "TRITON_CACHE_DIR" not in suite_run.surroundings(tmp_path)
+
+
+def test_naming_cases_leaves_what_is_known_of_the_machine(tmp_path, monkeypatch):
+    """Without it a report of all results could not be made."""
+    monkeypatch.setattr(gpu_suite, "gpu_name", lambda: "Some GPU")
+    cases = [case(name, "print(1)") for name in (*gpu_suite.FIRST, "other")]
+    words = ["--results", str(tmp_path)]
+    assert gpu_suite.main(words, cases) == 0
+    assert gpu_suite.main([*words, "other"], cases) == 0
+    rows = json.loads((tmp_path / "some-gpu" / "suite.json").read_text())["cases"]
+    assert {name: row["verdict"] for name, row in rows.items()} == dict.fromkeys(rows, "ok")
+    assert set(rows) == {*gpu_suite.FIRST, "other"}
+
+
 def test_a_case_waits_for_what_it_needs(tmp_path):
     cases = [case("build", "raise SystemExit(1)"), case("kernel", "pass", needs="build")]
     rows, _ = run(cases, tmp_path)
@@ -168,7 +282,9 @@ def test_neighbours_run_together_and_measurements_alone(tmp_path):
     assert time.monotonic() - start < alone
 
 
-def test_ctrl_c_ends_the_case_and_keeps_the_file(tmp_path):
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_ends_the_case_and_keeps_the_file(tmp_path, sign):
+    """And so do `timeout` and a closed terminal: nothing may stay on the GPU."""
     code = (
         "import sys\n"
         "from bench import gpu_suite\n"
@@ -185,7 +301,7 @@ def test_ctrl_c_ends_the_case_and_keeps_the_file(tmp_path):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and "[slow] 1" not in (path.read_text() if path.exists() else ""):
         time.sleep(0.1)
-    process.send_signal(2)
+    process.send_signal(sign)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume goes on" in out
@@ -211,6 +327,13 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys, monkeypatch
     assert "torch sees no CUDA device; --dry-run rehearses on the CPU" in capsys.readouterr().err
     assert gpu_suite.main(["other", "--dry-run", "--results", str(tmp_path)], cases) == 0
     assert "2 of 2 cases ended well" in capsys.readouterr().out
+    lock = os.open(tmp_path / gpu_suite.REHEARSED, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as a suite that runs at the same time
+    with pytest.raises(SystemExit):
+        gpu_suite.main(["other", "--dry-run", "--results", str(tmp_path)], cases)
+    os.close(lock)
+    assert "another suite writes into" in capsys.readouterr().err
+    assert gpu_suite.main(["other", "--dry-run", "--results", str(tmp_path)], cases) == 0
 
 
 def test_every_case_has_a_name_a_slot_and_a_rehearsal():
@@ -222,7 +345,9 @@ def test_every_case_has_a_name_a_slot_and_a_rehearsal():
     assert all(c.needs in (None, *names[:i]) for i, c in enumerate(cases))
     programs = {(c.slot, c.command[1]) for c in cases}
     rehearsed = {(c.slot, c.rehearsal[1]) for c in cases if c.rehearsal and c.rehearsal[0] == "-m"}
-    assert programs - rehearsed == {("a", "pip")}
+    assert programs - rehearsed == {("a", "bench.suite_build")}
+    calls = [c.name.split("/")[1] for c in cases if "kernel" in c.command]
+    assert calls == list(kernel_calls.CALLS)
     # twelve minutes reach the peak and the step of the paper's case, beside full AdamW
     first = cases[: names.index("paper/adamw") + 1]
     assert sum(c.expect / (suite_cases.WORKERS if c.together else 1) for c in first) < 12 * 60
@@ -299,3 +424,39 @@ def test_records_are_written_before_and_after_each_case(tmp_path):
     again = records.Records(path, {"head": 2}, resume=True)
     assert list(again) == ["one", "two"]
     assert "one" not in records.Records(path, {"head": 3})
+
+
+def test_the_suite_starts_where_the_package_is_not_built_yet(tmp_path):
+    """Its first case builds it: nothing before that may import it."""
+    (tmp_path / "chunkft").mkdir()
+    (tmp_path / "chunkft" / "__init__.py").write_text("raise ImportError('not built')")
+    (tmp_path / "bench").symlink_to(common.REPO / "bench")
+    code = "import sys; from bench import gpu_suite; gpu_suite.main(['--list']); sys.exit('chunkft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "contact/build" in done.stdout
+
+
+REFUSED = ("-c", "raise SystemExit('error: externally-managed-environment')")
+
+
+def test_where_pip_is_refused_the_core_is_built_in_place(capfd):
+    """As the Python of a distribution does, or an environment that is read-only."""
+    assert suite_build.build(("-c", "print('pip')"), REFUSED) == "installed"
+    assert suite_build.build(REFUSED, ("-c", "print('setup')")) == "in place"
+    out, err = capfd.readouterr()
+    assert "externally-managed" in err
+    assert str(common.REPO / "chunkft" / "__init__.py") in out
+    with pytest.raises(RuntimeError, match="neither pip nor setup.py"):
+        suite_build.build(REFUSED, REFUSED)
+
+
+def test_a_build_that_cannot_be_imported_is_no_build(monkeypatch):
+    monkeypatch.setattr(suite_build, "PROBE", "import chunkft_of_elsewhere")
+    with pytest.raises(RuntimeError, match="cannot be imported"):
+        suite_build.build(("-c", "pass"), REFUSED)
+
+
+def test_without_pip_the_core_is_built_in_place(monkeypatch):
+    monkeypatch.setattr(suite_build.importlib.util, "find_spec", lambda name: None)
+    assert suite_build.build(("-c", "raise SystemExit('called')"), ("-c", "pass")) == "in place"

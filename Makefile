@@ -34,7 +34,7 @@ help:
 	@echo "make lint types layers docs core-test core-sanitize pytest   the parts of it"
 	@echo "make nsys ncu sanitize-gpu   on a GPU: profiles, a table of the kernels, checks by compute-sanitizer"
 	@echo "make gpu-env    Python 3.12 with constraints-gpu.txt in $(GPU_VENV), chunkft built there without network"
-	@echo "make gpu-env-test gpu-dry-run   what runs there without a GPU: tests, the first run's suite up to the device"
+	@echo "make gpu-env-test gpu-dry-run gpu-env-check   there, without a GPU: tests; a rehearsal of the first run; a short round of both"
 	@echo "make clean      remove build products; make distclean removes $(VENV) and $(GPU_VENV) as well"
 
 .PHONY: finetune
@@ -185,6 +185,9 @@ GPU_PACKAGES := torch numpy transformers accelerate peft lightning safetensors m
 # What a first run on a GPU rests on (CONTRIBUTING.md); those of tests/gpu are collected, to skip for want of a device.
 GPU_ENV_TESTS := tests/kernels tests/gpu $(addprefix tests/,test_bench_harness.py test_doctor.py test_driver_prototypes.py \
 	test_host_arena.py test_kernel_slices.py test_optimizer_contract.py trainers/test_accelerate_and_trl.py)
+# Of these what a release of torch or Triton breaks first, for continuous integration; the dry run interprets every kernel.
+GPU_ENV_SHORT := $(addprefix tests/,test_compile.py test_compile_order.py test_clipping.py test_optimizer_contract.py \
+	test_driver_prototypes.py)
 PYTHON312 ?= $(shell for p in python3.12 python3 python "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 \
 	"$$(uv python find 3.12 2>/dev/null)"; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && { echo "$$p"; break; }; done)
@@ -202,9 +205,13 @@ gpu-packages: $(GPU_PACKAGES_STAMP)
 gpu-env-test: $(GPU_BUILD_STAMP)
 	OMP_NUM_THREADS=1 $(GPU_BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(GPU_ENV_TESTS) $(ARGS)
 
+.PHONY: gpu-env-check
+gpu-env-check: gpu-dry-run
+	OMP_NUM_THREADS=1 $(GPU_BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(GPU_ENV_SHORT)
+
 .PHONY: gpu-dry-run
 gpu-dry-run: $(GPU_BUILD_STAMP)
-	$(GPU_BIN)/python -m bench.gpu_suite --dry-run $(ARGS)
+	$(GPU_BIN)/python -m bench.gpu_suite --dry-run --minutes 20 --results build $(ARGS)
 
 $(GPU_BUILD_STAMP): $(SOURCES) $(GPU_PACKAGES_STAMP)
 	PIP_NO_INDEX=1 $(NO_NETWORK) $(GPU_BIN)/python -m pip install --disable-pip-version-check \

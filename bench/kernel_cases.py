@@ -51,6 +51,7 @@ class Case:
     weights: tuple[tuple[int, int], ...]
     rows: tuple[int, ...]
     start: int = 0
+    experts: int = EXPERTS
 
     @property
     def cols(self) -> int:
@@ -90,7 +91,7 @@ def cases(
 def small(case: Case) -> Case:
     """The case with a few rows, columns and tokens, for a rehearsal on a CPU."""
     if case.form == "experts":
-        return replace(case, tokens=8, weights=((32, 16),), rows=(16,))
+        return replace(case, tokens=8, weights=((32, 16),), rows=(16,), experts=4)
     rows = tuple(64 if case.form == "blocks" else 20 + 3 * i for i in range(len(case.rows)))
     weights = tuple((128, 40) for _ in case.weights)
     return replace(case, tokens=70, weights=weights, rows=rows, start=case.start % 8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from chunkft.kernels import Blocks, expert_wgrad, grouped_wgrad, wgrad
 from chunkft.kernels.heuristics import Config, Problem
 
-from .kernel_cases import EXPERTS, EXPERTS_A_TOKEN, Case
+from .kernel_cases import EXPERTS_A_TOKEN, Case
 
 Run = Callable[[], Any]
 SAMPLE = 64
@@ -22,8 +22,8 @@ def problem_of(case: Case) -> Problem:
     if case.form == "group":
         return Problem(case.tokens, sum(case.rows), case.cols, described=False, parts=case.rows, shared=True)
     if case.form == "experts":
-        each = -(-case.tokens * EXPERTS_A_TOKEN // EXPERTS)
-        parts = case.rows * EXPERTS
+        each = -(-case.tokens * EXPERTS_A_TOKEN // case.experts)
+        parts = case.rows * case.experts
         return Problem(each, sum(parts), case.cols, described=False, parts=parts)
     block = 64 if case.form == "blocks" else 0
     wide = {"out_itemsize": 4, "accumulate": True} if case.form == "accumulate" else {}
@@ -51,9 +51,9 @@ class Setup:
         self.spans = [slice(case.start, case.start + rows) for rows in case.rows]
         shapes = [(rows, case.cols) for rows in case.rows]
         if case.form == "experts":
-            ends = torch.randint(0, tokens + 1, (EXPERTS - 1,)).sort().values.tolist()
+            ends = torch.randint(0, tokens + 1, (case.experts - 1,)).sort().values.tolist()
             self.offsets = torch.tensor([*ends, tokens], dtype=torch.int32, device=device)
-            shapes = [(EXPERTS, *shapes[0])]
+            shapes = [(case.experts, *shapes[0])]
         if case.form == "blocks":
             blocks = torch.randperm(case.weights[0][0] // 64)[: case.rows[0] // 64]
             self.blocks = Blocks(blocks.to(device), 64)
@@ -125,7 +125,7 @@ class Setup:
         cols = torch.randint(0, self.case.cols, (SAMPLE,))
         x, dy = self.x[:, cols].double(), self.dys[result]
         if self.case.form == "experts":
-            expert = int(torch.randint(0, EXPERTS, ()))
+            expert = int(torch.randint(0, self.case.experts, ()))
             ends = [0, *self.offsets.tolist()]
             tokens = slice(ends[expert], ends[expert + 1])
             source = dy[tokens][:, rows + self.spans[0].start].double()

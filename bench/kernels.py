@@ -18,6 +18,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +43,7 @@ from chunkft.kernels.targets import TARGETS, Target
 from . import common
 from .clock import Clock, Run
 from .harness import CheckFailed
-from .kernel_cases import CHUNKS, EXPERTS, FORMS, MODELS, TOKENS, Case, cases, small
+from .kernel_cases import CHUNKS, FORMS, MODELS, TOKENS, Case, cases, small
 from .kernel_setup import EXPERTS_A_TOKEN, Setup, problem_of
 from .records import Records
 from .rehearsal import in_interpreter
@@ -65,7 +66,7 @@ def least(case: Case, target: Target) -> float:
     if case.form != "experts":
         return roofline(problem_of(case), target).microseconds
     one = Problem(problem_of(case).tokens, case.rows[0], case.cols)
-    return roofline(one, target).microseconds * EXPERTS
+    return roofline(one, target).microseconds * case.experts
 
 
 def prediction(case: Case, target: Target) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def selected(options: argparse.Namespace) -> list[Case]:
     if options.share:
         index, count = map(int, options.share.split("/"))
         chosen = chosen[index::count]
-    return [small(case) for case in chosen] if options.rehearse else chosen
+    return chosen
 
 
 def records_of(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -250,7 +251,7 @@ def measure_all(chosen: Sequence[Case], options: argparse.Namespace, out: Path) 
     target = triton_wgrad.target_for(device)
     if options.compile_only:
         for case in chosen:
-            compile_only(case, target, device, options.tune)
+            compile_only(small(case) if options.rehearse else case, target, device, options.tune)
             print(f"compiled {case.key}", flush=True)
         return {}
     clock = Clock(device, target.l2)
@@ -260,8 +261,9 @@ def measure_all(chosen: Sequence[Case], options: argparse.Namespace, out: Path) 
         if case.key in records:
             continue
         with contextlib.suppress(CheckFailed), records.case(case.key) as record:
-            record |= {**asdict(case), "gpu": target.name}
-            record |= measure(case, target, clock, options.tune, options.rounds)
+            run = small(case) if options.rehearse else case
+            record |= {**asdict(run), "gpu": target.name}
+            record |= measure(run, target, clock, options.tune, options.rounds)
         error = record.get("error")
         shown = f"{case.title}  {error or 'rehearsed'}" if options.rehearse else line(case, record, False)
         print(shown, flush=True)

@@ -119,11 +119,22 @@ def _kernels() -> Iterator[Case]:
         )  # fmt: skip
     for model in MEASURED:
         words = (*kernels, "--models", model, "--forms", *DENSE, *sizes, "--out", "{out}")
-        few = (*kernels, "--models", model, "--chunks", "32", "--tokens", "1024", "--forms")
-        forms = ("slice", "group") if model == MEASURED[0] else ("accumulate",)
+        few = (
+            *kernels,
+            "--models",
+            model,
+            "--chunks",
+            "32",
+            "--tokens",
+            "1024",
+            "--forms",
+            "group",
+            "accumulate",
+        )
         yield _case(
             f"kernels/{model}", "c", "weight gradients against cuBLAS", words,
-            (*few, *forms, *small, "--out", "{out}"), 45, 150, restarts=3, needs="contact/build",
+            (*few, *small, "--out", "{out}") if model == MEASURED[0] else (), 45, 150, restarts=3,
+            needs="contact/build",
         )  # fmt: skip
         if model == MEASURED[0]:
             updates = ("-m", "bench.kernel_updates", "--out", "{out}")
@@ -131,13 +142,20 @@ def _kernels() -> Iterator[Case]:
                 "kernels/updates", "c", "AdamW and embedding rows against a copy", updates,
                 (*updates, "--rehearse"), 30, 90, restarts=3, needs="contact/build",
             )  # fmt: skip
-    words = (*kernels, "--models", "qwen3-30b-a3b", "--forms", "experts", "--chunks", "1", "8")
+    experts = (
+        *kernels,
+        "--models",
+        "qwen3-30b-a3b",
+        "--forms",
+        "experts",
+        "--tokens",
+        "4096",
+        "--out",
+        "{out}",
+    )
     yield _case(
-        "kernels/experts", "c", "experts against PyTorch's grouped product",
-        (*words, "--tokens", "4096", "--out", "{out}"),
-        (*kernels, "--models", "qwen3-30b-a3b", "--forms", "slice", "--chunks", "8", "--tokens", "4096",
-         *small, "--out", "{out}"),
-        20, 90, restarts=2, needs="contact/build",
+        "kernels/experts", "c", "experts against PyTorch's grouped product", (*experts, "--chunks", "1", "8"),
+        (*experts, "--chunks", "8", *small), 20, 90, restarts=2, needs="contact/build",
     )  # fmt: skip
     pager = ("-m", "bench.pager", "--out", "{out}")
     tiny = ("--mib", "1", "--pages", "2", "--repeats", "2", "--busy-ms", "1", "--device", "cpu")
@@ -159,7 +177,8 @@ def _paper() -> Iterator[Case]:
     for place, expect in places.items():
         yield _case(
             f"paper/{place.replace(' ', '-')}", "d", f"Llama-2-7B, state: {place}",
-            (*SEVEN, "--only", place, "--out", "{out}"), (*SEVEN_SMALL, "--only", place, "--out", "{out}"),
+            (*SEVEN, "--only", place, "--out", "{out}"),
+            (*SEVEN_SMALL, "--only", *places, "--out", "{out}") if place == "paged" else (),
             expect, 2.5 * expect, needs="contact/build",
         )  # fmt: skip
 
@@ -168,7 +187,19 @@ def _peers() -> Iterator[Case]:
     words = ("-m", "bench.peer_bench", "--out", "{out}")
     real = ("--only", *PEERS, "--steps", "16", "--rounds", "3", "--per-sample", "4", "--limit", "30")
     tiny = (
-        *("--only", "AdamW", "chunkft", "--model", "tiny", "--batch", "2", "--tokens", "16", "--steps", "10"),
+        *(
+            "--only",
+            "AdamW",
+            "chunkft backward",
+            "--model",
+            "tiny",
+            "--batch",
+            "2",
+            "--tokens",
+            "16",
+            "--steps",
+            "10",
+        ),
         *("--rates", "3e-3", "--rounds", "2", "--per-sample", "4"),
     )
     yield _case(
@@ -188,5 +219,5 @@ def _tuning() -> Iterator[Case]:
     sanitized = ("tests/gpu", "--marks", "slow", "--workers", "3", "--out", "{out}")
     yield _case(
         "tuning/sanitizer", "f", "every kernel under compute-sanitizer", ("-m", "bench.suite_tests", *sanitized),
-        ("-m", "bench.suite_tests", *sanitized, "--collect-only"), 120, 300, needs="contact/build",
+        (), 120, 300, needs="contact/build",
     )  # fmt: skip

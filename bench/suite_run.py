@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,10 @@ def run_all(
 ) -> None:
     """Runs those cases that are not done, in order, for at most `seconds`; those without time left get a row too."""
     deadline = time.monotonic() + seconds
-    for batch in batches([case for case in cases if not suite.done(case.name)]):
+    waiting = [case for case in cases if not suite.done(case.name)]
+    if rehearse:  # nothing is measured, so that all may run at a time that needs only what ran before
+        waiting = [replace(case, together=case.needs is not None) for case in waiting]
+    for batch in batches(waiting):
         with ThreadPoolExecutor(workers if len(batch) > 1 else 1) as pool:
             waiting = [pool.submit(_run_safely, case, suite, deadline, say, rehearse) for case in batch]
             try:

@@ -41,8 +41,9 @@ class Case:
     `{out}` in the command is the file for its JSON, `{suite}` the file with the results of all cases before it, and
     `{device}` the folder of the device. It needs about `expect` seconds on a data-centre GPU and is not started where
     less is left; it is stopped after `limit`. Neighbours marked `together` run at the same time. A command that knows
-    `--resume` is started again after a crash, up to `restarts` times, and goes on behind its earlier results. `rehearsal` is what `--dry-run` runs instead;
-    empty where the rehearsal of another case of the slot covers this one.
+    `--resume` is started again after a crash, up to `restarts` times, and goes on behind its earlier results.
+    `rehearsal` is what `--dry-run` runs instead; empty where the rehearsal of another case of the slot covers this
+    one.
     """
 
     name: str

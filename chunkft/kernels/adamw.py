@@ -98,11 +98,14 @@ def adamw(
 
     Raises:
         ValueError: if lengths, shapes, dtypes, devices or values do not fit; nothing is changed then.
+        RuntimeError: while the current stream is captured into a CUDA graph.
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend={backend!r} is not known; allowed are 'auto', 'triton' and 'torch'")
     if master not in MASTERS:
         raise ValueError(f"master={master!r} is not known; allowed are {', '.join(map(repr, MASTERS))}")
+    if params:
+        _refuse_capture(params[0])
     _check_scalars(betas, eps)
     counters = _counters(steps, len(params))
     extras = _extras(master, residuals, masters, len(params))
@@ -206,6 +209,19 @@ def _uses_triton(backend: str, params: Sequence[Tensor]) -> bool:
             raise ValueError("backend='triton' takes parameters of 16 or 32 bits, got torch.float64")
         return True
     return backend == "auto" and params[0].is_cuda and gpu.runs_on(params[0]) and not double
+
+
+def _refuse_capture(param: Tensor) -> None:
+    """Raises RuntimeError while a CUDA graph is captured: what the host reads and writes would not be in it.
+
+    Rates and step counts would stay what they were, and a replay would copy the table from page-locked memory that has
+    become somebody else's.
+    """
+    if gpu.is_captured(param):
+        raise RuntimeError(
+            "adamw cannot be captured in a CUDA graph: the host reads learning rates and step counts at every call, so "
+            "that a replay would repeat those of the capture; capture the other work and call adamw outside of graphs"
+        )
 
 
 def _count(counters: Sequence[Tensor], found_inf: Tensor | None) -> None:

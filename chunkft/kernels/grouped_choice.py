@@ -12,7 +12,7 @@ from torch import Tensor
 from chunkft.kernels import choice, gpu, measured
 from chunkft.kernels.choice import choose_group
 from chunkft.kernels.heuristics import Config, Problem
-from chunkft.kernels.launches import Memo
+from chunkft.kernels.launches import Memo, has_memory
 from chunkft.kernels.targets import Target
 from chunkft.kernels.torch_grouped_wgrad import can_join, shares_input
 
@@ -34,7 +34,7 @@ def way_of_groups(
     triton: bool,
 ) -> Way:
     """Triton in a configuration, or one of PyTorch's forms; ``triton=False`` chooses among PyTorch's."""
-    if not choice.asks(xs[0]) or torch.compiler.is_compiling():
+    if not choice.asks(xs[0]) or torch.compiler.is_compiling() or not all(map(has_memory, (*dys, *xs))):
         return "one by one"
     shared = shares_input(xs)
     key = (
@@ -84,7 +84,7 @@ def config_of_experts(
     dy: Tensor, x: Tensor, out: Tensor | None, wanted: torch.dtype, problem: Problem, experts: int
 ) -> Config | None:
     """The configuration with which Triton computes ``experts`` experts of the given mean problem, or None: PyTorch."""
-    if not choice.asks(dy) or torch.compiler.is_compiling():
+    if not choice.asks(dy) or torch.compiler.is_compiling() or not (has_memory(dy) and has_memory(x)):
         return None
     outs = None if out is None else [out]
     target = _target(dy)

@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
 _ALIGNMENT = 16
 # entries of a memo; a training run with ragged batches has new shapes all the time
 _MEMO_SIZE = 4096
@@ -87,6 +91,14 @@ class Launch:
     def through_jit(self, *arguments: Any) -> Any:
         """Launches in Triton's own way, which compiles where that is needed; returns what was compiled."""
         return self._kernel[self._grid](*arguments, **self._constants, **self._options)
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a kernel can read this tensor at its address: it stands for no other tensors, and for no batch of them.
+
+    Subclasses (FakeTensor while something is traced, DTensor under FSDP) and what ``torch.func`` wraps are for PyTorch.
+    """
+    return type(tensor) in (Tensor, Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def alignment(*pointers: int) -> int:

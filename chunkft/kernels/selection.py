@@ -42,6 +42,8 @@ def checked(selection: Selection, size: int, name: str) -> Selection:
             raise ValueError(
                 f"{name}={selection} is not allowed; needs 0 <= start <= stop <= {size} and step 1"
             )
+        if not are_numbers(selection):
+            start, stop = int(start), int(stop)
         return slice(start, stop)
     if isinstance(selection, Blocks):
         if not isinstance(selection.size, int) or selection.size < 8 or size % selection.size:
@@ -52,6 +54,13 @@ def checked(selection: Selection, size: int, name: str) -> Selection:
         return selection
     _check_index(selection, size, name)
     return selection
+
+
+def are_numbers(selection: Selection) -> bool:
+    """Whether this is a slice of bounds that stay what they are, which tensors do not."""
+    return isinstance(selection, slice) and not any(
+        isinstance(bound, Tensor) for bound in (selection.start, selection.stop)
+    )
 
 
 def selected_size(selection: Selection, size: int) -> int:

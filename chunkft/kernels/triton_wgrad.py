@@ -13,7 +13,7 @@ from torch import Tensor
 from chunkft.kernels import gpu, measured
 from chunkft.kernels.choice import choose
 from chunkft.kernels.heuristics import Config, Problem, broken_limits, pick, tiles, workspace_elements
-from chunkft.kernels.launches import Launch, Memo, alignment
+from chunkft.kernels.launches import Launch, Memo, alignment, has_memory
 from chunkft.kernels.selection import Blocks, Selection, selected_size
 from chunkft.kernels.targets import Target, target_of
 from chunkft.kernels.torch_wgrad import squared_norm_of
@@ -78,7 +78,7 @@ def chosen(
     norm: bool,
 ) -> tuple[Config | None, bool]:
     """The configuration with which ``backend="auto"`` takes Triton, or None: PyTorch; and whether at any address."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (has_memory(dy) and has_memory(x)):
         return None, False
     key = (
         dy.shape, x.shape, dy.stride(), x.stride(), dy.dtype, dy.device, _named(rows), _named(cols),
@@ -87,7 +87,6 @@ def chosen(
     found = _decisions.get(key)
     if found is None:
         found = _decisions.keep(key, _decide(dy, x, rows, cols, out_dtype, accumulate, tf32, norm))
-    # Only where it matters: a tensor that stands for a batch of others has no address.
     settled = found[0] is found[1]
     return found[0 if settled else _described(dy) and _described(x)], settled
 
@@ -120,6 +119,8 @@ def unsupported(dy: Tensor, x: Tensor) -> str:
     for name, matrix in (("dy", dy), ("x", x)):
         if matrix.dtype not in DTYPES:
             return f"{name} must be bfloat16, float16 or float32, got {matrix.dtype}"
+        if matrix.is_neg():
+            return f"{name} must not be a view that negates; see torch.Tensor.resolve_neg"
         if matrix.shape[1] > 1 and matrix.stride(1) != 1:
             return f"{name} must have a contiguous last dimension, got strides {matrix.stride()}"
     return ""
@@ -155,6 +156,8 @@ def launch(
     Raises:
         ValueError: if the tensors or ``config`` do not suit the kernel.
     """
+    if dy.is_neg() or x.is_neg():  # views that negate what is at their address
+        dy, x = dy.resolve_neg(), x.resolve_neg()
     plan = launch_of(
         dy, x, rows, cols, out, accumulate=accumulate, tf32=tf32, norm=squared_norm is not None, config=config
     )
@@ -194,7 +197,8 @@ def launch(
             *plan.integers,
         )
     if squared_norm is not None and norms is not None:
-        torch.sum(norms, dim=0, keepdim=squared_norm.dim() == 1, out=squared_norm)
+        total = squared_norm if squared_norm.dim() < 2 else squared_norm.view(1)
+        torch.sum(norms, dim=0, keepdim=total.dim() == 1, out=total)
 
 
 def launch_of(
@@ -217,7 +221,7 @@ def launch_of(
     described = _described(dy) and _described(x)
     key = (
         dy.shape, x.shape, dy.stride(), x.stride(), out.stride(), dy.dtype, out.dtype, dy.device,
-        _named(rows), _named(cols), accumulate, tf32, norm, config, described,
+        x.device, out.device, _named(rows), _named(cols), accumulate, tf32, norm, config, described,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -225,6 +229,8 @@ def launch_of(
         reason = unsupported(dy, x)
         if not reason and out.dtype not in DTYPES:
             reason = f"out must be bfloat16, float16 or float32, got {out.dtype}"
+        if not reason and not dy.device == x.device == out.device:
+            reason = f"dy, x and out must be on one device, got {dy.device}, {x.device} and {out.device}"
         if reason:
             raise ValueError(f"backend='triton' cannot do this: {reason}")
         target = target_for(dy.device)

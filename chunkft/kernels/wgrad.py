@@ -10,7 +10,7 @@ from torch.compiler import is_compiling
 
 from chunkft.kernels import choice
 from chunkft.kernels.launches import Memo
-from chunkft.kernels.selection import Selection, checked, selected_size
+from chunkft.kernels.selection import Selection, are_numbers, checked, selected_size
 from chunkft.kernels.torch_wgrad import (
     multiplies_into_fp32,
     needs_blocks,
@@ -80,12 +80,17 @@ def wgrad(
             dy.shape, x.shape, dy.stride(), x.stride(), dy.dtype, x.dtype, dy.device, rows.start, rows.stop, rows.step,
             given, out_dtype, accumulate, backend, tf32, config,
         )  # fmt: skip
-        known = _plain.get(key)
+        try:
+            known = _plain.get(key)
+        except TypeError:  # sizes that are symbols have no hash: somebody traces
+            key = known = None
         if known is not None:
             start, size, mixed = known
             left = dy.narrow(1, start, size).t()
             if out is None:
-                return left.mm(x)
+                product = left.mm(x)
+                # of another dtype where autocast is on
+                return product if product.dtype == dy.dtype else product.to(dy.dtype)
             if not is_grad_enabled():
                 return product_into(out, left, x, accumulate, mixed)
     if backend not in BACKENDS:
@@ -99,6 +104,8 @@ def wgrad(
         )
     if dtype != x.dtype or not dtype.is_floating_point:
         raise ValueError(f"dy and x must share one floating dtype, got {dtype} and {x.dtype}")
+    if key is not None and not are_numbers(rows):
+        key = None
     rows, cols = checked(rows, dy_shape[1], "rows"), checked(cols, x_shape[1], "cols")
     shape = (selected_size(rows, dy_shape[1]), selected_size(cols, x_shape[1]))
     if out is None:

@@ -1,13 +1,15 @@
 """AdamW on the CPU: the bits of torch.optim.AdamW, and every kind of master as its definition says."""
 
+import contextlib
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from chunkft.kernels import apply_residual, split_residual, stochastic_round
+from chunkft.kernels import apply_residual, gpu, split_residual, stochastic_round
 from chunkft.kernels.adamw import adamw
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -262,3 +264,35 @@ def test_bad_arguments_are_refused_and_change_nothing(changes, message):
         adamw(**arguments)
     assert step == 0
     assert (param == 1).all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_an_update_is_not_captured_in_a_cuda_graph(monkeypatch, backend):
+    """A replay would repeat rate and step count, and copy a table from memory that somebody else has by then."""
+    monkeypatch.setattr(gpu, "is_captured", lambda tensor: True)
+    tensors = [torch.ones(4) for _ in range(4)]
+    steps = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        adamw(*([t] for t in tensors), steps, lr=0.1, backend=backend)
+    assert all(torch.equal(t, torch.ones(4)) for t in tensors)
+    assert not steps.any()
+    monkeypatch.undo()
+    adamw(*([t] for t in tensors), steps, lr=0.1, backend=backend)
+    assert not torch.equal(tensors[0], torch.ones(4))
+
+
+def test_a_capture_is_seen_on_the_device_of_the_tensors(monkeypatch):
+    """Another device's stream may be captured, or not, at the same time."""
+    devices = []
+
+    @contextlib.contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: devices == ["cuda:1"])
+    told = [gpu.is_captured(SimpleNamespace(is_cuda=True, device=f"cuda:{i}")) for i in range(2)]
+    assert told == [False, True]
+    assert not gpu.is_captured(torch.ones(1))

@@ -49,3 +49,11 @@ def require(tensor: Tensor) -> None:
 def current(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes a tensor's device the current one: Triton launches there, on that device's current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether the current stream of a tensor's device is being captured into a CUDA graph."""
+    if not tensor.is_cuda:
+        return False
+    with current(tensor):
+        return bool(torch.cuda.is_current_stream_capturing())

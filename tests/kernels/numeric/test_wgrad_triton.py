@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import assert_close_to_exact
 
-from chunkft.kernels import Blocks, wgrad
+from chunkft.kernels import Blocks, grouped_wgrad, wgrad
 from chunkft.kernels.heuristics import Config
 
 SMALL = Config(32, 32, 16, 4, 2)
@@ -243,3 +243,28 @@ def test_what_the_kernel_cannot_do_is_refused(device, change, message):
     with pytest.raises(ValueError, match=message):
         triton(dy, x, rows, out=out, config=change.get("config", SMALL))
     assert bool((out == 1).all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)], ids=str)
+def test_a_squared_norm_keeps_its_shape(device, shape):
+    dy, x = operands(83, 72, 56, torch.float32, device)
+    norm = torch.full(shape, torch.nan, device=device)
+    result = triton(dy, x, slice(11, 36), squared_norm=norm)
+    assert norm.shape == shape
+    assert float(norm) == pytest.approx(float(result.square().sum()), rel=1e-5)
+
+
+def test_a_view_that_negates_is_negated(device):
+    """What lies at its address has the other sign."""
+    dy, x = operands(83, 72, 56, torch.float32, device)
+    expected = triton(dy, x, slice(8, 40))
+    assert torch.equal(triton(torch._neg_view(dy), x, slice(8, 40)), -expected)
+    assert torch.equal(triton(dy, torch._neg_view(x), slice(8, 40)), -expected)
+    with pytest.raises(ValueError, match="must not be a view that negates"):
+        grouped_wgrad([torch._neg_view(dy)] * 2, x, backend="triton")
+
+
+def test_a_result_on_another_device_is_refused(device):
+    dy, x = operands(83, 72, 56, torch.float32, device)
+    with pytest.raises(ValueError, match="must be on one device"):
+        triton(dy, x, slice(8, 40), out=torch.empty(32, 56, device="meta"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chunkft.autograd.embedding import sliced_embedding
 from chunkft.autograd.experts import EXPERT_WEIGHTS, has_sliceable_experts, sliced_experts
+from chunkft.autograd.hooks import runs_as_it_is, undisturbed
 from chunkft.autograd.layouts import is_jagged, is_strided, on_values
 from chunkft.autograd.library import Anchored, next_call, sliced_matmul
 from chunkft.autograd.library import sliced_embedding as library_embedding
@@ -81,8 +82,11 @@ def operator_for(module: nn.Module) -> SlicedOperator | None:
     return _EXPERTS if has_sliceable_experts(module) else None
 
 
+@runs_as_it_is
 class SlicedForward:
     """The forward of a module while slices of it are active; set on the instance, so the class stays as it is.
+
+    Compilers stay out of it: they would compile anew for each chunk, and not all of them can compare addresses.
 
     ``verify`` is called first, with the module and whether the call is one of compiled code, and lets the owner notice
     that the weight was moved; False says that the module is to compute by itself in this call, with whatever it holds.
@@ -108,6 +112,9 @@ class SlicedForward:
         self.parts = {attribute or operator.names[0]: (active, verify)}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return undisturbed(self._compute, args, kwargs)  # type: ignore[no-any-return]
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         # A class whose forward was replaced since computes as it says, and its weight gets a gradient as a whole.
         own = type(self.module).forward
         sliced = own is self.stands_for

@@ -48,13 +48,15 @@ def machine(rehearse: bool) -> dict[str, Any]:
     }
     if found["tools"]["nvidia-smi"]:
         fields = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,pcie.link.gen.current"
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        found["nvidia-smi"] = (done.stdout or done.stderr).strip().splitlines()
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            found["nvidia-smi"] = (done.stdout or done.stderr).strip().splitlines()
+        except (
+            OSError,
+            subprocess.TimeoutExpired,
+        ) as error:  # a tool, without which all else can be measured
+            found["nvidia-smi"] = [f"{type(error).__name__}: {error}"]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         found["device_memory"] = {"free": free, "total": total}

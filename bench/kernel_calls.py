@@ -158,9 +158,14 @@ def _adamw(master: str, dtype: torch.dtype) -> Call:
             kernels.adamw(
                 weights, grads, m, v, steps, lr=1e-3, master=master, backend=backend, seed=11, **extra
             )
-            values = (
-                weights if master != "residual" else map(kernels.apply_residual, weights, extra["residuals"])
-            )
+            values = weights
+            if master == "residual":
+                values = list(map(kernels.apply_residual, weights, extra["residuals"]))
+            elif master == "fp32":
+                # compared themselves: a last bit of one can turn a rounded weight into its neighbour
+                values = extra["masters"]
+                if not all(torch.equal(w, t.to(dtype)) for w, t in zip(weights, values, strict=True)):
+                    raise RuntimeError(f"backend={backend!r} left weights that are not their rounded masters")
             results.append([t.float() for t in (*values, *m, *v)])
 
         def check() -> tuple[float, float]:

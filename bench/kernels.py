@@ -316,6 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         in_interpreter("kernels", arguments)
     torch.manual_seed(options.seed)
     chosen = selected(options)
+    if not chosen:
+        raise SystemExit("no case is chosen" + (f": {options.suite} has no results" if options.suite else ""))
     out = options.out or common.RESULTS / f"kernels-{'measured' if options.measuring else 'predicted'}.json"
     if options.measuring:
         records = measure_all(chosen, options, out)

@@ -7,7 +7,8 @@ python -m bench.predictions --gpu a100
 - `adamw/...`, `embedding/...`: microseconds at 85 % of the memory speed of the data sheet.
 - `llama-2-7b/PLACE/peak`: GiB by bench.predict, from shapes alone; `/driver`: with 0.6 GiB of context and libraries.
 - `llama-2-7b/PLACE/step`: milliseconds from FLOP: forward, recomputation and dX of what lies above the lowest active
-  slice, dW of the chunk, at 65 % of the 16-bit peak; the update at the rate of a copy.
+  slice, dW of the chunk, at 65 % of the 16-bit peak; the update at the rate of a copy; with K=1 in backward at least
+  what loading the state of all parameters takes.
 - `llama-2-7b/PLACE/exposed`: what paging takes longer than a step, as a share of it.
 - `ceiling/...`: copies at 90 % of the memory speed, a product at 80 % of the peak, a link of 16 lanes.
 """
@@ -95,7 +96,10 @@ def paper_figures(target: Target) -> dict[str, float]:
     found["llama-2-7b/lean K=128/peak"] = lean_peak(model) / 2**30
     found["llama-2-7b/lean K=128/driver"] = lean_peak(model) / 2**30 + CONTEXT
     hidden = INTERVAL * found["llama-2-7b/paged K=32/step"]
-    each = 1e3 * elements / CHUNKS * 10 / (LINK[target.capability // 10] * 1e9)
+    # milliseconds to load the state of all parameters; with one chunk every step waits for that
+    every = 1e3 * elements * 10 / (LINK[target.capability // 10] * 1e9)
+    found["llama-2-7b/backward K=1/step"] = max(found["llama-2-7b/backward K=1/step"], every)
+    each = every / CHUNKS
     for place in ("paged K=32", "stream K=32"):
         found[f"llama-2-7b/{place}/exposed"] = max(0.0, each - hidden) / max(each, hidden)
     return found

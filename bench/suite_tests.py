@@ -9,6 +9,7 @@ which caused it, a worker whose device no longer answers ends, and pytest-xdist 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words += ["-m", args.marks]
     if args.collect_only:
         words += ["--collect-only", "-qq"]
+    elif args.workers > 1 and importlib.util.find_spec("xdist") is None:
+        print("pytest-xdist is not installed: one test after the other, up to the first fault of the device")
     elif args.workers > 1:
         words += ["-n", str(args.workers), "--dist", "worksteal", "--max-worker-restart", "24"]
     status = int(pytest.main([*words, *args.paths], plugins=[outcomes]))

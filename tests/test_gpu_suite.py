@@ -12,7 +12,17 @@ import time
 import pytest
 import torch
 
-from bench import common, gpu_suite, kernel_calls, records, suite_build, suite_cases, suite_run
+from bench import (
+    common,
+    gpu_smoke,
+    gpu_suite,
+    kernel_calls,
+    kernels,
+    records,
+    suite_build,
+    suite_cases,
+    suite_run,
+)
 from bench.suite_run import NOT_STARTED, OUT_OF_TIME, Case, Suite
 
 WRITES = (
@@ -334,6 +344,52 @@ def test_the_command_refuses_what_it_does_not_know(tmp_path, capsys, monkeypatch
     os.close(lock)
     assert "another suite writes into" in capsys.readouterr().err
     assert gpu_suite.main(["other", "--dry-run", "--results", str(tmp_path)], cases) == 0
+
+
+def test_nothing_to_tune_is_no_result(tmp_path):
+    """A suite whose kernels failed would call it done, and not tune on another day."""
+    (tmp_path / "suite.json").write_text(json.dumps({"cases": {}}))
+    words = ["--worst", "8", "--suite", str(tmp_path / "suite.json"), "--predict", "h100"]
+    with pytest.raises(SystemExit, match="has no results"):
+        kernels.main(words)
+
+
+def test_a_tool_that_hangs_costs_its_lines_alone(monkeypatch):
+    monkeypatch.setattr(gpu_smoke.shutil, "which", lambda name: name)
+
+    def hang(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(gpu_smoke.subprocess, "run", hang)
+    monkeypatch.setattr("chunkft.cli.machine.facts", dict)
+    assert "TimeoutExpired" in gpu_smoke.machine(rehearse=True)["nvidia-smi"][0]
+
+
+def test_folders_of_tests_run_without_xdist_too(tmp_path, monkeypatch):
+    (tmp_path / "test_one.py").write_text("def test_good(): pass\n")
+    code = (
+        "import importlib.util, sys; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name: None if name == 'xdist' else find(name)\n"
+        "from bench import suite_tests; sys.exit(suite_tests.main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=common.REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pytest-xdist is not installed" in done.stdout
+    assert "bringing up nodes" not in done.stdout
+    assert done.stdout.strip().endswith("1 passed")
+
+
+def test_steps_of_the_papers_case_fit_their_time():
+    """With K=1 each step moves the state of 7B parameters, 10 bytes each, over a link of 50 GB/s."""
+    by_name = {c.name: c for c in suite_cases.all_cases() if c.slot == "d"}
+    for name, one in by_name.items():
+        words = one.command
+        steps = sum(int(words[words.index(option) + 1]) for option in ("--steps", "--warmup"))
+        each = 6.74e9 * 10 / 50e9 if name == "paper/backward-K=1" else 0.12
+        pinned = 0.0 if name in ("paper/adamw", "paper/device") else 67 / 1.5
+        assert steps * each + pinned < one.expect, name
 
 
 def test_every_case_has_a_name_a_slot_and_a_rehearsal():

@@ -67,6 +67,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    found["torch"] = str(
+        torch.__version__
+    )  # with the CUDA it was built for, which wheels leave out of their metadata
     return found
 
 

@@ -12,6 +12,12 @@ from chunkft.integrations.transformers import ChunkAdamWFactory, ChunkCallback
 
 OPTIONS = {"lr": 5e-3, "chunks": 3, "interval": 2}
 IDS = torch.randint(0, 61, (48, 9), generator=torch.Generator().manual_seed(3))
+# the older name is that of transformers 5.17
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 LENGTHS = [3 + 5 * n % 7 for n in range(len(IDS))]
 
 
@@ -35,6 +41,10 @@ class Recorder(Trainer):
     def training_step(self, model, inputs, *args, **kwargs):
         self.__dict__.setdefault("batches", []).append({k: v.clone() for k, v in inputs.items()})
         return super().training_step(model, inputs, *args, **kwargs)
+
+
+def checkpointing(**options) -> dict[str, object]:
+    return {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": options}
 
 
 def arguments(place, **changes) -> TrainingArguments:
@@ -76,7 +86,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
         {"gradient_accumulation_steps": 3},
         {"max_grad_norm": 0.0},
         {"label_smoothing_factor": 0.1},
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        checkpointing(use_reentrant=False),
         {"bf16": True},
     ],
     ids=lambda changes: next(iter(changes), "plain"),
@@ -93,8 +103,8 @@ def test_trainer_equals_a_plain_loop(changes, tmp_path):
     optimizer = chunkft.ChunkAdamW(plain, **OPTIONS)
     schedule = get_scheduler("linear", optimizer, 0, 8)
     twin = trainer_of(plain, tmp_path, optimizer, Trainer, **changes)  # its loss function only
-    if "activation_checkpointing" in changes:
-        plain.activation_checkpointing_enable({"use_reentrant": False})
+    if CHECKPOINTING in changes:
+        getattr(plain, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     plain.train()
     torch.set_rng_state(start[0])
     norms, rates = [], []
@@ -204,7 +214,7 @@ def test_reentrant_checkpointing_trains_to_the_same_bits(tmp_path, monkeypatch):
         "forward",
         staticmethod(lambda *args: (calls.append(1), forward(*args))[1]),
     )
-    changes = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    changes = checkpointing(use_reentrant=True)
     models = build(), build()
     models[0].enable_input_require_grads()
     trainer_of(models[0], tmp_path, **changes).train()

@@ -80,6 +80,13 @@ def test_targets_are_reached_or_missed_by_the_worst_figure(suite):
     assert last.startswith("worst: exposed paging, share of a step 0.030; auto against cuBLAS")
 
 
+def test_figures_of_a_rehearsal_are_held_against_nothing(suite):
+    shown = suite_report.lines(suite | {"kind": "rehearsed"}, {})
+    assert "5 of 6 cases ended well" in shown
+    assert "mean nothing" in shown[-1]
+    assert not any("target" in line or "worst" in line for line in shown)
+
+
 def test_the_table_of_a_suite_is_what_the_kernels_read(suite, tmp_path, capsys):
     from chunkft.kernels import measured
 

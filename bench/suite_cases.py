@@ -30,7 +30,8 @@ SEVEN = (
 # (timed, untimed): a whole sweep to fill the pages, and a whole one that is timed
 SWEEPS = (128, 128)
 # Where all steps are alike fewer do; with K=1 each moves the state of all parameters over the link, both ways.
-ALIKE = {"adamw": (24, 8), "backward K=1": (8, 4)}
+# The leanest place has 128 chunks: a whole sweep, for the peak of the largest, is 512 steps.
+ALIKE = {"adamw": (24, 8), "backward K=1": (8, 4), "lean": (512, 8)}
 SEVEN_SMALL = (
     *("-m", "bench.residency", "--model", "tiny", "--checkpointing", "--batch", "1", "--tokens", "8"),
     *("--chunks", "2", "--interval", "1", "--steps", "2", "--warmup", "2", "--page-mib", "1"),

@@ -152,7 +152,7 @@ def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": sorted(r["seed"] for r in group),
                 "accuracy": mean,
                 "error": math.sqrt(sampling + spread),
-                "cpu_seconds": sum(r["train_cpu_seconds"] for r in group) / len(group),
+                "cpu_seconds": math.fsum(r["train_cpu_seconds"] for r in group) / len(group),
             }
         )
     return rows

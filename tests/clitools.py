@@ -1,5 +1,6 @@
 """What the tests of the command line share: tiny models with byte tokenizers, and running the command."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -11,8 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+needs_datasets = pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None,
+    reason="the command reads data with the package datasets, which is not installed",
+)
 ROOT = Path(__file__).resolve().parent.parent
 PAD, END, BEGIN = 0, 1, 2
 SPECIALS = ("<pad>", "<end>", "<begin>")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clitools import weights_of
+from clitools import needs_datasets, weights_of
 
 from chunkft.cli import demo, main
 from chunkft.cli.arguments import FinetuneSettings
@@ -21,6 +21,7 @@ def few_problems(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@needs_datasets
 def test_embedded_model_is_trained_and_judged_before_and_after(few_problems, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["finetune", "--steps", "8", "--warmup", "0", "--batch-size", "4"]) == 0

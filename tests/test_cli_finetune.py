@@ -9,6 +9,7 @@ from clitools import (
     CHAT_TEMPLATE,
     assert_same_weights,
     byte_tokenizer,
+    needs_datasets,
     save,
     save_tiny_bert,
     save_tiny_llama,
@@ -63,6 +64,7 @@ def records(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@needs_datasets
 def test_run_leaves_model_metrics_picture_and_memory(place, tmp_path, capsys):
     out = tmp_path / "out"
     status = finetune(
@@ -101,6 +103,7 @@ def test_run_leaves_model_metrics_picture_and_memory(place, tmp_path, capsys):
         assert word in printed
 
 
+@needs_datasets
 def test_every_weight_is_trained_and_the_model_loads_as_any_other(place, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,6 +121,7 @@ def test_every_weight_is_trained_and_the_model_loads_as_any_other(place, tmp_pat
     assert model.config.use_cache
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     "options", [(), ("--weight-decay", "0.1"), ("--grad-accum", "2")], ids=["plain", "decay", "accum"]
 )
@@ -129,6 +133,7 @@ def test_one_chunk_through_the_trainer_is_adamw_bit_for_bit(place, tmp_path, opt
     assert_same_weights(tmp_path / "chunk", tmp_path / "full")
 
 
+@needs_datasets
 def test_full_finetuning_reports_itself_as_such(place, tmp_path):
     assert finetune(place, tmp_path / "out", "--optimizer", "adamw", "--quiet") == 0
     memory = json.loads((tmp_path / "out" / "memory.json").read_text())
@@ -136,6 +141,7 @@ def test_full_finetuning_reports_itself_as_such(place, tmp_path):
     assert {record["chunk"] for record in records(tmp_path / "out")} == {None}
 
 
+@needs_datasets
 def test_gradient_checkpointing_changes_memory_and_not_the_weights(place, tmp_path):
     assert finetune(place, tmp_path / "plain", "--quiet") == 0
     assert finetune(place, tmp_path / "saving", "--quiet", "--gradient-checkpointing") == 0
@@ -148,6 +154,7 @@ def test_gradient_checkpointing_changes_memory_and_not_the_weights(place, tmp_pa
     assert json.loads((tmp_path / "saving" / "config.json").read_text()).get("use_cache", True)
 
 
+@needs_datasets
 def test_bf16_weights_stay_bf16_and_are_trained(place, tmp_path):
     assert finetune(place, tmp_path / "out", "--dtype", "bf16", "--steps", "8", "--quiet") == 0
     weights = weights_of(tmp_path / "out")
@@ -159,11 +166,13 @@ def test_bf16_weights_stay_bf16_and_are_trained(place, tmp_path):
     assert 0 < memory["this_run"]["master weights"] < 0.35 * memory["full_adamw"]["master weights"]
 
 
+@needs_datasets
 def test_epochs_count_passes_over_the_data(place, tmp_path):
     assert finetune(place, tmp_path / "out", "--epochs", "1.5", "--grad-accum", "3", "--quiet") == 0
     assert len(records(tmp_path / "out")) == 6
 
 
+@needs_datasets
 def test_classification_learns_labels_and_keeps_their_names(place, tmp_path, capsys):
     from transformers import AutoModelForSequenceClassification
 
@@ -179,6 +188,7 @@ def test_classification_learns_labels_and_keeps_their_names(place, tmp_path, cap
     assert model.num_labels == 2
 
 
+@needs_datasets
 def test_trained_classifier_keeps_its_head_and_label_order(place, tmp_path, capsys):
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -195,6 +205,7 @@ def test_trained_classifier_keeps_its_head_and_label_order(place, tmp_path, caps
     assert torch.allclose(weights_of(tmp_path / "out")[head], weights_of(tmp_path / "model")[head], atol=1e-6)
 
 
+@needs_datasets
 def test_chat_data_is_learned(place, tmp_path):
     save_tiny_llama(tmp_path / "chatty", chat_template=CHAT_TEMPLATE)
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
@@ -208,6 +219,7 @@ def test_chat_data_is_learned(place, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@needs_datasets
 def test_quiet_shows_no_steps(place, tmp_path, capsys):
     assert finetune(place, tmp_path / "out", "--quiet") == 0
     printed = capsys.readouterr().out
@@ -215,11 +227,13 @@ def test_quiet_shows_no_steps(place, tmp_path, capsys):
     assert "gradients" in printed
 
 
+@needs_datasets
 def test_a_run_too_short_for_a_sweep_says_so(place, tmp_path, capsys):
     assert finetune(place, tmp_path / "out", "--interval", "2", "--quiet") == 0
     assert "only 2 of 4 chunks will be trained" in capsys.readouterr().out
 
 
+@needs_datasets
 def test_gradients_that_stay_infinite_stop_the_run(place, tmp_path, capsys):
     assert finetune(place, tmp_path / "out", "--lr", "1e30", "--steps", "40", "--quiet") == 1
     message = capsys.readouterr().err
@@ -259,6 +273,7 @@ def broken_model(root, kind):
     return path
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -281,6 +296,7 @@ def test_unusable_model_is_one_line_and_leaves_nothing(place, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -303,6 +319,7 @@ def test_unusable_value_is_one_line_and_leaves_nothing(place, tmp_path, capsys, 
     assert not (tmp_path / "out").exists()
 
 
+@needs_datasets
 def test_encoder_is_refused_as_causal_model(place, tmp_path, capsys):
     assert finetune(place, tmp_path / "out", model="bert") == 2
     message = capsys.readouterr().err
@@ -310,6 +327,7 @@ def test_encoder_is_refused_as_causal_model(place, tmp_path, capsys):
     assert "--task causal-lm" in message
 
 
+@needs_datasets
 def test_directory_with_something_in_it_is_left_alone(place, tmp_path, capsys):
     out = tmp_path / "out"
     assert finetune(place, out, "--quiet") == 0
@@ -324,6 +342,7 @@ def test_directory_with_something_in_it_is_left_alone(place, tmp_path, capsys):
         assert "expected a directory" in capsys.readouterr().err
 
 
+@needs_datasets
 def test_resume_refuses_what_would_make_it_another_run(place, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["finetune", "--resume", "--out", str(out)]) == 2
@@ -375,6 +394,7 @@ def test_plan_names_what_is_wrong(place, capsys, options, words):
     assert all(word in message for word in words), message
 
 
+@needs_datasets
 def test_resume_without_a_checkpoint_starts_over(place, tmp_path):
     out = tmp_path / "out"
     assert finetune(place, out, "--quiet", "--eval-data", place / "held-out.jsonl") == 0

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from clitools import byte_tokenizer, save_tiny_bert, save_tiny_llama, write_jsonl
+from clitools import byte_tokenizer, needs_datasets, save_tiny_bert, save_tiny_llama, write_jsonl
 
 from chunkft.cli import main
 from chunkft.cli.data import DataReport, label_map
@@ -50,6 +50,7 @@ def rows_of(path):
     return AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().num_embeddings
 
 
+@needs_datasets
 def test_data_with_a_token_beyond_the_embedding_is_refused_before_training(llama, tmp_path, capsys):
     rows = rows_of(llama)
     tokens = longer_tokenizer(llama)
@@ -63,6 +64,7 @@ def test_data_with_a_token_beyond_the_embedding_is_refused_before_training(llama
     assert "--resize-embeddings" in line
 
 
+@needs_datasets
 def test_held_out_data_is_looked_at_too(llama, tmp_path, capsys):
     longer_tokenizer(llama)
     data = write_jsonl(tmp_path / "d.jsonl", [ROW] * 20)
@@ -71,6 +73,7 @@ def test_held_out_data_is_looked_at_too(llama, tmp_path, capsys):
     assert "--resize-embeddings" in refused(capsys, tmp_path / "out")
 
 
+@needs_datasets
 def test_a_padding_token_beyond_the_embedding_is_refused(llama, tmp_path, capsys):
     longer_tokenizer(llama, pad_token="<new pad>")
     data = write_jsonl(tmp_path / "d.jsonl", [ROW] * 20)
@@ -78,6 +81,7 @@ def test_a_padding_token_beyond_the_embedding_is_refused(llama, tmp_path, capsys
     assert "the padding token has id" in refused(capsys, tmp_path / "out")
 
 
+@needs_datasets
 def test_tokens_that_no_data_uses_are_only_noted(llama, tmp_path, capsys):
     longer_tokenizer(llama)
     data = write_jsonl(tmp_path / "d.jsonl", [ROW] * 20)
@@ -85,6 +89,7 @@ def test_tokens_that_no_data_uses_are_only_noted(llama, tmp_path, capsys):
     assert "the data uses none of the tokens beyond" in capsys.readouterr().out
 
 
+@needs_datasets
 def test_resized_embeddings_are_trained_saved_and_resumed(llama, tmp_path):
     tokens = longer_tokenizer(llama)
     data = write_jsonl(tmp_path / "d.jsonl", [ROW | {"prompt": "<tool> 2 plus 2"}] * 20)
@@ -154,6 +159,7 @@ def test_matthews_is_the_correlation_of_predictions_and_labels():
     assert "eval_matthews" in EVALUATED
 
 
+@needs_datasets
 def test_an_evaluation_of_two_classes_tells_matthews(tmp_path, capsys):
     save_tiny_bert(tmp_path / "bert")
     rows = [(index % 2, "good and fine" if index % 2 else "bad and sad") for index in range(8)]

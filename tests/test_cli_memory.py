@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clitools import assert_same_weights, save_tiny_llama, sums
+from clitools import assert_same_weights, needs_datasets, save_tiny_llama, sums
 
 from chunkft.cli import main
 
@@ -32,6 +32,7 @@ def finetune(place, out, *options):
     return main(["finetune", *words, "--quiet", *map(str, options)])
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     "options",
     [
@@ -55,6 +56,7 @@ def test_the_weights_are_those_of_a_run_in_memory_and_of_a_resumed_one(place, tm
     assert_same_weights(plain, resumed)
 
 
+@needs_datasets
 def test_the_memory_table_tells_what_existed_at_a_time(place, tmp_path):
     out = tmp_path / "out"
     assert finetune(place, out, "--chunks", "1", "--residency", "stream", "--update", "backward") == 0
@@ -65,6 +67,7 @@ def test_the_memory_table_tells_what_existed_at_a_time(place, tmp_path):
     assert full["optimizer state"] <= run["optimizer state"] <= 1.05 * full["optimizer state"]
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -5,7 +5,7 @@ import os
 import signal
 
 import pytest
-from clitools import save_tiny_llama, sums
+from clitools import needs_datasets, save_tiny_llama, sums
 
 from chunkft.cli import main
 from chunkft.profiling.recording import Recorder
@@ -29,6 +29,7 @@ def run(place, out, *options):
     return main(["profile", *words, *map(str, options)])
 
 
+@needs_datasets
 def test_three_steps_of_a_model_leave_trace_memory_and_picture(place, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(place, out) == 0
@@ -60,6 +61,7 @@ def test_three_steps_of_a_model_leave_trace_memory_and_picture(place, tmp_path, 
         assert words in text
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -84,6 +86,7 @@ def test_it_takes_the_options_of_finetune(place, tmp_path, capsys, options, expe
     assert "warm-up" not in capsys.readouterr().out  # --quiet
 
 
+@needs_datasets
 def test_without_arguments_the_embedded_model_is_profiled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["profile", "--steps", "1", "--warmup", "0", "--batch-size", "2", "--device", "cpu"]) == 0
@@ -91,6 +94,7 @@ def test_without_arguments_the_embedded_model_is_profiled(tmp_path, monkeypatch,
     assert "embedded byte-level Llama" in capsys.readouterr().out
 
 
+@needs_datasets
 def test_an_interrupt_finishes_the_step_and_writes_what_was_seen(place, tmp_path, capsys, monkeypatch):
     step = Recorder.timed_step
 
@@ -108,6 +112,7 @@ def test_an_interrupt_finishes_the_step_and_writes_what_was_seen(place, tmp_path
     assert "stopped after 1 timed steps" in capsys.readouterr().out
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -127,6 +132,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(place, tmp_path, capsys, opt
     assert not out.exists() or not any(out.iterdir())
 
 
+@needs_datasets
 def test_a_directory_with_something_in_it_is_left_alone(place, tmp_path, capsys):
     (tmp_path / "kept.txt").write_text("mine")
     assert run(place, tmp_path) == 2

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from clitools import BEGIN, CHAT_TEMPLATE, END, byte_tokenizer, write_jsonl
+from clitools import BEGIN, CHAT_TEMPLATE, END, byte_tokenizer, needs_datasets, write_jsonl
 
 from chunkft.cli.data import (
     IGNORED,
@@ -33,6 +33,7 @@ def only(dataset):
     return dataset[0]["input_ids"], dataset[0]["labels"]
 
 
+@needs_datasets
 @pytest.mark.parametrize(
     ("row", "prompt", "completion"),
     [
@@ -49,6 +50,7 @@ def test_loss_only_on_the_completion_and_its_end(tmp_path, tokenizer, row, promp
     assert (report.tokens, report.learned, report.cut) == (len(before + after), len(after), 0)
 
 
+@needs_datasets
 def test_beginning_token_is_added_where_the_tokenizer_adds_it(tmp_path):
     tokenizer = byte_tokenizer(begin=True)
     rows = [{"prompt": "a", "completion": "b"}]
@@ -57,6 +59,7 @@ def test_beginning_token_is_added_where_the_tokenizer_adds_it(tmp_path):
     assert labels == [IGNORED, IGNORED, *ids_of(tokenizer, "b"), END]
 
 
+@needs_datasets
 def test_long_text_is_split_into_pieces_that_lose_nothing(tmp_path, tokenizer):
     text = "abcdefghij" * 5
     dataset, report = causal_dataset(write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), tokenizer, 16)
@@ -78,6 +81,7 @@ def test_cutting_keeps_the_end_of_the_prompt_and_the_start_of_the_completion(pro
     assert cut == (prompt + completion > limit)
 
 
+@needs_datasets
 def test_chat_has_loss_on_every_assistant_turn_only(tmp_path):
     tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     turns = [("system", "be"), ("user", "hi"), ("assistant", "yo"), ("user", "bye"), ("assistant", "ok")]
@@ -89,6 +93,7 @@ def test_chat_has_loss_on_every_assistant_turn_only(tmp_path):
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
 
 
+@needs_datasets
 def test_template_that_rewrites_earlier_turns_trains_the_turns_it_can_tell(tmp_path):
     template = (
         "{% for m in messages %}<{{ m['role'] }}>"
@@ -102,6 +107,7 @@ def test_template_that_rewrites_earlier_turns_trains_the_turns_it_can_tell(tmp_p
     assert tokenizer.decode([label for label in labels if label != IGNORED]) == "ok"
 
 
+@needs_datasets
 def test_chat_without_anything_to_learn_within_the_limit_is_dropped(tmp_path):
     tokenizer = byte_tokenizer(chat_template=CHAT_TEMPLATE)
     rows = [
@@ -175,6 +181,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path, tokenizer):
         causal_dataset(path, tokenizer, 64)
 
 
+@needs_datasets
 def test_escaped_characters_outside_of_the_basic_plane_are_read(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "escaped.jsonl", [{"text": "a \U0001f600"}])
     assert "\\ud83d" in path.read_text()
@@ -182,6 +189,7 @@ def test_escaped_characters_outside_of_the_basic_plane_are_read(tmp_path, tokeni
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "a \U0001f600"
 
 
+@needs_datasets
 def test_byte_order_mark_and_windows_line_ends_are_understood(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "ok"}\r\n{"text": "ok"}\r\n')
@@ -293,6 +301,7 @@ def test_one_label_is_not_enough(tmp_path):
         label_names(path, None, None)
 
 
+@needs_datasets
 def test_classification_rows_are_tokenised_and_cut(tmp_path, tokenizer):
     path = tmp_path / "a.tsv"
     path.write_text("0\tabc\n1\tabcdefghijkl\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from chunkft.cli.arguments import parse
 
 ROOT = Path(__file__).parent.parent
+OPTIONAL = {"datasets", "lightning", "trl"}  # of pages on trainers
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -45,6 +47,9 @@ def names() -> dict[str, object]:
 def test_python_block_runs(
     code: str, names: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    imported = set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))
+    if missing := sorted(name for name in imported & OPTIONAL if importlib.util.find_spec(name) is None):
+        pytest.skip(f"the page needs {', '.join(missing)}, which is not installed")
     monkeypatch.chdir(tmp_path)
     if "runs/first" in code:  # what the tutorial's first command leaves
         shutil.copytree(ROOT / "chunkft" / "data" / "tiny-llama-bytes", tmp_path / "runs" / "first")

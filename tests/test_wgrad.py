@@ -173,7 +173,10 @@ def test_torch_multiplies_sixteen_bits_into_fp32_in_place():
     """The signatures that CUDA's form calls, on the device that has shapes only."""
     a, b, out = (torch.empty(size, device="meta", dtype=kind) for size, kind in
                  (((6, 4), torch.bfloat16), ((4, 5), torch.bfloat16), ((6, 5), torch.float32)))  # fmt: skip
-    assert torch.addmm(out, a, b, out_dtype=torch.float32, out=out) is out
+    # torch 2.11 has it, but takes out_dtype for beta on the device of shapes: asked for by its schema
+    arguments = torch.ops.aten.addmm.dtype_out._schema.arguments
+    assert [each.name for each in arguments] == ["self", "mat1", "mat2", "out_dtype", "beta", "alpha", "out"]
+    assert [each.name for each in arguments if each.kwarg_only] == ["beta", "alpha", "out"]
     assert torch.mm(a, b, out_dtype=torch.float32, out=out) is out
     assert torch.mm(a, b, out_dtype=torch.float32).dtype == torch.float32
 

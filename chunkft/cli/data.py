@@ -277,9 +277,6 @@ def _batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _arrow(examples: Iterator[Tokens], report: DataReport) -> Any:
-    from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
-
-    features = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
     parts = []
     for batch in _batched(examples, TOKENISE_AT_ONCE):
         report.examples += len(batch)
@@ -287,9 +284,25 @@ def _arrow(examples: Iterator[Tokens], report: DataReport) -> Any:
         report.note_ids(ids for ids, _ in batch)
         report.learned += sum(label != IGNORED for _, labels in batch for label in labels)
         columns = {"input_ids": [ids for ids, _ in batch], "labels": [labels for _, labels in batch]}
-        parts.append(Dataset.from_dict(columns, features=features))
+        parts.append(_table(columns, label_a_token=True))
     if not parts:
         raise UserError(f"{report.path}: no example is left to learn from within the sequence length")
+    return _joined(parts)
+
+
+def _table(columns: dict[str, list[Any]], label_a_token: bool) -> Any:
+    # here: what is wrong with the first lines is told without the package, too
+    from datasets import Dataset, Features, Sequence, Value
+
+    labels = Sequence(Value("int32")) if label_a_token else Value("int64")
+    return Dataset.from_dict(
+        columns, features=Features({"input_ids": Sequence(Value("int32")), "labels": labels})
+    )
+
+
+def _joined(parts: list[Any]) -> Any:
+    from datasets import concatenate_datasets
+
     return concatenate_datasets(parts)
 
 
@@ -362,9 +375,6 @@ def classification_dataset(
     Raises UserError that names file and line of a label that is not one of `labels`, and as
     `read_labelled_rows` does.
     """
-    from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
-
-    features = Features({"input_ids": Sequence(Value("int32")), "labels": Value("int64")})
     path = Path(path)
     report = DataReport(str(path), "text/label")
     parts = []
@@ -382,9 +392,9 @@ def classification_dataset(
         report.tokens += sum(map(len, ids))
         report.note_ids(ids)
         columns = {"input_ids": ids, "labels": [labels[label] for _, _, label in batch]}
-        parts.append(Dataset.from_dict(columns, features=features))
+        parts.append(_table(columns, label_a_token=False))
     report.learned = report.tokens
-    return concatenate_datasets(parts), report
+    return _joined(parts), report
 
 
 def label_map(names: Sequence[str], known: dict[str, int] | None) -> dict[str, int]:

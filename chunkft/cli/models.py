@@ -1,5 +1,6 @@
 """Loads models and tokenizers, and says in one line what is wrong with those that cannot be trained."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -39,13 +40,15 @@ CAUSALITY_PROBE = 8
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silences the warnings and progress bars of transformers and datasets inside the block."""
-    import datasets
     import transformers
 
     level = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if importlib.util.find_spec("datasets") is not None:  # commands that read no data do without it
+        import datasets
+
+        datasets.disable_progress_bars()
     try:
         yield
     finally:

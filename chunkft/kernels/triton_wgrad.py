@@ -88,7 +88,7 @@ def chosen(
     if found is None:
         found = _decisions.keep(key, _decide(dy, x, rows, cols, out_dtype, accumulate, tf32, norm))
     settled = found[0] is found[1]
-    return found[0 if settled else _described(dy) and _described(x)], settled
+    return found[0 if settled else is_described(dy) and is_described(x)], settled
 
 
 def _decide(
@@ -218,7 +218,7 @@ def launch_of(
     Raises:
         ValueError: if the tensors or ``config`` do not suit the kernel.
     """
-    described = _described(dy) and _described(x)
+    described = is_described(dy) and is_described(x)
     key = (
         dy.shape, x.shape, dy.stride(), x.stride(), out.stride(), dy.dtype, out.dtype, dy.device,
         x.device, out.device, _named(rows), _named(cols), accumulate, tf32, norm, config, described,
@@ -335,7 +335,8 @@ def _index(selection: Selection) -> Tensor | None:
     return selection.contiguous() if isinstance(selection, Tensor) else None
 
 
-def _described(matrix: Tensor) -> bool:
+def is_described(matrix: Tensor) -> bool:
+    """Whether a matrix is one that a descriptor of tensor memory can describe: aligned rows of whole 16 bytes."""
     pitch = matrix.stride(0)
     aligned = matrix.data_ptr() % 16 == 0 and pitch * matrix.dtype.itemsize % 16 == 0
     return bool(matrix.numel()) and aligned and pitch >= matrix.shape[1]

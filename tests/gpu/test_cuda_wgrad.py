@@ -9,7 +9,7 @@ from helpers import assert_close_to_exact
 
 from chunkft.kernels import expert_wgrad, grouped_wgrad, wgrad
 from chunkft.kernels.heuristics import Config, broken_limits
-from chunkft.kernels.triton_wgrad import problem_of, target_for
+from chunkft.kernels.triton_wgrad import is_described, problem_of, target_for
 
 pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("poisoned_memory")]
 TILES = {
@@ -40,7 +40,8 @@ def in_full(dy, x):
 
 
 def fits(machine, config, dy, x, rows=None, tf32=False):
-    problem = problem_of(dy, x, rows, None, dy.dtype, False, tf32)
+    described = is_described(dy) and is_described(x)
+    problem = problem_of(dy, x, rows, None, dy.dtype, False, tf32, described)
     return broken_limits(config, problem, target_for(machine.device))
 
 

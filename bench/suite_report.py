@@ -152,7 +152,10 @@ def lines(suite: dict[str, Any], predicted: dict[str, Any]) -> list[str]:
             said = next((line for line in reversed(row.get("output", [])) if line.strip()), "")
             shown.append(f"  {name}: {row['verdict']} {said.strip()[:140]}")
     if suite["kind"] != "measured":
-        return [*shown, f"{suite['kind']} on a CPU, small: its figures mean nothing and are held against none"]
+        return [
+            *shown,
+            f"{suite['kind']} on a CPU, small: its figures mean nothing and are held against none",
+        ]
     shown.append("targets:")
     reached = targets(suite)
     for target in reached:

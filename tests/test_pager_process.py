@@ -88,8 +88,11 @@ def test_closing_while_others_work_ends_them_with_an_error(options):
 def test_forked_child_gets_an_error_and_ends(tmp_path):
     done = python(
         """
-        import gc, os, sys
+        import gc, os, sys, warnings
         from chunkft.streaming import Pager
+
+        # Python >= 3.12 says that a fork of several threads is a risk: that is what is tried here
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
         def in_child(pager, held):
             calls = [lambda: pager.prefetch(0), lambda: pager.acquire(2), lambda: pager.release(1),

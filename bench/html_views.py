@@ -12,6 +12,7 @@ HEADER = ("command", "device", "threads", "versions", "commit", "seed", "time", 
 # Endings of names that say that the numbers of a group may be compared, and in which unit.
 UNITS = {"gbs": "GB/s", "gb_s": "GB/s", "us": "µs", "ms": "ms", "s": "s", "bytes": "bytes"}
 DEEP = 3
+MANY = 30  # mappings of one kind are the rows of one table
 FEW = 4  # so many mappings still stand in the cell of a table
 
 
@@ -200,6 +201,8 @@ def values(name: str, value: Any, depth: int = 0) -> str:
 def _mapping(name: str, value: dict[str, Any], depth: int) -> str:
     if len(value) > 1 and all(isinstance(v, dict) and v and not _nested(v) for v in value.values()):
         return _matrix(list(value.items()), name or "values")
+    if len(value) > MANY and all(isinstance(v, dict) for v in value.values()):
+        return _sequence(name or "values", [{"key": k, **v} for k, v in value.items()], depth)
     plain = {k: v for k, v in value.items() if not _nested({k: v}) or _plain_list(v)}
     shown = []
     unit = next((text for ending, text in UNITS.items() if name.endswith(f"_{ending}")), None)

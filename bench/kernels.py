@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print("Predictions of the picker's model. Nothing here was measured.")
         records = {}
-        for name in options.predict or ["a100", "rtx4090", "h100", "h200", "b200"]:
+        for name in options.predict or ["a100", "rtx4090", "h100", "b200"]:
             print(f"--- {name}")
             for case in chosen:
                 values = prediction(case, TARGETS[name])

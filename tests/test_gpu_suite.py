@@ -296,7 +296,10 @@ def test_neighbours_run_together_and_measurements_alone(tmp_path):
 def test_ctrl_c_ends_the_case_and_keeps_the_file(tmp_path, sign):
     """And so do `timeout` and a closed terminal: nothing may stay on the GPU."""
     code = (
-        "import sys\n"
+        "import signal, sys\n"
+        # whoever started the tests in the background may have had these ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "from bench import gpu_suite\n"
         "from bench.suite_run import Case\n"
         "wait = ('-c', 'import time; print(1); time.sleep(60)')\n"

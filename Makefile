@@ -185,7 +185,7 @@ GPU_PACKAGES := torch numpy transformers accelerate peft lightning safetensors m
 # What a first run on a GPU rests on (CONTRIBUTING.md); those of tests/gpu are collected, to skip for want of a device.
 GPU_ENV_TESTS := tests/kernels tests/gpu $(addprefix tests/,test_bench_harness.py test_doctor.py test_driver_prototypes.py \
 	test_host_arena.py test_kernel_slices.py test_optimizer_contract.py trainers/test_accelerate_and_trl.py)
-# Of these what a release of torch or Triton breaks first, for continuous integration; the dry run interprets every kernel.
+# Of these what a release of torch or Triton breaks first; the dry run interprets every kernel.
 GPU_ENV_SHORT := $(addprefix tests/,test_compile.py test_compile_order.py test_clipping.py test_optimizer_contract.py \
 	test_driver_prototypes.py)
 PYTHON312 ?= $(shell for p in python3.12 python3 python "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 \

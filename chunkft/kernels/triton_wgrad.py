@@ -17,6 +17,7 @@ from chunkft.kernels.launches import Launch, Memo, alignment, has_memory
 from chunkft.kernels.selection import Blocks, Selection, selected_size
 from chunkft.kernels.targets import Target, target_of
 from chunkft.kernels.torch_wgrad import squared_norm_of
+from chunkft.kernels.triton_persistent import Prepared, descriptor, launch_persistent, prepare_persistent
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGN = 8
@@ -128,15 +129,14 @@ def unsupported(dy: Tensor, x: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch but for its tensors; ``call`` is None where the result is empty."""
+    """A launch but for its tensors; without ``call`` and ``persistent`` the result is empty."""
 
-    problem: Problem
-    target: Target
     config: Config
     tiles: int
     workspace: int
     call: Launch | None
     integers: tuple[int, ...]
+    persistent: Prepared | None = None
 
 
 def launch(
@@ -161,18 +161,16 @@ def launch(
     plan = launch_of(
         dy, x, rows, cols, out, accumulate=accumulate, tf32=tf32, norm=squared_norm is not None, config=config
     )
-    if plan.call is None:
-        if squared_norm is not None:
-            squared_norm.zero_()
-        return
     config = plan.config
-    if config.persistent:
-        from chunkft.kernels.triton_persistent import launch_persistent
-
-        launch_persistent(dy, x, _start(rows)[0], _start(cols)[0], out, plan.problem, config, plan.target)
+    if plan.persistent is not None:
+        launch_persistent(dy, x, out, config, plan.persistent)
         if squared_norm is not None:
             # Triton 3.6 does not compile a sum over the parts of a tile for 10.0: another pass, as PyTorch's form has
             squared_norm.copy_(squared_norm_of(out).view(squared_norm.shape))
+        return
+    if plan.call is None:
+        if squared_norm is not None:
+            squared_norm.zero_()
         return
     partials = counters = norms = None
     if config.splits > 1:
@@ -222,6 +220,7 @@ def launch_of(
     key = (
         dy.shape, x.shape, dy.stride(), x.stride(), out.stride(), dy.dtype, out.dtype, dy.device,
         x.device, out.device, _named(rows), _named(cols), accumulate, tf32, norm, config, described,
+        out.data_ptr() % 16 == 0,
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -253,7 +252,11 @@ def _plan(
 ) -> Plan:
     """Everything of a launch that shapes, strides, dtypes and bounds tell."""
     if not problem.rows or not problem.cols:
-        return Plan(problem, target, config, 0, 0, None, ())
+        return Plan(config, 0, 0, None, ())
+    if config.persistent:
+        starts = _start(rows)[0], _start(cols)[0]
+        ready = prepare_persistent(*starts, out, problem, config, target)
+        return Plan(config, 0, 0, None, (), ready)
     from chunkft.kernels.gpu.wgrad import wgrad_kernel
 
     count = tiles(config, problem)
@@ -293,7 +296,7 @@ def _plan(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     workspace = workspace_elements(config, problem) if config.splits > 1 else 0
     call = Launch(wgrad_kernel, (count * config.splits,), constants, options)
-    return Plan(problem, target, config, count, workspace, call, integers)
+    return Plan(config, count, workspace, call, integers)
 
 
 def _checked_config(config: Config | None, problem: Problem, target: Target) -> Config:
@@ -343,8 +346,4 @@ def is_described(matrix: Tensor) -> bool:
 
 
 def _operand(matrix: Tensor, block_k: int, block: int, tma: bool) -> Any:
-    if not tma:
-        return matrix
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [block_k, block])
+    return descriptor(matrix, block_k, block) if tma else matrix

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_close_to_exact
 
-from chunkft.kernels import heuristics, triton_persistent, triton_wgrad, wgrad
+from chunkft.kernels import heuristics, launches, triton_persistent, triton_wgrad, wgrad
 from chunkft.kernels.heuristics import Config
 
 PLAIN = Config(32, 32, 16, 4, 2, tma=True)
@@ -14,21 +14,19 @@ PERSISTENT = replace(PLAIN, persistent=True)
 
 
 @pytest.fixture(params=[3, 132], ids="{} programs".format)
-def programs(request, monkeypatch):
+def programs(request, monkeypatch, device):
     """How many programs share the tiles."""
-    inner = triton_persistent.launch_persistent
-
-    def launch(*arguments):
-        *others, target = arguments
-        inner(*others, replace(target, multiprocessors=request.param))
-
-    monkeypatch.setattr(triton_persistent, "launch_persistent", launch)
-    return request.param
+    target = replace(triton_wgrad.target_for(torch.device(device)), multiprocessors=request.param)
+    monkeypatch.setattr(triton_wgrad, "target_for", lambda device: target)
+    launches.forget()  # what was prepared for another number
+    yield request.param
+    launches.forget()
 
 
 @pytest.fixture
 def described(monkeypatch):
     """What was said of every result: whether a descriptor stores it."""
+    launches.forget()
     answers = []
     asked = triton_persistent.can_describe
     monkeypatch.setattr(
@@ -135,3 +133,15 @@ def test_the_picker_may_choose_it(device):
     target = triton_wgrad.target_for(torch.device(device))
     problem = heuristics.Problem(4096, 8192, 8192)
     assert heuristics.pick(problem, target).persistent == (target.capability >= 90)
+
+
+def test_a_result_at_another_address_is_stored_as_it_can_be(device, described):
+    """What was prepared for an aligned result of the same shape and strides must not serve one that is not."""
+    dy, x = operands(70, 40, 48, torch.bfloat16, device)
+    memory = torch.zeros(40 * 48 + 8, dtype=torch.bfloat16, device=device)
+    expected = wgrad(dy, x, backend="torch")
+    for offset in (0, 1, 0):
+        out = memory[offset : offset + 40 * 48].view(40, 48).fill_(float("nan"))
+        wgrad(dy, x, out=out, backend="triton", config=PERSISTENT)
+        assert_close_to_exact(out, expected, dy.double().t() @ x.double())
+    assert described == [True, False]

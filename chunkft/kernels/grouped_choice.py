@@ -17,8 +17,6 @@ from chunkft.kernels.targets import Target
 from chunkft.kernels.torch_grouped_wgrad import can_join, shares_input
 
 Way = Config | Literal["one by one", "by one product"]
-# slices of one launch, as in triton_grouped_wgrad
-_GROUPS_MAX = 16
 _decisions: Memo[Way] = Memo()
 
 
@@ -38,41 +36,51 @@ def way_of_groups(
         return "one by one"
     shared = shares_input(xs)
     key = (
-        tuple((dy.shape, dy.stride(), x.shape, x.stride()) for dy, x in zip(dys, xs, strict=True)),
+        tuple((dy.shape, dy.stride(), x.shape, x.stride(), x.dtype) for dy, x in zip(dys, xs, strict=True)),
         tuple((span.start, span.stop) for span in (*spans, *cols)),
         None if outs is None else tuple(out.stride() for out in outs),
-        xs[0].dtype, xs[0].device, accumulate, wanted, tf32, triton, shared,
+        xs[0].device, accumulate, wanted, tf32, triton, shared,
     )  # fmt: skip
     found = _decisions.get(key)
     if found is None:
-        found = _decisions.keep(
-            key, _decide(dys, xs, spans, cols, outs, accumulate, wanted, tf32, triton, shared)
-        )
+        target = _target(xs[0])
+        problem = _problem(xs, spans, cols, wanted, tf32, shared)
+        way: Way = "one by one"
+        if target is not None and problem is not None:
+            way = _decide(replace(problem, accumulate=accumulate), target, dys, xs, outs, wanted, triton)
+        found = _decisions.keep(key, way)
     return found
 
 
-def _decide(
-    dys: Sequence[Tensor],
+def _problem(
     xs: Sequence[Tensor],
     spans: Sequence[slice],
     cols: Sequence[slice],
-    outs: Sequence[Tensor] | None,
-    accumulate: bool,
     wanted: torch.dtype,
     tf32: bool,
-    triton: bool,
     shared: bool,
-) -> Way:
-    target = _target(xs[0])
+) -> Problem | None:
+    """All slices as one problem; None where they differ in tokens or columns."""
     alike = {(x.shape[0], window.start, window.stop) for x, window in zip(xs, cols, strict=True)}
-    if target is None or len(alike) > 1:
-        return "one by one"
+    if len(alike) > 1:
+        return None
     from chunkft.kernels.triton_grouped_wgrad import group_problem
 
-    problem = replace(
-        group_problem(xs[0], spans, cols[0], wanted, tf32), shared=shared, accumulate=accumulate
-    )
-    if triton and len(dys) <= _GROUPS_MAX and _readable(dys, xs, outs, wanted):
+    return replace(group_problem(xs[0], spans, cols[0], wanted, tf32), shared=shared)
+
+
+def _decide(
+    problem: Problem,
+    target: Target,
+    dys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    outs: Sequence[Tensor] | None,
+    wanted: torch.dtype,
+    triton: bool,
+) -> Way:
+    from chunkft.kernels.triton_grouped_wgrad import GROUPS_MAX
+
+    if triton and len(dys) <= GROUPS_MAX and _readable(dys, xs, outs, wanted):
         config = choose_group(problem, target, measured.for_capability(target.capability))
         if config is not None:
             return config

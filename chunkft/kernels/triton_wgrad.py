@@ -87,21 +87,13 @@ def chosen(
     )  # fmt: skip
     found = _decisions.get(key)
     if found is None:
-        found = _decisions.keep(key, _decide(dy, x, rows, cols, out_dtype, accumulate, tf32, norm))
+        problem = problem_of(dy, x, rows, cols, out_dtype, accumulate, tf32, described=False)
+        found = _decisions.keep(key, _decide(dy, x, problem, norm))
     settled = found[0] is found[1]
     return found[0 if settled else is_described(dy) and is_described(x)], settled
 
 
-def _decide(
-    dy: Tensor,
-    x: Tensor,
-    rows: Selection,
-    cols: Selection,
-    out_dtype: torch.dtype,
-    accumulate: bool,
-    tf32: bool,
-    norm: bool,
-) -> tuple[Config | None, Config | None]:
+def _decide(dy: Tensor, x: Tensor, problem: Problem, norm: bool) -> tuple[Config | None, Config | None]:
     """The choice for matrices that do not suit a descriptor, and for those that do."""
     if not gpu.available() or unsupported(dy, x):
         return None, None
@@ -110,7 +102,6 @@ def _decide(
     except ValueError:  # older than the kernels, or not known to them
         return None, None
     table = measured.for_capability(target.capability)
-    problem = problem_of(dy, x, rows, cols, out_dtype, accumulate, tf32, described=False)
     plain = choose(problem, target, table, norm=norm)
     return plain, choose(replace(problem, described=True), target, table, norm=norm)
 

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
 from chunkft.kernels import choice, grouped_choice, grouped_wgrad, triton_wgrad, wgrad
-from chunkft.kernels.launches import has_memory
+from chunkft.kernels.heuristics import Config
+from chunkft.kernels.launches import forget, has_memory
 
 
 def operands(dtype=torch.bfloat16):
@@ -92,3 +93,21 @@ def test_only_plain_tensors_have_memory_that_a_kernel_reads(monkeypatch):
         assert torch.equal(batch[0], expected)
     with pytest.raises(AssertionError, match="was asked"):
         grouped_wgrad([dy] * 2, x, [slice(1, 4), None])
+
+
+def test_slices_of_other_dtypes_are_decided_anew(monkeypatch):
+    """One launch has one dtype: what was decided for slices of bf16 is not for a mixture of the same shapes."""
+    taken = Config(32, 32, 16, 4, 2)
+    monkeypatch.setattr(choice, "asks", lambda tensor: True)
+    monkeypatch.setattr(grouped_choice, "choose_group", lambda *_, **__: taken)
+    forget()
+
+    def way(*dtypes):
+        pairs = [operands(dtype) for dtype in dtypes]
+        dys, xs = ([pair[i] for pair in pairs] for i in (0, 1))
+        spans, cols = [slice(0, 8)] * len(dtypes), [slice(0, 6)] * len(dtypes)
+        return grouped_choice.way_of_groups(dys, xs, spans, cols, None, False, torch.bfloat16, False, True)
+
+    assert way(torch.bfloat16, torch.bfloat16) == taken
+    assert way(torch.bfloat16, torch.float16) == "one by one"
+    forget()

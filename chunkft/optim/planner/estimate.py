@@ -1,0 +1,373 @@
+"""What a setting holds and how fast it is, from a model without memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkft.autograd import Slice
+from chunkft.optim.master import resolve_master
+from chunkft.optim.planner.held import SentDown, SpentByPage, SpentInBulk
+from chunkft.optim.planner.profiles import Profiles
+from chunkft.optim.planner.setting import Setting
+from chunkft.optim.planner.state import LayoutOfState, PagedState, paged_state, update_nbytes
+from chunkft.optim.planner.timeline import Held, Kept, Moment, peak_of
+from chunkft.optim.planner.twin import Step, shallow_twin
+from chunkft.optim.planner.windows import Window, windows_of
+from chunkft.optim.rule import Groups, UpdateRule
+from chunkft.partitions import make_plan
+from chunkft.plan import ChunkPlan, ParameterSpec, parameter_specs
+from chunkft.weights import Units, find_units
+
+__all__ = ["GpuBytes", "HostBytes", "Model"]
+
+CONTEXT = 600 << 20  # of a CUDA context, its modules and the work space of the libraries
+ROUNDING = 0.02  # of what is not weights or slots: blocks of the caching allocator are larger than what is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuBytes:
+    """The moment of a step at which the GPU holds the most, by kind; ``reserve`` is beside it.
+
+    Attributes:
+        weights: parameters and buffers that stay.
+        ring: slots that streamed weights pass through.
+        leaves: copies of the active slices of streamed weights.
+        state: optimizer state, or the slots that it passes through.
+        gradients: of the active slices.
+        activations: what the backward pass waits for, the batch included.
+        working: what one block, the head or the loss takes while it computes.
+        update: what the update takes beside all this.
+        reserve: CUDA context and allocator.
+    """
+
+    weights: int
+    ring: int
+    leaves: int
+    state: int
+    gradients: int
+    activations: int
+    working: int
+    update: int
+    reserve: int
+
+    @property
+    def tensors(self) -> int:
+        """All but the reserve."""
+        return self.total - self.reserve
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, name) for name in self.__dataclass_fields__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBytes:
+    """Host memory by kind.
+
+    Attributes:
+        weights: pages and tables of streamed weights.
+        state: optimizer state, or the buffers before its files.
+        gradients: of streamed weights that are updated on the host.
+    """
+
+    weights: int
+    state: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.state + self.gradients
+
+
+class Model:
+    """A model whose settings are looked at; what several of them share is worked out once.
+
+    Args:
+        deep: the model; its parameters may be anywhere.
+        step: computes its loss.
+        batch, tokens: of a training step.
+        base: class of the optimizer.
+        options: its keywords.
+        page_bytes: size of a page of ``residency="stream"``.
+        always_active, slice_dim: as for ``ChunkOptimizer``.
+        device: ``"cuda"`` or ``"cpu"``.
+    """
+
+    def __init__(
+        self,
+        deep: nn.Module,
+        step: Step,
+        batch: int,
+        tokens: int,
+        base: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        page_bytes: int,
+        always_active: str | Sequence[str] | None = None,
+        slice_dim: int = 0,
+        device: str = "cuda",
+    ) -> None:
+        self.deep = deep
+        self.shallow = shallow_twin(deep)
+        self.step, self.batch, self.tokens = step, batch, tokens
+        self.page_bytes = page_bytes
+        self.device = device
+        self._base, self._options = base, options
+        self._always, self._slice_dim = always_active, slice_dim
+        self.parameters: dict[str, Tensor] = dict(deep.named_parameters())
+        self.specs: list[ParameterSpec] = parameter_specs(deep)
+        self._profiles: dict[bool | None, Profiles] = {}
+        self._moments: dict[Any, Moment] = {}
+        self.weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        self.buffers = sum(b.numel() * b.element_size() for b in deep.buffers())
+
+    @functools.cached_property
+    def units(self) -> Units | None:
+        """What of the model can stream; None if it has no blocks that could."""
+        try:
+            return find_units(self.deep)
+        except ValueError:
+            return None
+
+    @functools.cached_property
+    def has_checkpointing(self) -> bool:
+        """Whether activation checkpointing can be turned on and off."""
+        return bool(getattr(self.deep, "supports_gradient_checkpointing", False))
+
+    def profiles(self, checkpointing: bool | None) -> Profiles:
+        """Of the parts of a step."""
+        if checkpointing not in self._profiles:
+            self._profiles[checkpointing] = Profiles(
+                self.shallow, self.step, self.batch, self.tokens, checkpointing, self.device
+            )
+        return self._profiles[checkpointing]
+
+    @functools.cache  # noqa: B019
+    def plan(self, chunks: int) -> ChunkPlan:
+        """Raises ValueError if the model cannot be cut into so many."""
+        return make_plan(self.deep, self.specs, chunks, "bytes", self._slice_dim, self._always)
+
+    @functools.cache  # noqa: B019
+    def windows(self, chunks: int) -> list[Window]:
+        """What is active with each chunk."""
+        return windows_of(self.plan(chunks), self.shallow)
+
+    @functools.cache  # noqa: B019
+    def rule(self, master: str) -> UpdateRule:
+        """How slices are updated."""
+        sample = nn.Parameter(torch.zeros(1))
+        values = self._base([sample], **self._options).defaults
+        groups: Groups = [{**values, "params": []}]
+        modes = {spec.name: resolve_master(master, self.parameters[spec.name].dtype) for spec in self.specs}
+        make = functools.partial(_built, self._base, self._options)
+        return UpdateRule(self._base, make, groups, {spec.name: 0 for spec in self.specs}, modes)
+
+    @functools.cache  # noqa: B019
+    def probe(self, master: str, state_bits: int, counts: bool) -> LayoutOfState:
+        """What state is kept for each slice."""
+        return LayoutOfState(self.rule(master), self.parameters.__getitem__, state_bits, counts)
+
+    def state(self, setting: Setting) -> PagedState:
+        """Where state lies."""
+        counts = setting.update == "backward" and self.device == "cuda"
+        return self._state(
+            setting.chunks, setting.residency, setting.in_files, setting.master, setting.state_bits, counts
+        )
+
+    @functools.cache  # noqa: B019
+    def _state(
+        self, chunks: int, residency: str, in_files: bool, master: str, bits: int, counts: bool
+    ) -> PagedState:
+        return paged_state(
+            self.plan(chunks),
+            self.probe(master, bits, counts),
+            stream=residency == "stream",
+            page_bytes=self.page_bytes,
+            in_files=in_files,
+        )
+
+    def streams(self, setting: Setting) -> Callable[[str], bool]:
+        """Whether the weights of a name stream."""
+        if setting.weights == "resident" or self.units is None:
+            return lambda name: False
+        return self._streamed_names(setting.resident_blocks).__contains__
+
+    @functools.cache  # noqa: B019
+    def _streamed_names(self, resident_blocks: int) -> frozenset[str]:
+        assert self.units is not None
+        stay = self.units.resident(resident_blocks)
+        names = [w.name for i, b in enumerate(self.units.blocks) if i not in stay for w in b.weights]
+        return frozenset([*names, *(table.name for table in self.units.tables)])
+
+    def gpu(self, setting: Setting, *, exact: bool = True, limit: int | None = None) -> GpuBytes:
+        """What the GPU holds at most.
+
+        Args:
+            setting: the choices.
+            exact: False takes fewer runs, and says no less than the truth.
+            limit: with it chunks are looked at exactly, the largest first, until one holds more than this.
+        """
+        state = self.state(setting)
+        streams = self.streams(setting)
+        own_leaves = setting.weights == "stream" and setting.update_on == "device"
+        on_host = setting.weights == "stream" and setting.update_on == "host"
+        weights, ring = self.weights + self.buffers, 0
+        slots = state.slots + state.resting
+        if setting.weights == "stream":
+            assert self.units is not None
+            ring = self.units.ring_nbytes(setting.resident_blocks) + self.units.tile_nbytes()
+            away = sum(
+                self.parameters[name].numel() * self.parameters[name].element_size()
+                for name in self._streamed_names(setting.resident_blocks)
+            )
+            weights -= away
+        if on_host:
+            slots = self._state_beside(setting, streams)
+        windows = self.windows(setting.chunks)
+        leaves = max(_leaf_nbytes(w, self.parameters, streams) for w in windows) if own_leaves else 0
+        fixed = weights + ring + leaves + slots
+
+        def whole(moment: Moment) -> GpuBytes:
+            reserve = 0
+            if self.device == "cuda":
+                reserve = CONTEXT + int(ROUNDING * moment.total)
+            return GpuBytes(
+                weights=weights,
+                ring=ring,
+                leaves=leaves,
+                state=slots,
+                gradients=moment.gradients,
+                activations=moment.activations,
+                working=moment.working,
+                update=moment.update,
+                reserve=reserve,
+            )
+
+        found = [whole(self._moment(setting, state, number, False)) for number in range(len(windows))]
+        worst = max(found, key=lambda parts: parts.total)
+        if not exact and (limit is None or worst.total <= limit):
+            return worst
+        assert fixed <= worst.total
+        best: GpuBytes | None = None
+        for number in sorted(range(len(windows)), key=lambda n: -found[n].total):
+            if best is not None and found[number].total <= best.total:
+                break
+            parts = whole(self._moment(setting, state, number, True))
+            best = parts if best is None or parts.total > best.total else best
+            if limit is not None and not exact and best.total > limit:
+                break
+        assert best is not None
+        return best
+
+    def host(self, setting: Setting) -> HostBytes:
+        """What host memory holds."""
+        state = self.state(setting)
+        weights = gradients = 0
+        if setting.weights == "stream":
+            assert self.units is not None
+            weights = self.units.host_nbytes(setting.resident_blocks)
+            if setting.update_on == "host":
+                streams = self.streams(setting)
+                gradients = max(
+                    sum(size for name, size in w.gradients.items() if streams(name))
+                    for w in self.windows(setting.chunks)
+                )
+        return HostBytes(weights=weights, state=state.host, gradients=gradients)
+
+    def _moment(self, setting: Setting, state: PagedState, number: int, exact: bool) -> Moment:
+        key = (setting, number, exact)
+        if key not in self._moments:
+            window = self.windows(setting.chunks)[number]
+            in_passes = self._in_passes(setting, state, number, exact)
+            in_step = self._in_step(setting, state, number, window)
+            self._moments[key] = max(in_passes, in_step, key=lambda moment: moment.total)
+        return self._moments[key]
+
+    def _in_passes(self, setting: Setting, state: PagedState, number: int, exact: bool) -> Moment:
+        held, policy = self._held(setting, state, number)
+        key = (policy, setting.chunks, number, setting.checkpointing, exact)
+        if key not in self._moments:
+            self._moments[key] = peak_of(self.profiles(setting.checkpointing), held.window, held, exact)
+        return self._moments[key]
+
+    def _in_step(self, setting: Setting, state: PagedState, number: int, window: Window) -> Moment:
+        if setting.update == "backward":
+            return Moment()
+        streams = self.streams(setting)
+        down = setting.weights == "stream" and setting.update_on == "host"
+        gradients = sum(size for name, size in window.gradients.items() if not (down and streams(name)))
+        batch = 16 * self.batch * self.tokens
+        update = 0
+        if self.device == "cpu":
+            units: list[tuple[Slice, ...]] = [window.pieces]
+            if state.pages is not None and setting.residency == "stream":
+                own = set(self._pieces(state.plan, number))
+                units = [tuple(p for p in page.pieces if p in own) for page in state.pages]
+            update = max(self._update_nbytes(setting.master, unit) for unit in units)
+        return Moment(activations=batch, gradients=gradients, update=update)
+
+    def _held(self, setting: Setting, state: PagedState, number: int) -> tuple[Held, Any]:
+        window = self.windows(setting.chunks)[number]
+        if setting.weights == "stream" and setting.update_on == "host":
+            return SentDown(window, self.streams(setting)), ("down", setting.resident_blocks)
+        if setting.update != "backward":
+            return Kept(window), "kept"
+        if state.pages is None:
+            kept = self.weights // max(1, len(self.specs))
+            share = self.page_bytes * window.gradient_nbytes // max(1, state.chunk_nbytes[number])
+            return SpentInBulk(window, max(share, min(kept, share))), ("bulk", setting.master, setting.state_bits)
+        cut = replace(window, pieces=self._pieces(state.plan, number))
+
+        def update(pieces: tuple[Slice, ...]) -> int:
+            return self._update_nbytes(setting.master, pieces) if self.device == "cpu" else 0
+
+        held = SpentByPage(cut, state.pages, lambda name: self.parameters[name].element_size(), update)
+        return held, ("pages", setting.master, setting.state_bits)
+
+    @staticmethod
+    def _pieces(plan: ChunkPlan, number: int) -> tuple[Slice, ...]:
+        return (*plan.always, *plan.chunks[number].slices)
+
+    @functools.cache  # noqa: B019
+    def _update_nbytes(self, master: str, pieces: tuple[Slice, ...]) -> int:
+        probe = self.probe(master, 32, False)
+        return update_nbytes(pieces, probe, self.rule(master), lambda name: self.parameters[name].dtype)
+
+    @functools.cache  # noqa: B019
+    def _beside(self, chunks: int, resident_blocks: int, master: str, bits: int) -> int:
+        stay = self._streamed_names(resident_blocks)
+        probe = self.probe(master, bits, False)
+        plan = self.plan(chunks)
+        sizes = [
+            sum(probe_nbytes(probe, piece) for piece in chunk.slices if piece.name not in stay)
+            for chunk in plan.chunks
+        ]
+        used = [size for size in sizes if size]
+        always = sum(probe_nbytes(probe, piece) for piece in plan.always if piece.name not in stay)
+        return min(2, len(used)) * max(used, default=0) + always
+
+    def _state_beside(self, setting: Setting, streams: Callable[[str], bool]) -> int:
+        """Slots for the state of what stays on the device, where the rest is updated on the host."""
+        return self._beside(setting.chunks, setting.resident_blocks, setting.master, setting.state_bits)
+
+
+def probe_nbytes(probe: LayoutOfState, piece: Slice) -> int:
+    """Bytes of a slice's state on a page."""
+    from chunkft.optim.pages import state_nbytes
+
+    return state_nbytes(probe.layout(piece))
+
+
+def _leaf_nbytes(window: Window, parameters: dict[str, Tensor], streams: Callable[[str], bool]) -> int:
+    return sum(p.numel * parameters[p.name].element_size() for p in window.pieces if streams(p.name))
+
+
+def _built(base: type[torch.optim.Optimizer], options: dict[str, Any], groups: Groups) -> torch.optim.Optimizer:
+    return base(groups, **options)

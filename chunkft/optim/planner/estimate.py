@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.master import resolve_master
+from chunkft.optim.pages import state_nbytes
 from chunkft.optim.planner.held import SentDown, SpentByPage, SpentInBulk
 from chunkft.optim.planner.profiles import Profiles
 from chunkft.optim.planner.setting import Setting
@@ -27,6 +28,7 @@ from chunkft.weights import Units, find_units
 __all__ = ["GpuBytes", "HostBytes", "Model"]
 
 CONTEXT = 600 << 20  # of a CUDA context, its modules and the work space of the libraries
+SCALARS = 512  # losses, flags, counts
 ROUNDING = 0.02  # of what is not weights or slots: blocks of the caching allocator are larger than what is asked for
 
 
@@ -125,6 +127,7 @@ class Model:
         self.specs: list[ParameterSpec] = parameter_specs(deep)
         self._profiles: dict[bool | None, Profiles] = {}
         self._moments: dict[Any, Moment] = {}
+        self._windows: dict[int, list[Window]] = {}
         self.weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
         self.buffers = sum(b.numel() * b.element_size() for b in deep.buffers())
 
@@ -154,10 +157,43 @@ class Model:
         """Raises ValueError if the model cannot be cut into so many."""
         return make_plan(self.deep, self.specs, chunks, "bytes", self._slice_dim, self._always)
 
-    @functools.cache  # noqa: B019
-    def windows(self, chunks: int) -> list[Window]:
+    def windows(self, setting: Setting) -> list[Window]:
         """What is active with each chunk."""
-        return windows_of(self.plan(chunks), self.shallow)
+        state = self.state(setting)
+        if id(state) not in self._windows:
+            self._windows[id(state)] = windows_of(state.plan, self.shallow)
+        return self._windows[id(state)]
+
+    def lowest(self, window: Window) -> int | None:
+        """The first block that a gradient flows through; None if it flows through none."""
+        below = any(piece.name in self._below for piece in window.outside)
+        return 0 if below and self.shallow.deep else window.lowest
+
+    @functools.cached_property
+    def _below(self) -> frozenset[str]:
+        """Parameters outside of the blocks that are used before them."""
+        blocks = self.shallow.deep
+        names = list(self.parameters)
+        first = next((i for i, name in enumerate(names) if blocks and name.startswith(f"{blocks[0]}.")), 0)
+        return frozenset(names[:first])
+
+    def block_of(self, name: str) -> int | None:
+        """Number of the block that a parameter is in."""
+        return self._block_of.get(name)
+
+    @functools.cached_property
+    def _block_of(self) -> dict[str, int]:
+        depth = self.shallow.deep[0].count(".") + 1 if self.shallow.deep else 0
+        number = {name: index for index, name in enumerate(self.shallow.deep)}
+        found = {name: number.get(".".join(name.split(".")[:depth])) for name in self.parameters}
+        return {name: block for name, block in found.items() if block is not None}
+
+    @functools.cached_property
+    def checkpoints(self) -> bool:
+        """Whether the model recomputes its blocks as it is."""
+        return bool(getattr(self.deep, "is_gradient_checkpointing", False)) or bool(
+            getattr(self.deep, "checkpointing", False)
+        )
 
     @functools.cache  # noqa: B019
     def rule(self, master: str) -> UpdateRule:
@@ -215,24 +251,9 @@ class Model:
             limit: with it chunks are looked at exactly, the largest first, until one holds more than this.
         """
         state = self.state(setting)
-        streams = self.streams(setting)
-        own_leaves = setting.weights == "stream" and setting.update_on == "device"
-        on_host = setting.weights == "stream" and setting.update_on == "host"
-        weights, ring = self.weights + self.buffers, 0
-        slots = state.slots + state.resting
-        if setting.weights == "stream":
-            assert self.units is not None
-            ring = self.units.ring_nbytes(setting.resident_blocks) + self.units.tile_nbytes()
-            away = sum(
-                self.parameters[name].numel() * self.parameters[name].element_size()
-                for name in self._streamed_names(setting.resident_blocks)
-            )
-            weights -= away
-        if on_host:
-            slots = self._state_beside(setting, streams)
-        windows = self.windows(setting.chunks)
-        leaves = max(_leaf_nbytes(w, self.parameters, streams) for w in windows) if own_leaves else 0
-        fixed = weights + ring + leaves + slots
+        windows = self.windows(setting)
+        weights, ring, leaves, slots = self._standing(setting)
+        batch = 16 * self.batch * self.tokens + SCALARS  # ids and labels
 
         def whole(moment: Moment) -> GpuBytes:
             reserve = 0
@@ -244,7 +265,7 @@ class Model:
                 leaves=leaves,
                 state=slots,
                 gradients=moment.gradients,
-                activations=moment.activations,
+                activations=moment.activations + batch,
                 working=moment.working,
                 update=moment.update,
                 reserve=reserve,
@@ -254,7 +275,6 @@ class Model:
         worst = max(found, key=lambda parts: parts.total)
         if not exact and (limit is None or worst.total <= limit):
             return worst
-        assert fixed <= worst.total
         best: GpuBytes | None = None
         for number in sorted(range(len(windows)), key=lambda n: -found[n].total):
             if best is not None and found[number].total <= best.total:
@@ -265,6 +285,31 @@ class Model:
                 break
         assert best is not None
         return best
+
+    def floor(self, setting: Setting) -> int:
+        """What the GPU holds at least: the standing parts, and the gradients of a chunk where they wait for the step."""
+        held = sum(self._standing(setting)) + (CONTEXT if self.device == "cuda" else 0)
+        if setting.update == "backward" or (setting.weights == "stream" and setting.update_on == "host"):
+            return held
+        return held + max(window.gradient_nbytes for window in self.windows(setting))
+
+    def _standing(self, setting: Setting) -> tuple[int, int, int, int]:
+        """Bytes that are there all the time: weights, slots of weights, leaves, slots of state."""
+        state = self.state(setting)
+        slots = state.slots + state.resting
+        if setting.weights == "resident":
+            return self.weights + self.buffers, 0, 0, slots
+        assert self.units is not None
+        streams = self.streams(setting)
+        names = self._streamed_names(setting.resident_blocks)
+        away = sum(self.parameters[n].numel() * self.parameters[n].element_size() for n in names)
+        ring = self.units.ring_nbytes(setting.resident_blocks) + self.units.tile_nbytes()
+        leaves = 0
+        if setting.update_on == "host":
+            slots = self._state_beside(setting, streams)
+        else:
+            leaves = max(_leaf_nbytes(w, self.parameters, streams) for w in self.windows(setting))
+        return self.weights + self.buffers - away, ring, leaves, slots
 
     def host(self, setting: Setting) -> HostBytes:
         """What host memory holds."""
@@ -277,14 +322,14 @@ class Model:
                 streams = self.streams(setting)
                 gradients = max(
                     sum(size for name, size in w.gradients.items() if streams(name))
-                    for w in self.windows(setting.chunks)
+                    for w in self.windows(setting)
                 )
         return HostBytes(weights=weights, state=state.host, gradients=gradients)
 
     def _moment(self, setting: Setting, state: PagedState, number: int, exact: bool) -> Moment:
         key = (setting, number, exact)
         if key not in self._moments:
-            window = self.windows(setting.chunks)[number]
+            window = self.windows(setting)[number]
             in_passes = self._in_passes(setting, state, number, exact)
             in_step = self._in_step(setting, state, number, window)
             self._moments[key] = max(in_passes, in_step, key=lambda moment: moment.total)
@@ -292,7 +337,7 @@ class Model:
 
     def _in_passes(self, setting: Setting, state: PagedState, number: int, exact: bool) -> Moment:
         held, policy = self._held(setting, state, number)
-        key = (policy, setting.chunks, number, setting.checkpointing, exact)
+        key: Any = (policy, setting.chunks, setting.residency, number, setting.checkpointing, exact)
         if key not in self._moments:
             self._moments[key] = peak_of(self.profiles(setting.checkpointing), held.window, held, exact)
         return self._moments[key]
@@ -303,37 +348,29 @@ class Model:
         streams = self.streams(setting)
         down = setting.weights == "stream" and setting.update_on == "host"
         gradients = sum(size for name, size in window.gradients.items() if not (down and streams(name)))
-        batch = 16 * self.batch * self.tokens
         update = 0
         if self.device == "cpu":
             units: list[tuple[Slice, ...]] = [window.pieces]
             if state.pages is not None and setting.residency == "stream":
-                own = set(self._pieces(state.plan, number))
+                own = set(window.pieces)
                 units = [tuple(p for p in page.pieces if p in own) for page in state.pages]
             update = max(self._update_nbytes(setting.master, unit) for unit in units)
-        return Moment(activations=batch, gradients=gradients, update=update)
+        return Moment(gradients=gradients, update=update)
 
     def _held(self, setting: Setting, state: PagedState, number: int) -> tuple[Held, Any]:
-        window = self.windows(setting.chunks)[number]
+        window = self.windows(setting)[number]
         if setting.weights == "stream" and setting.update_on == "host":
             return SentDown(window, self.streams(setting)), ("down", setting.resident_blocks)
         if setting.update != "backward":
             return Kept(window), "kept"
         if state.pages is None:
-            kept = self.weights // max(1, len(self.specs))
             share = self.page_bytes * window.gradient_nbytes // max(1, state.chunk_nbytes[number])
-            return SpentInBulk(window, max(share, min(kept, share))), ("bulk", setting.master, setting.state_bits)
-        cut = replace(window, pieces=self._pieces(state.plan, number))
-
+            return SpentInBulk(window, share), ("bulk", setting.master, setting.state_bits)
         def update(pieces: tuple[Slice, ...]) -> int:
             return self._update_nbytes(setting.master, pieces) if self.device == "cpu" else 0
 
-        held = SpentByPage(cut, state.pages, lambda name: self.parameters[name].element_size(), update)
+        held = SpentByPage(window, state.pages, lambda name: self.parameters[name].element_size(), update)
         return held, ("pages", setting.master, setting.state_bits)
-
-    @staticmethod
-    def _pieces(plan: ChunkPlan, number: int) -> tuple[Slice, ...]:
-        return (*plan.always, *plan.chunks[number].slices)
 
     @functools.cache  # noqa: B019
     def _update_nbytes(self, master: str, pieces: tuple[Slice, ...]) -> int:
@@ -360,8 +397,6 @@ class Model:
 
 def probe_nbytes(probe: LayoutOfState, piece: Slice) -> int:
     """Bytes of a slice's state on a page."""
-    from chunkft.optim.pages import state_nbytes
-
     return state_nbytes(probe.layout(piece))
 
 

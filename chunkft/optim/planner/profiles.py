@@ -255,16 +255,18 @@ class _Series:
 
     def __init__(self, tape: Tape) -> None:
         self._bytes = [0] * (tape.clock + 2)
-        self._events: dict[int, str] = {clock: f"-{name}" for name, clock in tape.complete}
+        begun: dict[str, int] = {}  # several slices of a parameter are one gradient
         for made in tape.allocations:
             if made.gradient_of:
-                self._events[made.born] = f"+{made.gradient_of}"
+                begun.setdefault(made.gradient_of, made.born)
                 continue
             self._bytes[made.born] += made.nbytes
             if made.freed is not None:
                 self._bytes[made.freed] -= made.nbytes
         for clock in range(1, len(self._bytes)):
             self._bytes[clock] += self._bytes[clock - 1]
+        self._events = {clock: f"-{name}" for name, clock in dict(tape.complete).items()}
+        self._events |= {clock: f"+{name}" for name, clock in begun.items()}
 
     def segment(self, begin: int, end: int) -> Segment:
         """What lies between two moments."""

@@ -138,9 +138,7 @@ def paged_state(
 
 
 def update_nbytes(pieces: Iterable[Slice], probe: StateProbe, rule: UpdateRule, dtype_of: Callable[[str], torch.dtype]) -> int:
-    """What an update takes beside weights, gradients and the slots of state, where no kernel of chunkft does it: the
-    first one, which makes the state.
-    """
+    """What an update takes beside weights, gradients and the slots of state, where no kernel of chunkft does it."""
     pairs: list[tuple[Slice, nn.Parameter]] = []
     for piece in pieces:
         leaf = nn.Parameter(torch.empty(piece.shape, dtype=dtype_of(piece.name), device="meta"))
@@ -148,11 +146,14 @@ def update_nbytes(pieces: Iterable[Slice], probe: StateProbe, rule: UpdateRule, 
         pairs.append((piece, leaf))
     if not pairs or probe.failure is not None:
         return 0
+    states: dict[Slice, dict[str, Any]] = {}
+    for piece, _ in pairs:
+        layout = probe.layout(piece).items()
+        states[piece] = {key: torch.empty(shape, dtype=kept, device="meta") for key, (shape, kept) in layout}
+        states[piece]["step"] = torch.ones(())
     tape = Tape()
     with tape, torch.no_grad():
-        states: dict[Slice, dict[str, Any]] = {piece: {} for piece, _ in pairs}
-        slices = make_slices(pairs, states, rule, lambda piece, key: None)
-        slices.step("0")
+        make_slices(pairs, states, rule, lambda piece, key: None).step("0")
     events: list[tuple[int, int]] = []
     for made in tape.allocations:
         events.append((made.born, made.nbytes))

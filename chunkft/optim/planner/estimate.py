@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.master import resolve_master
-from chunkft.optim.pages import state_nbytes
 from chunkft.optim.planner.held import SentDown, SpentByPage, SpentInBulk
 from chunkft.optim.planner.profiles import Profiles
 from chunkft.optim.planner.setting import Setting
 from chunkft.optim.planner.state import LayoutOfState, PagedState, paged_state, update_nbytes
 from chunkft.optim.planner.timeline import Held, Kept, Moment, peak_of
 from chunkft.optim.planner.twin import Step, shallow_twin
-from chunkft.optim.planner.windows import Window, windows_of
+from chunkft.optim.planner.windows import Window, covering, windows_of
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.partitions import make_plan
 from chunkft.plan import ChunkPlan, ParameterSpec, parameter_specs
@@ -28,6 +27,7 @@ from chunkft.weights import Units, find_units
 __all__ = ["GpuBytes", "HostBytes", "Model"]
 
 CONTEXT = 600 << 20  # of a CUDA context, its modules and the work space of the libraries
+EXACT = 8  # chunks up to which each is looked at by itself
 SCALARS = 512  # losses, flags, counts
 ROUNDING = 0.02  # of what is not weights or slots: blocks of the caching allocator are larger than what is asked for
 
@@ -128,6 +128,8 @@ class Model:
         self._profiles: dict[bool | None, Profiles] = {}
         self._moments: dict[Any, Moment] = {}
         self._windows: dict[int, list[Window]] = {}
+        self._kept: list[PagedState] = []
+        self._covers: dict[int, list[Window]] = {}
         self.weights = sum(p.numel() * p.element_size() for p in self.parameters.values())
         self.buffers = sum(b.numel() * b.element_size() for b in deep.buffers())
 
@@ -160,9 +162,12 @@ class Model:
     def windows(self, setting: Setting) -> list[Window]:
         """What is active with each chunk."""
         state = self.state(setting)
-        if id(state) not in self._windows:
-            self._windows[id(state)] = windows_of(state.plan, self.shallow)
-        return self._windows[id(state)]
+        if id(state.plan) not in self._windows:
+            self._windows[id(state.plan)] = windows_of(
+                state.plan, self.shallow, len(state.plan) <= EXACT
+            )
+            self._kept.append(state)  # so that ids stay its own
+        return self._windows[id(state.plan)]
 
     def lowest(self, window: Window) -> int | None:
         """The first block that a gradient flows through; None if it flows through none."""
@@ -233,7 +238,13 @@ class Model:
         """Whether the weights of a name stream."""
         if setting.weights == "resident" or self.units is None:
             return lambda name: False
-        return self._streamed_names(setting.resident_blocks).__contains__
+        return self.streamed(setting).__contains__
+
+    def streamed(self, setting: Setting) -> frozenset[str]:
+        """Names of the weights that stream."""
+        if setting.weights == "resident" or self.units is None:
+            return frozenset()
+        return self._streamed_names(setting.resident_blocks)
 
     @functools.cache  # noqa: B019
     def _streamed_names(self, resident_blocks: int) -> frozenset[str]:
@@ -247,8 +258,8 @@ class Model:
 
         Args:
             setting: the choices.
-            exact: False takes fewer runs, and says no less than the truth.
-            limit: with it chunks are looked at exactly, the largest first, until one holds more than this.
+            exact: False takes fewer runs, and says no less than the truth; so it is of more chunks than ``EXACT`` anyhow.
+            limit: with it chunks are looked at exactly, the largest first, where the rough figure is more than this.
         """
         state = self.state(setting)
         windows = self.windows(setting)
@@ -271,15 +282,18 @@ class Model:
                 reserve=reserve,
             )
 
-        found = [whole(self._moment(setting, state, number, False)) for number in range(len(windows))]
-        worst = max(found, key=lambda parts: parts.total)
-        if not exact and (limit is None or worst.total <= limit):
-            return worst
+        rough = max(
+            (whole(self._moment(setting, state, window, False)) for window in self._covering(setting)),
+            key=lambda parts: parts.total,
+        )
+        if len(windows) > EXACT or (not exact and (limit is None or rough.total <= limit)):
+            return rough
+        found = [whole(self._moment(setting, state, window, window.uneven)) for window in windows]
         best: GpuBytes | None = None
         for number in sorted(range(len(windows)), key=lambda n: -found[n].total):
             if best is not None and found[number].total <= best.total:
                 break
-            parts = whole(self._moment(setting, state, number, True))
+            parts = whole(self._moment(setting, state, windows[number], True))
             best = parts if best is None or parts.total > best.total else best
             if limit is not None and not exact and best.total > limit:
                 break
@@ -326,23 +340,22 @@ class Model:
                 )
         return HostBytes(weights=weights, state=state.host, gradients=gradients)
 
-    def _moment(self, setting: Setting, state: PagedState, number: int, exact: bool) -> Moment:
-        key = (setting, number, exact)
-        if key not in self._moments:
-            window = self.windows(setting)[number]
-            in_passes = self._in_passes(setting, state, number, exact)
-            in_step = self._in_step(setting, state, number, window)
-            self._moments[key] = max(in_passes, in_step, key=lambda moment: moment.total)
-        return self._moments[key]
+    def _covering(self, setting: Setting) -> list[Window]:
+        windows = self.windows(setting)
+        if setting.update == "backward":
+            return windows
+        if id(windows) not in self._covers:
+            self._covers[id(windows)] = covering(windows, self.shallow)
+        return self._covers[id(windows)]
 
-    def _in_passes(self, setting: Setting, state: PagedState, number: int, exact: bool) -> Moment:
-        held, policy = self._held(setting, state, number)
-        key: Any = (policy, setting.chunks, setting.residency, number, setting.checkpointing, exact)
+    def _moment(self, setting: Setting, state: PagedState, window: Window, exact: bool) -> Moment:
+        held, policy = self._held(setting, state, window)
+        key = (policy, id(window), setting.checkpointing, exact)
         if key not in self._moments:
-            self._moments[key] = peak_of(self.profiles(setting.checkpointing), held.window, held, exact)
-        return self._moments[key]
+            self._moments[key] = peak_of(self.profiles(setting.checkpointing), window, held, exact or window.uneven)
+        return max(self._moments[key], self._in_step(setting, state, window), key=lambda moment: moment.total)
 
-    def _in_step(self, setting: Setting, state: PagedState, number: int, window: Window) -> Moment:
+    def _in_step(self, setting: Setting, state: PagedState, window: Window) -> Moment:
         if setting.update == "backward":
             return Moment()
         streams = self.streams(setting)
@@ -357,14 +370,13 @@ class Model:
             update = max(self._update_nbytes(setting.master, unit) for unit in units)
         return Moment(gradients=gradients, update=update)
 
-    def _held(self, setting: Setting, state: PagedState, number: int) -> tuple[Held, Any]:
-        window = self.windows(setting)[number]
+    def _held(self, setting: Setting, state: PagedState, window: Window) -> tuple[Held, Any]:
         if setting.weights == "stream" and setting.update_on == "host":
             return SentDown(window, self.streams(setting)), ("down", setting.resident_blocks)
         if setting.update != "backward":
             return Kept(window), "kept"
         if state.pages is None:
-            share = self.page_bytes * window.gradient_nbytes // max(1, state.chunk_nbytes[number])
+            share = int(self.page_bytes * self.weights / max(1, sum(state.chunk_nbytes)))
             return SpentInBulk(window, share), ("bulk", setting.master, setting.state_bits)
         def update(pieces: tuple[Slice, ...]) -> int:
             return self._update_nbytes(setting.master, pieces) if self.device == "cpu" else 0
@@ -383,21 +395,16 @@ class Model:
         probe = self.probe(master, bits, False)
         plan = self.plan(chunks)
         sizes = [
-            sum(probe_nbytes(probe, piece) for piece in chunk.slices if piece.name not in stay)
+            sum(probe.nbytes(piece) for piece in chunk.slices if piece.name not in stay)
             for chunk in plan.chunks
         ]
         used = [size for size in sizes if size]
-        always = sum(probe_nbytes(probe, piece) for piece in plan.always if piece.name not in stay)
+        always = sum(probe.nbytes(piece) for piece in plan.always if piece.name not in stay)
         return min(2, len(used)) * max(used, default=0) + always
 
     def _state_beside(self, setting: Setting, streams: Callable[[str], bool]) -> int:
         """Slots for the state of what stays on the device, where the rest is updated on the host."""
         return self._beside(setting.chunks, setting.resident_blocks, setting.master, setting.state_bits)
-
-
-def probe_nbytes(probe: LayoutOfState, piece: Slice) -> int:
-    """Bytes of a slice's state on a page."""
-    return state_nbytes(probe.layout(piece))
 
 
 def _leaf_nbytes(window: Window, parameters: dict[str, Tensor], streams: Callable[[str], bool]) -> int:

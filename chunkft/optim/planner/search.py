@@ -16,7 +16,7 @@ from chunkft.optim.planner.timing import Clock
 
 __all__ = ["CHUNKS", "TIE", "Space", "search"]
 
-CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
 TIE = 1.05  # steps of which one is no more than this much longer count as equally fast
 CLEARLY_LESS = 0.9
 
@@ -40,7 +40,7 @@ class Space:
         """Every combination that makes sense, for a model of so many blocks."""
         resident = self.resident_blocks
         if resident is None:
-            resident = sorted({0, *(blocks * part // 8 for part in range(1, 8))})
+            resident = sorted({blocks * part // 4 for part in range(4)})
         for chunks, checkpointing, master, bits, in_files in itertools.product(
             self.chunks, self.checkpointing, self.master, self.state_bits, self.in_files
         ):
@@ -75,10 +75,9 @@ class _Candidate:
     seconds: float
 
     @property
-    def rank(self) -> tuple[Any, ...]:
-        """Fastest first, of those that are equally fast the fewest chunks, then the simplest."""
-        speed = math.floor(math.log(self.seconds) / math.log(TIE)) if self.seconds > 0 else -(10**9)
-        return (speed, self.setting.chunks, self.setting.complexity, self.seconds, str(self.setting))
+    def simplicity(self) -> tuple[Any, ...]:
+        """Of equally fast ones the least comes first: the fewest extras, then the fewest chunks."""
+        return (self.setting.complexity, self.setting.chunks, self.seconds, str(self.setting))
 
 
 class _Search:
@@ -98,7 +97,7 @@ class _Search:
                 continue
             seconds = self.clock.seconds(setting, interval).total
             self.candidates.append(_Candidate(setting, seconds))
-        self.candidates.sort(key=lambda candidate: candidate.rank)
+        self.candidates.sort(key=lambda candidate: (candidate.seconds, candidate.simplicity))
 
     def host_fits(self, setting: Setting) -> bool:
         machine = self.machine
@@ -111,25 +110,47 @@ class _Search:
 
     def fits(self, setting: Setting, gpu: int | None = None) -> bool:
         """Whether it does; the cheap bounds first."""
+        return self.host_fits(setting) and self.fits_gpu(setting, gpu)
+
+    def fits_gpu(self, setting: Setting, gpu: int | None = None) -> bool:
+        """Whether the GPU holds it."""
         gpu = self.machine.gpu if gpu is None else gpu
-        if not self.host_fits(setting) or self.model.floor(setting) > gpu:
+        if self.model.floor(setting) > gpu:
             return False
         return self.model.gpu(setting, exact=False, limit=gpu).total <= gpu
 
     def best(self) -> _Candidate | None:
-        return next((c for c in self.candidates if self.fits(c.setting)), None)
+        return self.best_of(self.candidates, self.machine.gpu)
+
+    def best_of(self, candidates: Sequence[_Candidate], gpu: int) -> _Candidate | None:
+        """The simplest of those that fit and are as fast as the fastest that does."""
+        fastest = next((c for c in candidates if self.fits(c.setting, gpu)), None)
+        if fastest is None:
+            return None
+        tied = [c for c in candidates if c.seconds <= TIE * fastest.seconds]
+        tied.sort(key=lambda c: c.simplicity)
+        return next(c for c in tied if self.fits(c.setting, gpu))
 
     def smaller(self, chosen: _Candidate, held: int) -> _Candidate | None:
         """The fastest that needs clearly less of the GPU."""
-        limit = int(held * CLEARLY_LESS)
-        after = self.candidates[self.candidates.index(chosen) + 1 :]
-        return next((c for c in after if self.fits(c.setting, limit)), None)
+        return self.best_of([c for c in self.candidates if c != chosen], int(held * CLEARLY_LESS))
 
     def faster(self, chosen: _Candidate) -> _Candidate | None:
         """Of those that are faster and do not fit the one that needs the least of the GPU."""
         before = self.candidates[: self.candidates.index(chosen)]
         before = [c for c in before if c.seconds * TIE < chosen.seconds and self.host_fits(c.setting)]
-        return min(before, key=lambda c: self.rough(c.setting), default=None)
+        return self.least(before)
+
+    def least(self, candidates: Sequence[_Candidate]) -> _Candidate | None:
+        """The one that needs the least of the GPU; what cannot be it by its floor is not looked at."""
+        found: tuple[int, _Candidate] | None = None
+        for floor, candidate in sorted(((self.model.floor(c.setting), c) for c in candidates), key=lambda p: p[0]):
+            if found is not None and floor >= found[0]:
+                break
+            needs = self.rough(candidate.setting)
+            if found is None or needs < found[0]:
+                found = needs, candidate
+        return None if found is None else found[1]
 
     def rough(self, setting: Setting) -> int:
         return self.model.gpu(setting, exact=False).total
@@ -220,15 +241,15 @@ def _nearest(
     """The candidate that lacks the least, and what it lacks, in a sentence."""
     ways: list[tuple[float, _Candidate, str]] = []
     fitting = [c for c in work.candidates if work.host_fits(c.setting)]
-    if fitting:
-        least = min(fitting, key=lambda c: work.rough(c.setting))
+    least = work.least(fitting)
+    if least is not None:
         lacks = work.model.gpu(least.setting).total - machine.gpu
         ways.append((lacks / machine.gpu, least, f"needs {written(lacks)} more GPU memory"))
     if machine.host is not None:
         others = [c for c in work.candidates if not work.host_fits(c.setting) and not c.setting.in_files]
-        within = [c for c in others if work.rough(c.setting) <= machine.gpu]
-        if within:
-            least = min(within, key=lambda c: work.host(c.setting).total)
+        others.sort(key=lambda c: work.host(c.setting).total)
+        least = next((c for c in others if work.fits_gpu(c.setting)), None)
+        if least is not None:
             lacks = work.host(least.setting).total * machine.processes - machine.host
             ways.append((lacks / machine.host, least, f"needs {written(lacks)} more host memory"))
             if machine.disk is None:
@@ -244,7 +265,8 @@ def _nearest(
                 break
             tokens //= 2
     if not ways:
-        least = min(work.candidates, key=lambda c: work.rough(c.setting))
+        least = work.least(work.candidates)
+        assert least is not None
         lacks = max(0, work.model.gpu(least.setting).total - machine.gpu)
         host = max(0, work.host(least.setting).total * machine.processes - (machine.host or 0))
         sentence = f"needs {written(lacks)} more GPU memory and {written(host)} more host memory"

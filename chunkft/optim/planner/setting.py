@@ -43,8 +43,9 @@ class Setting:
 
     @property
     def complexity(self) -> int:
-        """How many things are not as they are by default."""
-        return sum(getattr(self, name) != value for name, value in DEFAULTS.items()) + bool(self.checkpointing)
+        """How many things are not as they are by default; what rounds the moments counts for several."""
+        found = sum(getattr(self, name) != value for name, value in DEFAULTS.items())
+        return found + bool(self.checkpointing) + self.in_files + 4 * (self.state_bits != DEFAULTS["state_bits"])
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of ``ChunkAdamW`` that are not as they are by default, and always ``chunks``."""

@@ -44,6 +44,7 @@ class LayoutOfState(StateProbe):
     ) -> None:
         super().__init__(rule, parameter_of, counts_on_pages)
         self._bits = state_bits
+        self._sizes: dict[Any, int] = {}
         self._patterns: dict[tuple[int, torch.dtype, int], dict[str, tuple[bool, torch.dtype]] | None] = {}
 
     def layout(self, piece: Slice) -> Layout:
@@ -54,6 +55,13 @@ class LayoutOfState(StateProbe):
             found |= {"exp_avg": (piece.shape, torch.int8), "exp_avg_sq": (piece.shape, torch.uint8)}
             found |= {"exp_avg_scale": (blocks, torch.float32), "exp_avg_sq_scale": (blocks, torch.float32)}
         return found
+
+    def nbytes(self, piece: Slice) -> int:
+        """Bytes of a slice's state on a page."""
+        key = (piece.shape, self._parameter_of(piece.name).dtype, self._rule.modes[piece.name])
+        if key not in self._sizes:
+            self._sizes[key] = state_nbytes(self.layout(piece))
+        return self._sizes[key]
 
     def _probe(self, shape: tuple[int, ...], dtype: torch.dtype, group: int) -> Layout:
         key = (len(shape), dtype, group)
@@ -74,7 +82,7 @@ class PagedState:
 
     Attributes:
         plan: the chunks, cut so that their state fits pages.
-        pages: of all chunks; None where there are too many to lay out.
+        pages: of all chunks where state streams; None where there are too many to lay out, or it does not.
         slots: bytes of the slots.
         resting: bytes on the device of what is always active, outside of pages.
         chunk_nbytes: bytes of the pages of each chunk.
@@ -92,7 +100,7 @@ class PagedState:
 
 
 def paged_state(
-    plan: ChunkPlan, probe: StateProbe, *, stream: bool, page_bytes: int, in_files: bool
+    plan: ChunkPlan, probe: LayoutOfState, *, stream: bool, page_bytes: int, in_files: bool
 ) -> PagedState:
     """Lay out the state of a plan.
 
@@ -103,11 +111,11 @@ def paged_state(
         page_bytes: size of a page.
         in_files: whether files hold the state in place of host memory.
     """
-    sizes = [sum(state_nbytes(probe.layout(piece)) for piece in chunk.slices) for chunk in plan.chunks]
-    always = sum(state_nbytes(probe.layout(piece)) for piece in plan.always)
+    sizes = [sum(probe.nbytes(piece) for piece in chunk.slices) for chunk in plan.chunks]
+    always = sum(probe.nbytes(piece) for piece in plan.always)
     resting = 0
     if not stream:
-        pages: list[Page] | None = make_pages([c.slices for c in plan.chunks], probe, lambda name: META, None)
+        pages: list[Page] | None = None
         page_sizes = sizes
         resting = sum(_tensors(probe.layout(piece)) for piece in plan.always)
         always = 0
@@ -116,7 +124,7 @@ def paged_state(
         pages = None
         row = max(
             (
-                state_nbytes(probe.layout(p)) // max(1, p.stop - p.start if p.dim is not None else 1)
+                probe.nbytes(p) // max(1, p.stop - p.start if p.dim is not None else 1)
                 for p in plan.slices()
             ),
             default=0,

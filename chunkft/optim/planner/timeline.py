@@ -36,6 +36,8 @@ class Held:
     def arrive(self, name: str) -> None:
         """The gradient of a parameter begins to exist."""
         self.nbytes += self.window.gradients.get(name, 0)
+        if self.window.most is not None:
+            self.nbytes = min(self.nbytes, self.window.most)
 
     def complete(self, name: str) -> tuple[int, int]:
         """It may be used: bytes that the update takes beside it, and bytes of gradients that are gone then."""

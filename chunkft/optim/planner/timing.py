@@ -79,11 +79,11 @@ class Clock:
     def __init__(self, model: Model, machine: Machine) -> None:
         self._model = model
         self._machine = machine
+        self._shares: dict[int, dict[int, float]] = {}
 
     def traffic(self, setting: Setting, interval: int) -> Traffic:
         """What goes over the link; ``interval``: steps of a chunk."""
         model, state = self._model, self._model.state(setting)
-        streams = model.streams(setting)
         chunks = len(model.windows(setting))
         each = sum(state.chunk_nbytes) / chunks
         on_host = setting.weights == "stream" and setting.update_on == "host"
@@ -98,17 +98,10 @@ class Clock:
                 for table in model.units.tables
                 if table.gathers
             )
-            back = 0.0
-            for window in model.windows(setting):
-                lowest = model.lowest(window)
-                back += (sum(pages[lowest:]) + tiles if lowest is not None else 0) / chunks
+            shares = self._lowest(setting)
+            back = sum(share * (sum(pages[lowest:]) + tiles) for lowest, share in shares.items())
             weights_in = sum(pages) + tiles + rows + back
-            active = sum(
-                piece.numel * model.parameters[piece.name].element_size()
-                for window in model.windows(setting)
-                for piece in window.pieces
-                if streams(piece.name)
-            )
+            active = sum(self._model.parameters[name].nbytes for name in model.streamed(setting))
             if on_host:
                 gradients = active / chunks
             else:  # copies of the active slices come at a switch, and go back
@@ -156,37 +149,44 @@ class Clock:
         model = self._model
         chunks = len(model.windows(setting))
         nbytes = 2 * sum(model.state(setting).chunk_nbytes) / chunks  # read and written
-        nbytes += 3 * sum(window.gradient_nbytes for window in model.windows(setting)) / chunks
+        nbytes += 3 * model.weights / chunks
         on_host = setting.weights == "stream" and setting.update_on == "host"
         return nbytes / (self._machine.host_bandwidth if on_host else self._machine.gpu_bandwidth)
 
-    @functools.cache  # noqa: B019
+    def _lowest(self, setting: Setting) -> dict[int, float]:
+        """Share of the chunks by the first block that gradients flow through; those that flow through none left out."""
+        if setting.chunks not in self._shares:
+            windows = self._model.windows(Setting(chunks=setting.chunks))
+            found: dict[int, float] = {}
+            for window in windows:
+                lowest = self._model.lowest(window)
+                if lowest is not None:
+                    found[lowest] = found.get(lowest, 0.0) + 1 / len(windows)
+            self._shares[setting.chunks] = found
+        return self._shares[setting.chunks]
+
     def _work(self, setting: Setting) -> _Work:
-        model = self._model
-        sizes = self._products
-        depth = len(model.shallow.deep)
-        blocks = [0] * depth
-        for name, size in sizes.items():
-            block = model.block_of(name)
-            if block is not None:
-                blocks[block] += size
-        outside = sum(sizes.values()) - sum(blocks)
-        windows = model.windows(setting)
-        flow = active = recomputed = 0.0
-        for window in windows:
-            lowest = model.lowest(window)
-            above = sum(blocks[lowest:]) if lowest is not None else 0
-            flow += (above + (outside if lowest is not None else 0)) / len(windows)
-            recomputed += above / len(windows)
-            active += sum(piece.numel for piece in window.pieces if piece.name in sizes) / len(windows)
-        return _Work(sum(sizes.values()), flow, active, recomputed)
+        blocks, outside = self._products
+        everything = sum(blocks) + outside
+        flow = recomputed = 0.0
+        for lowest, share in self._lowest(setting).items():
+            above = share * sum(blocks[lowest:])
+            recomputed += above
+            flow += above + share * outside
+        return _Work(everything, flow, everything / setting.chunks, recomputed)
 
     @functools.cached_property
-    def _products(self) -> dict[str, int]:
-        """Elements of the parameters that are multiplied with: matrices that are not only looked up in."""
-        owners = parameter_owners(self._model.deep)
-        return {
-            name: math.prod(p.shape)
-            for name, p in self._model.parameters.items()
-            if p.dim() >= 2 and not all(isinstance(module, nn.Embedding) for module, _ in owners[name])
-        }
+    def _products(self) -> tuple[list[int], int]:
+        """Elements of what is multiplied with, for each block and outside of them: matrices that are not only looked up in."""
+        model = self._model
+        owners = parameter_owners(model.deep)
+        blocks, outside = [0] * len(model.shallow.deep), 0
+        for name, parameter in model.parameters.items():
+            if parameter.dim() < 2 or all(isinstance(module, nn.Embedding) for module, _ in owners[name]):
+                continue
+            block = model.block_of(name)
+            if block is None:
+                outside += math.prod(parameter.shape)
+            else:
+                blocks[block] += math.prod(parameter.shape)
+        return blocks, outside

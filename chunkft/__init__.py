@@ -3,7 +3,15 @@
 from chunkft.activations import saved_activations
 from chunkft.attach import Attachment, attach
 from chunkft.autograd import Slice
-from chunkft.optim import ChunkAdamW, ChunkOptimizer, MemoryReport, load_checkpoint, save_checkpoint
+from chunkft.optim import (
+    ChunkAdamW,
+    ChunkOptimizer,
+    MemoryPlan,
+    MemoryReport,
+    load_checkpoint,
+    plan_memory,
+    save_checkpoint,
+)
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
 
@@ -15,12 +23,14 @@ __all__ = [
     "ChunkAdamW",
     "ChunkOptimizer",
     "ChunkPlan",
+    "MemoryPlan",
     "MemoryReport",
     "ParameterSpec",
     "Slice",
     "attach",
     "load_checkpoint",
     "partition",
+    "plan_memory",
     "save_checkpoint",
     "saved_activations",
 ]

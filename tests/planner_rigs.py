@@ -1,4 +1,4 @@
-"""What training steps on a CPU really hold, counted storage by storage, for the planner's promises to be held against."""
+"""What training steps on a CPU really hold, counted storage by storage, to hold the planner's promises against."""
 
 import torch
 
@@ -8,10 +8,10 @@ from chunkft.profiling.ledger import Ledger
 
 
 def counted_peak(model, arguments, step, **batch):
-    """The most bytes at a time of weights, slots, and everything that operators made, over a sweep of one step a chunk.
+    """The most bytes at a time of weights, slots, and all that operators made, over a sweep of one step a chunk.
 
-    A sweep before it is not counted: on a CPU, where no kernel makes it in its slot, new state lies beside its page until
-    the chunk rests. Host memory of the state is not counted either: it is in arenas, which no operator makes.
+    A sweep before it is not counted: on a CPU, where no kernel makes it in its slot, new state lies beside its page
+    until the chunk rests. Host memory of the state is not counted either: it is in arenas, which no operator makes.
     """
     optimizer = chunkft.ChunkAdamW(model, lr=1e-4, interval=1, state_device="paged", **arguments)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.master import resolve_master
+from chunkft.optim.planner.amounts import GpuBytes, HostBytes
 from chunkft.optim.planner.held import SentDown, SpentByPage, SpentInBulk
 from chunkft.optim.planner.profiles import Profiles
 from chunkft.optim.planner.setting import Setting
@@ -24,69 +24,14 @@ from chunkft.partitions import make_plan
 from chunkft.plan import ChunkPlan, ParameterSpec, parameter_specs
 from chunkft.weights import Units, find_units
 
-__all__ = ["GpuBytes", "HostBytes", "Model"]
+__all__ = ["Model"]
 
 CONTEXT = 600 << 20  # of a CUDA context, its modules and the work space of the libraries
 EXACT = 8  # chunks up to which each is looked at by itself
 SCALARS = 512  # losses, flags, counts
-ROUNDING = 0.02  # of what is not weights or slots: blocks of the caching allocator are larger than what is asked for
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuBytes:
-    """The moment of a step at which the GPU holds the most, by kind; ``reserve`` is beside it.
-
-    Attributes:
-        weights: parameters and buffers that stay.
-        ring: slots that streamed weights pass through.
-        leaves: copies of the active slices of streamed weights.
-        state: optimizer state, or the slots that it passes through.
-        gradients: of the active slices.
-        activations: what the backward pass waits for, the batch included.
-        working: what one block, the head or the loss takes while it computes.
-        update: what the update takes beside all this.
-        reserve: CUDA context and allocator.
-    """
-
-    weights: int
-    ring: int
-    leaves: int
-    state: int
-    gradients: int
-    activations: int
-    working: int
-    update: int
-    reserve: int
-
-    @property
-    def tensors(self) -> int:
-        """All but the reserve."""
-        return self.total - self.reserve
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(getattr(self, name) for name in self.__dataclass_fields__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HostBytes:
-    """Host memory by kind.
-
-    Attributes:
-        weights: pages and tables of streamed weights.
-        state: optimizer state, or the buffers before its files.
-        gradients: of streamed weights that are updated on the host.
-    """
-
-    weights: int
-    state: int
-    gradients: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.weights + self.state + self.gradients
+ROUNDING = (
+    0.02  # of what is not weights or slots: blocks of the caching allocator are larger than what is asked for
+)
 
 
 class Model:
@@ -163,9 +108,7 @@ class Model:
         """What is active with each chunk."""
         state = self.state(setting)
         if id(state.plan) not in self._windows:
-            self._windows[id(state.plan)] = windows_of(
-                state.plan, self.shallow, len(state.plan) <= EXACT
-            )
+            self._windows[id(state.plan)] = windows_of(state.plan, self.shallow, len(state.plan) <= EXACT)
             self._kept.append(state)  # so that ids stay its own
         return self._windows[id(state.plan)]
 
@@ -258,7 +201,8 @@ class Model:
 
         Args:
             setting: the choices.
-            exact: False takes fewer runs, and says no less than the truth; so it is of more chunks than ``EXACT`` anyhow.
+            exact: False takes fewer runs, and says no less than the truth, as it is anyhow for more chunks than
+                ``EXACT``.
             limit: with it chunks are looked at exactly, the largest first, where the rough figure is more than this.
         """
         state = self.state(setting)
@@ -301,7 +245,7 @@ class Model:
         return best
 
     def floor(self, setting: Setting) -> int:
-        """What the GPU holds at least: the standing parts, and the gradients of a chunk where they wait for the step."""
+        """What the GPU holds at least: what stands, and the gradients of a chunk where they wait for the step."""
         held = sum(self._standing(setting)) + (CONTEXT if self.device == "cuda" else 0)
         if setting.update == "backward" or (setting.weights == "stream" and setting.update_on == "host"):
             return held
@@ -352,7 +296,9 @@ class Model:
         held, policy = self._held(setting, state, window)
         key = (policy, id(window), setting.checkpointing, exact)
         if key not in self._moments:
-            self._moments[key] = peak_of(self.profiles(setting.checkpointing), window, held, exact or window.uneven)
+            self._moments[key] = peak_of(
+                self.profiles(setting.checkpointing), window, held, exact or window.uneven
+            )
         return max(self._moments[key], self._in_step(setting, state, window), key=lambda moment: moment.total)
 
     def _in_step(self, setting: Setting, state: PagedState, window: Window) -> Moment:
@@ -378,6 +324,7 @@ class Model:
         if state.pages is None:
             share = int(self.page_bytes * self.weights / max(1, sum(state.chunk_nbytes)))
             return SpentInBulk(window, share), ("bulk", setting.master, setting.state_bits)
+
         def update(pieces: tuple[Slice, ...]) -> int:
             return self._update_nbytes(setting.master, pieces) if self.device == "cpu" else 0
 
@@ -411,5 +358,7 @@ def _leaf_nbytes(window: Window, parameters: dict[str, Tensor], streams: Callabl
     return sum(p.numel * parameters[p.name].element_size() for p in window.pieces if streams(p.name))
 
 
-def _built(base: type[torch.optim.Optimizer], options: dict[str, Any], groups: Groups) -> torch.optim.Optimizer:
+def _built(
+    base: type[torch.optim.Optimizer], options: dict[str, Any], groups: Groups
+) -> torch.optim.Optimizer:
     return base(groups, **options)

@@ -51,14 +51,15 @@ def plan_memory(
     interval: int = 50,
     page_bytes: int = DEFAULT_PAGE_BYTES,
     always_active: str | Sequence[str] | None = None,
+    slice_dim: int = 0,
     device: str = "cuda",
     **fixed: Any,
 ) -> MemoryPlan:
     """Choose how a model is trained on a machine: the fastest predicted step of all settings that fit.
 
     Nothing is measured and no memory is taken: a copy of the model with two blocks of each kind runs on PyTorch's meta
-    device, every allocation is written down, and the peak of the deep model is put together from that. Steps that differ
-    by no more than 5 % count as equally fast; of those the plan has the fewest chunks, then the fewest extras.
+    device, every allocation is written down, and the peak of the deep model is put together from that. Steps that
+    differ by no more than 5 % count as equally fast; of those the plan has the fewest extras, then the fewest chunks.
 
     Args:
         model_or_config: a module on any device, or a configuration of transformers for a causal language model.
@@ -73,8 +74,12 @@ def plan_memory(
         dtype: of the weights, for a configuration.
         step: function of (model, batch, tokens) that returns the loss of a training step on the meta device; by default
             ``model(input_ids=..., labels=...).loss``.
-        base, base_options: class of the optimizer and its keywords.
-        interval, page_bytes, always_active: as for ``ChunkOptimizer``.
+        base: class of the optimizer.
+        base_options: its keywords.
+        interval: as for ``ChunkOptimizer``, and so are the next ones.
+        page_bytes: likewise.
+        always_active: likewise.
+        slice_dim: likewise.
         device: ``"cuda"``; ``"cpu"`` for a model that is trained there, whose updates take memory of their own.
         **fixed: ``chunks``, ``residency``, ``update``, ``weights``, ``update_on``, ``resident_blocks``, ``state_bits``,
             ``checkpointing`` or ``master``: a value, or a list of those that may be chosen.
@@ -120,7 +125,8 @@ def plan_memory(
             {"lr": 1e-4, **(base_options or {})},
             page_bytes,
             always_active,
-            device=device,
+            slice_dim,
+            device,
         )
 
     model = look(tokens)
@@ -128,6 +134,7 @@ def plan_memory(
         space = replace(space, checkpointing=(None,))
     kept |= {"interval": interval} if interval != 50 else {}
     kept |= {"page_bytes": page_bytes} if page_bytes != DEFAULT_PAGE_BYTES else {}
+    kept |= {"slice_dim": slice_dim} if slice_dim else {}
     kept |= {"always_active": always_active} if always_active is not None else {}
     return search(model, machine, space, interval=interval, fixed=tuple(kept.items()), shorter=look)
 
@@ -166,14 +173,13 @@ def _space(
 
 def _check(name: str, value: Any) -> None:
     if name in CHOICES:
-        if value not in CHOICES[name] or (name != "checkpointing" and isinstance(value, bool)):
-            if not (name == "checkpointing" and value is None):
-                raise ValueError(
-                    f"{name}={value!r} is not known; allowed are {', '.join(map(repr, CHOICES[name]))}"
-                )
+        allowed = CHOICES[name]
+        as_it_is = name == "checkpointing" and value is None
+        if not as_it_is and (value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool)):
+            raise ValueError(
+                f"{name}={value!r} is not known; allowed are {', '.join(map(repr, CHOICES[name]))}"
+            )
         return
     least = 1 if name == "chunks" else 0
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} is not allowed; needs an integer >= {least}")
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,8 @@ class Run:
 
     Attributes:
         forward: what each part holds in the forward pass.
-        backward: likewise in the backward pass; parts that it does not reach are not in it.    """
+        backward: likewise in the backward pass; parts that it does not reach are not in it.
+    """
 
     forward: Parts
     backward: Parts
@@ -209,7 +211,7 @@ class _Recorder:
         forward: Parts = {}
         backward: Parts = {}
         series = _Series(self.tape)
-        for (name, begin), (_, end) in zip(marks, marks[1:], strict=False):
+        for (name, begin), (_, end) in itertools.pairwise(marks):
             side = forward if end <= self._turned else backward
             key: int | str = "tail" if name == "turn" else int(name) if name.isdigit() else name
             side[key] = series.segment(begin, end)
@@ -227,7 +229,7 @@ class _Recorder:
             x = _first_tensor(args, kwargs)
             if x is not None and x.requires_grad:
                 before = "pre" if number == 0 else str(number - 1)
-                x.register_hook(lambda gradient: self.tape.mark(before))
+                x.register_hook(lambda gradient: self.tape.mark(before))  # type: ignore[no-untyped-call]
             return args, kwargs
 
         return hook
@@ -239,7 +241,7 @@ class _Recorder:
             self._inside = False
             y = _first_tensor(output if isinstance(output, tuple) else (output,), {})
             if number == len(self._shallow.blocks) - 1 and y is not None and y.requires_grad:
-                y.register_hook(lambda gradient: self.tape.mark(str(number)))
+                y.register_hook(lambda gradient: self.tape.mark(str(number)))  # type: ignore[no-untyped-call]
 
         return hook
 
@@ -309,7 +311,9 @@ def _on_meta(device: str) -> Iterator[None]:
     """Attention as on the device, and counts of what depends on data at their largest."""
     ordinary = torch.nn.functional.scaled_dot_product_attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Tensor:
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **options: Any
+    ) -> Tensor:
         if attn_mask is not None:
             return ordinary(q, k, v, attn_mask, *args, **options)
         return _Attention.apply(q, k, v, device == "cuda")  # type: ignore[no-any-return, no-untyped-call]
@@ -328,11 +332,11 @@ def _first_tensor(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
 
 def _fed(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The arguments with a first tensor that requires a gradient."""
-    args, kwargs = list(args), dict(kwargs)
-    for holder, keys in ((args, range(len(args))), (kwargs, list(kwargs))):
+    given, options = list(args), dict(kwargs)
+    holders: tuple[tuple[Any, list[Any]], ...] = ((given, [*range(len(given))]), (options, list(options)))
+    for holder, keys in holders:
         for key in keys:
-            value = holder[key]
-            if isinstance(value, Tensor):
-                holder[key] = value.detach().requires_grad_(True)
-                return tuple(args), kwargs
-    return tuple(args), kwargs
+            if isinstance(holder[key], Tensor):
+                holder[key] = holder[key].detach().requires_grad_(True)
+                return tuple(given), options
+    return tuple(given), options

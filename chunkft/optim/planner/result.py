@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from chunkft.optim.planner.estimate import GpuBytes, HostBytes
+from chunkft.optim.planner.amounts import GpuBytes, HostBytes
 from chunkft.optim.planner.setting import Machine, Setting
 from chunkft.optim.planner.timing import Seconds, Traffic
 from chunkft.optim.report import human_bytes, table
@@ -109,9 +109,10 @@ class MemoryPlan:
             ("plan: " if self.fits else "nothing fits; nearest: ") + str(self.setting),
             *([self.change] if self.change else []),
             table(rows),
-            f"a step of {self.batch} x {self.tokens} tokens: {_seconds(parts.total)}, of which {_seconds(parts.compute)} "
-            f"compute at {self.machine.flops / 1e12:g} TFLOP/s, {_seconds(parts.exposed)} exposed transfer at "
-            f"{self.machine.link / 1e9:g} GB/s, {_seconds(parts.update)} update",
+            f"a step of {self.batch} x {self.tokens} tokens: {_seconds(parts.total)}, of which "
+            f"{_seconds(parts.compute)} compute at {self.machine.flops / 1e12:g} TFLOP/s, "
+            f"{_seconds(parts.exposed)} exposed transfer at {self.machine.link / 1e9:g} GB/s, "
+            f"{_seconds(parts.update)} update",
         ]
         lines += [f"else: {other.setting}: {other.difference}" for other in self.alternatives]
         return "\n".join(lines)

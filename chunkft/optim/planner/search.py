@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from chunkft.optim.planner.estimate import GpuBytes, HostBytes, Model
+from chunkft.optim.planner.amounts import GpuBytes, HostBytes
+from chunkft.optim.planner.estimate import Model
 from chunkft.optim.planner.result import Alternative, MemoryPlan
 from chunkft.optim.planner.setting import Machine, Setting
 from chunkft.optim.planner.sizes import written
@@ -44,11 +45,11 @@ class Space:
         for chunks, checkpointing, master, bits, in_files in itertools.product(
             self.chunks, self.checkpointing, self.master, self.state_bits, self.in_files
         ):
-            common = {
+            common: dict[str, Any] = {
                 "chunks": chunks, "checkpointing": checkpointing, "master": master, "state_bits": bits,
                 "in_files": in_files,
             }  # fmt: skip
-            paged = [
+            paged: list[dict[str, Any]] = [
                 {"residency": residency, "update": update}
                 for residency, update in itertools.product(self.residency, self.update)
                 if update == "step" or residency == "stream"
@@ -61,7 +62,7 @@ class Space:
             for count in resident:
                 if count >= blocks:
                     continue
-                streamed = {"weights": "stream", "resident_blocks": count}
+                streamed: dict[str, Any] = {"weights": "stream", "resident_blocks": count}
                 if "device" in self.update_on:
                     for choice in paged:
                         yield Setting(**common, **choice, **streamed, update_on="device")
@@ -144,7 +145,9 @@ class _Search:
     def least(self, candidates: Sequence[_Candidate]) -> _Candidate | None:
         """The one that needs the least of the GPU; what cannot be it by its floor is not looked at."""
         found: tuple[int, _Candidate] | None = None
-        for floor, candidate in sorted(((self.model.floor(c.setting), c) for c in candidates), key=lambda p: p[0]):
+        for floor, candidate in sorted(
+            ((self.model.floor(c.setting), c) for c in candidates), key=lambda p: p[0]
+        ):
             if found is not None and floor >= found[0]:
                 break
             needs = self.rough(candidate.setting)
@@ -261,7 +264,13 @@ def _nearest(
             found = fewer.best()
             if found is not None:
                 same = next(c for c in work.candidates if c.setting == found.setting)
-                ways.append((0.1, same, f"needs no more than {tokens} tokens a sequence instead of {work.model.tokens}"))
+                ways.append(
+                    (
+                        0.1,
+                        same,
+                        f"needs no more than {tokens} tokens a sequence instead of {work.model.tokens}",
+                    )
+                )
                 break
             tokens //= 2
     if not ways:

@@ -44,8 +44,10 @@ class Setting:
     @property
     def complexity(self) -> int:
         """How many things are not as they are by default; what rounds the moments counts for several."""
-        found = sum(getattr(self, name) != value for name, value in DEFAULTS.items())
-        return found + bool(self.checkpointing) + self.in_files + 4 * (self.state_bits != DEFAULTS["state_bits"])
+        found: int = sum(bool(getattr(self, name) != value) for name, value in DEFAULTS.items())
+        return (
+            found + bool(self.checkpointing) + self.in_files + 4 * (self.state_bits != DEFAULTS["state_bits"])
+        )
 
     def arguments(self) -> dict[str, Any]:
         """Keywords of ``ChunkAdamW`` that are not as they are by default, and always ``chunks``."""
@@ -59,7 +61,11 @@ class Setting:
 
     def __str__(self) -> str:
         words = [f"chunks={self.chunks}", f"residency={self.residency!r}"]
-        words += [f"{name}={value!r}" for name, value in self.arguments().items() if name not in ("chunks", "residency")]
+        words += [
+            f"{name}={value!r}"
+            for name, value in self.arguments().items()
+            if name not in ("chunks", "residency")
+        ]
         if self.checkpointing is not None:
             words.append(f"checkpointing={'on' if self.checkpointing else 'off'}")
         if self.in_files:

@@ -123,10 +123,7 @@ def paged_state(
         # Pages are filled up to what the next slice would exceed; one row may be larger than a page.
         pages = None
         row = max(
-            (
-                probe.nbytes(p) // max(1, p.stop - p.start if p.dim is not None else 1)
-                for p in plan.slices()
-            ),
+            (probe.nbytes(p) // max(1, p.stop - p.start if p.dim is not None else 1) for p in plan.slices()),
             default=0,
         )
         most = max(page_bytes, row)
@@ -145,7 +142,9 @@ def paged_state(
     return PagedState(plan, pages, slots, resting, tuple(sizes), host, files)
 
 
-def update_nbytes(pieces: Iterable[Slice], probe: StateProbe, rule: UpdateRule, dtype_of: Callable[[str], torch.dtype]) -> int:
+def update_nbytes(
+    pieces: Iterable[Slice], probe: StateProbe, rule: UpdateRule, dtype_of: Callable[[str], torch.dtype]
+) -> int:
     """What an update takes beside weights, gradients and the slots of state, where no kernel of chunkft does it."""
     pairs: list[tuple[Slice, nn.Parameter]] = []
     for piece in pieces:
@@ -176,5 +175,3 @@ def update_nbytes(pieces: Iterable[Slice], probe: StateProbe, rule: UpdateRule, 
 
 def _tensors(layout: Layout) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values() if shape)
-
-

@@ -61,7 +61,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.marks.append((name, self.clock))
 
     def gradient(self, name: str, tensor: Tensor) -> None:
-        """This tensor is the gradient of a parameter, from its beginning on, and is complete now."""
+        """Say that a tensor is the gradient of a parameter, from its beginning on, and complete now."""
         self.clock += 1
         self.complete.append((name, self.clock))
         found = self._live.get(tensor.untyped_storage()._cdata)
@@ -72,9 +72,9 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs an operator and notes what it made."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            if args[0].dtype == torch.bool:
-                return True
+        asked = func is torch.ops.aten._local_scalar_dense.default
+        if asked and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
         result = func(*args, **(kwargs or {}))
         before: set[int] | None = None
         for tensor in _tensors(result):

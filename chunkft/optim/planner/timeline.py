@@ -187,4 +187,3 @@ class _Parts:
             slices, above = (*self._window.outside, *slices), False
         run = self._profiles.run(slices, feed=above)
         return (run.forward if side == "forward" else run.backward).get(self._shallow.kinds[block], NOTHING)
-

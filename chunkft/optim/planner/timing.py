@@ -122,7 +122,8 @@ class Clock:
         """Predicted parts of a step.
 
         Transfers of weights run beside the products and cost what they take longer. State that passes by in ``step()``
-        is exposed, in the backward pass it runs beside that; state that stays for an interval comes beside its last step.
+        is exposed, in the backward pass it runs beside that; state that stays for an interval comes beside its last
+        step.
         An update on the host is taken to run after the backward pass.
         """
         machine, moved = self._machine, self.traffic(setting, interval)
@@ -177,7 +178,7 @@ class Clock:
 
     @functools.cached_property
     def _products(self) -> tuple[list[int], int]:
-        """Elements of what is multiplied with, for each block and outside of them: matrices that are not only looked up in."""
+        """Elements of the matrices that are not only looked up in, for each block and outside of them."""
         model = self._model
         owners = parameter_owners(model.deep)
         blocks, outside = [0] * len(model.shallow.deep), 0

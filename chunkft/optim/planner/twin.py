@@ -23,7 +23,7 @@ NUMBERS = {"layer_idx", "layer_id", "layer_index"}
 
 @dataclass(frozen=True)
 class Shallow:
-    """A model with two blocks of each kind: the first keeps its input alive for others, as a rule, and the second does not.
+    """A model with two blocks of each kind: others keep the input of the first alive, as a rule, and of no second.
 
     Attributes:
         model: on the meta device.

@@ -94,9 +94,9 @@ def windows_of(plan: ChunkPlan, shallow: Shallow, exact: bool) -> list[Window]:
 def covering(windows: list[Window], shallow: Shallow) -> list[Window]:
     """Fewer windows, of which one holds at least what each of the given ones does.
 
-    Where all blocks but the first are alike, those of the same number of blocks differ in how many blocks gradients flow
-    through, and in their rows: the lowest one with the most gradients of all stands for them. Of those that touch no block
-    the one with the most rows does.
+    Where all blocks but the first are alike, those of the same number of blocks differ in how many blocks gradients
+    flow through, and in their rows: the lowest one with the most gradients of all stands for them. Of those that touch
+    no block the one with the most rows does.
     """
     alike = len(set(shallow.kinds[1:])) <= 1
     found: dict[object, Window] = {}

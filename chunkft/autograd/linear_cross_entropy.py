@@ -63,7 +63,7 @@ def sliced_linear_cross_entropy(
         )
     loss = Loss(ignore_index, label_smoothing, softcap)
     hidden, weight, _ = autocast_inputs(hidden, weight.detach(), None)
-    windows, leaves = split_active(active)
+    windows, leaves = split_active(active, hidden.device)
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
     recorded, name = torch.is_grad_enabled(), backward_name(active)
     link = flat[:0]  # nothing of the input but its place in the graph

@@ -17,6 +17,7 @@ from chunkft.optim.memory import DEFAULT_PAGE_BYTES
 from chunkft.optim.rule import UpdateRule
 from chunkft.partitions import Partition
 from chunkft.schedule import Schedule
+from chunkft.weights import WeightStream
 
 
 class ChunkAdamW(ChunkOptimizer):
@@ -70,6 +71,11 @@ class ChunkAdamW(ChunkOptimizer):
         foreach: bool | None = None,
         first_moment: str = "fp32",
         page_bytes: int = DEFAULT_PAGE_BYTES,
+        weights: str | WeightStream = "auto",
+        update_on: str = "auto",
+        resident_blocks: int = 0,
+        weights_dir: str | os.PathLike[str] | None = None,
+        device: torch.device | str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         process_group: Any = None,
         seed: int = 0,
@@ -95,6 +101,11 @@ class ChunkAdamW(ChunkOptimizer):
             residency=residency,
             update=update,
             page_bytes=page_bytes,
+            weights=weights,
+            update_on=update_on,
+            resident_blocks=resident_blocks,
+            weights_dir=weights_dir,
+            device=device,
             state_dir=state_dir,
             process_group=process_group,
             seed=seed,

@@ -46,9 +46,11 @@ from chunkft.optim.switch import (
     bind,
     settle,
 )
+from chunkft.optim.weights import WeightChoice, build_weights, check_weights
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
+from chunkft.weights import HostLeaves, WeightStream
 
 
 class ChunkOptimizer(torch.optim.Optimizer):
@@ -82,6 +84,16 @@ class ChunkOptimizer(torch.optim.Optimizer):
             of the backward pass, as soon as the gradients of a page are complete, which are freed at once. One
             backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
+        weights: ``"resident"``: on the device, as they are; ``"stream"``: in host memory, from where each block comes
+            to the device when it computes (``chunkft.WeightStream``, which may be given as well); ``"auto"``: as they
+            are, in a model whose weights stream already.
+        update_on: where weights that stream are updated. ``"host"``: in host memory, to which gradients come down, with
+            state in place; ``"device"``: in a copy of the active slices beside the ring, with state as for resident
+            weights; ``"auto"``: on the device if ``residency="stream"``, ``update="backward"`` or a ``state_device``
+            there ask for it, else on the host.
+        resident_blocks: how many blocks of weights that stream stay on the device.
+        weights_dir: a directory for a file that holds weights that stream, in place of host memory.
+        device: where weights stream to; ``"auto"`` is the first GPU, or the CPU where there is none.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
         process_group: the processes that train replicas and average their gradients in ``step()``: a
             ``torch.distributed.ProcessGroup``, or ``"default"``. None: this process trains by itself, unless the
@@ -125,6 +137,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         residency: str = "chunk",
         update: str = "step",
         page_bytes: int = DEFAULT_PAGE_BYTES,
+        weights: str | WeightStream = "auto",
+        update_on: str = "auto",
+        resident_blocks: int = 0,
+        weights_dir: str | os.PathLike[str] | None = None,
+        device: torch.device | str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         process_group: Any = None,
         seed: int = 0,
@@ -135,9 +152,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
         group = resolve_group(process_group)
+        where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir)
+        check_weights(where, residency, update, state_device, group)
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
+        self._stream: WeightStream | None = None  # that is this optimizer's own
         try:
             self._specs = specs = trained_specs(attachment, groups)
             self._attachment = attachment = attachment.share({spec.name for spec in specs})
@@ -177,7 +197,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
-            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
+            self._stream = build_weights(where, attachment, residency, update, state_device, group)
+            on_host = isinstance(attachment.wiring.residence, HostLeaves)
+            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
             self._memory = MemoryMeter()
@@ -380,6 +402,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 attachment.release()
             else:
                 attachment.detach()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.detach()
         if not self._ready:
             return
         self._ready = False

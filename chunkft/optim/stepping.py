@@ -34,6 +34,7 @@ def take(optimizer: ChunkOptimizer) -> None:
             optimizer.grad_norm = clip(leaves, optimizer.max_grad_norm)
         optimizer._residency.step(optimizer._noise_seed())
         _gather(optimizer)
+        attachment.wiring.publish()
         optimizer._residency.show(optimizer.state)
         _count_update(optimizer)
     else:
@@ -55,6 +56,7 @@ def _close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> 
     optimizer._attachment.called = False
     residency.step(optimizer._noise_seed())
     _gather(optimizer)
+    optimizer._attachment.wiring.publish()
     if residency.dropped:
         optimizer.skipped += 1
     else:

@@ -175,8 +175,8 @@ def find_units(model: nn.Module, blocks: Blocks = None, tile_bytes: int | None =
     found = tuple(_block(model, name, homes[name]) for name in names if homes[name])
     if not found:
         raise ValueError(
-            f"blocks={blocks!r}: no block of {type(model).__name__} has a weight that can stream (of nn.Linear, Conv1D, "
-            "nn.Embedding or experts, read in one block only)"
+            f"blocks={blocks!r}: no block of {type(model).__name__} has a weight that can stream (of nn.Linear, "
+            "Conv1D, nn.Embedding or experts, read in one block only)"
         )
     most = max(block.nbytes for block in found)
     paths = {id(module): path for path, module in modules.items()}

@@ -1,0 +1,56 @@
+"""Leaves whose memory is not where their layer computes: a tensor there stands for each in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+_ATTRIBUTE = "_chunkft_stand_in"
+
+
+def stand_in_of(leaf: Tensor, device: torch.device) -> Tensor:
+    """What autograd is to record in place of a leaf where a layer computes on ``device``: its stand-in there if it has
+    one and is trained, else the leaf.
+    """
+    others = leaf.__dict__.get(_ATTRIBUTE)
+    if others is None or not leaf.requires_grad:
+        return leaf
+    other: Tensor = others.get(device, leaf)
+    return other
+
+
+def put_stand_in(leaf: Tensor, device: torch.device, deliver: Callable[[Tensor], Tensor | None]) -> None:
+    """Let a tensor without memory stand for a leaf, of its shape and dtype.
+
+    It lasts as long as the leaf, so that autograd sums the gradients of all uses of one backward pass before they go on
+    their way.
+
+    Args:
+        leaf: requires grad, or may do so later.
+        device: where its layer computes.
+        deliver: called in the backward pass with the gradient on that device; returns it on the leaf's device, or None
+            and gives the leaf its gradient by itself. Must not hold the leaf.
+    """
+    trained = leaf.requires_grad
+    with torch.enable_grad(), torch.inference_mode(False):
+        leaf.requires_grad = True
+        stand_in = _StandIn.apply(leaf, device, deliver)  # type: ignore[no-untyped-call]
+    leaf.__dict__.setdefault(_ATTRIBUTE, {})[device] = stand_in
+    leaf.requires_grad = trained
+
+
+class _StandIn(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: Tensor, device: torch.device, deliver: Callable[[Tensor], Tensor | None]
+    ) -> Tensor:
+        ctx.deliver = deliver
+        return torch.empty((), dtype=leaf.dtype, device=device).expand(leaf.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.deliver(gradient), None, None

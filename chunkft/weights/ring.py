@@ -136,10 +136,13 @@ class Ring:
             self._kept.discard(number)
             self._held[number] = slot
             self._owner[slot.untyped_storage().data_ptr()] = number
-            for one, view in zip(self._resting[number], self._views_of(number, slot), strict=True):
+            views = self._views_of(number, slot)
+            for one, view in zip(self._resting[number], views, strict=True):
                 one.parameter.data = view
                 self.moved(one.weight.name, view.data_ptr())
-            self._lay_over(number)
+                for piece, leaf in self.overlays.get(one.weight.name, ()):
+                    # not by way of the parameter, whose count of changes others watch
+                    piece.of(view).copy_(leaf.detach())
 
     def leave(self, number: int) -> None:
         """Make the parameters of a held block views of the host page again; the slot may be taken for another."""
@@ -234,13 +237,6 @@ class Ring:
         for one in self._resting[number]:
             one.parameter.data = one.home
             self.moved(one.weight.name, one.home.data_ptr())
-
-    def _lay_over(self, number: int) -> None:
-        if not self.overlays:
-            return
-        for one in self._resting[number]:
-            for piece, leaf in self.overlays.get(one.weight.name, ()):
-                piece.of(one.parameter.detach()).copy_(leaf.detach())
 
 
 def _rest(weight: PlacedWeight, page: Tensor, parameter: nn.Parameter, holders: Sequence[Holder]) -> Resting:

@@ -315,9 +315,9 @@ def _resolved(device: Any) -> torch.device:
         ) from None
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} is not allowed; weights stream to 'cpu', 'cuda' or 'cuda:N'")
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
-    return chosen
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

@@ -83,12 +83,23 @@ class Attachment:
         """The leaves of weights that stream are to be where this says."""
         self.wiring.residence = residence
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, as far as its parameters tell."""
+        residence = self.wiring.residence
+        return next(iter(self.model.parameters())).device if residence is None else residence.device
+
     def leaf_device(self, name: str) -> torch.device:
         """Where the leaves of a parameter are, or are going to be."""
         residence = self.wiring.residence
         if residence is not None and residence.streams(name):
             return residence.device_of(name)
         return self.model.get_parameter(name).device
+
+    def on_host(self, name: str) -> bool:
+        """Whether a parameter streams and its leaves are in host memory, where they are updated."""
+        residence = self.wiring.residence
+        return residence is not None and residence.streams(name) and not residence.on_device
 
     def sample(self, name: str) -> Tensor:
         """A tensor of the dtype of a parameter and on the device of its leaves, for those who ask no more of one."""

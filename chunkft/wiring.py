@@ -28,7 +28,18 @@ from chunkft.readers import Notices, cutter
 
 
 class Residence(Protocol):
-    """Where weights live that are not always where the model computes."""
+    """Where weights live that are not always where the model computes.
+
+    Attributes:
+        on_device: whether their leaves are where the model computes.
+        device: where it does.
+    """
+
+    on_device: bool
+    device: torch.device
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights: see ``WeightStream.memory``."""
 
     def streams(self, name: str) -> bool:
         """Whether this is about a weight at all."""

@@ -29,6 +29,7 @@ from chunkft.optim.arguments import (
 )
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
+from chunkft.optim.forecast import weight_nbytes
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
@@ -333,7 +334,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """Bytes held, by kind.
 
         Returns:
-            ``weights``: of the whole model; ``gradients``: of the active slices, at most at a time;
+            ``weights``: of the whole model, if they stream what of it is on the device, leaves included, and
+            ``weights_host`` what is in host memory; ``gradients``: of the active slices, at most at a time;
             ``state_active`` and ``master_active``: what the base optimizer and the masters hold for the active
             slices, with ``residency="stream"`` the slots of the pages that state passes through; ``state_host``:
             host memory, or files, of all chunks that have been active (on a CPU the active chunk uses its part of
@@ -341,11 +343,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """
         if self._ready:
             settle(self)
-        weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
+        weights = weight_nbytes(self._attachment)
         leaves = [leaf for _, leaf in self._attachment.active()]
         state, master = self._residency.nbytes()
         return {
-            "weights": weights,
+            "weights": weights["weights"] + weights["leaves"],
+            "weights_host": weights["weights_host"],
             "gradients": self._residency.gradient_nbytes(leaves),
             "state_active": state,
             "master_active": master,

@@ -21,7 +21,7 @@ def take(optimizer: ChunkOptimizer) -> None:
         return
     attachment = optimizer._attachment
     leaves = [leaf for _, leaf in attachment.active()]
-    optimizer._memory.observe_gradients(leaves)
+    optimizer._memory.observe_gradients(optimizer)
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
     unscale(grads, getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
     optimizer._replicas.finish(leaves)

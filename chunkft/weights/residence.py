@@ -20,10 +20,17 @@ class HostLeaves:
         stream: of the model.
     """
 
+    on_device = False
+
     def __init__(self, stream: WeightStream) -> None:
         self.stream = stream
+        self.device = stream.device
         self._inbox = Inbox(stream.device)
         self._names: set[str] = set()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights by place: see ``WeightStream.memory``."""
+        return self.stream.memory()
 
     def streams(self, name: str) -> bool:
         """Whether this is about a parameter at all."""
@@ -64,11 +71,18 @@ class DeviceLeaves:
         stream: of the model.
     """
 
+    on_device = True
+
     def __init__(self, stream: WeightStream) -> None:
         self.stream = stream
+        self.device = stream.device
         self._copies: dict[Slice, Tensor] = {}
         self._leaves: dict[Slice, nn.Parameter] = {}
         self._fence = place_of(stream.device).fence()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights by place: see ``WeightStream.memory``."""
+        return self.stream.memory()
 
     def streams(self, name: str) -> bool:
         """Whether this is about a parameter at all."""

@@ -142,15 +142,15 @@ class WeightStream:
         """Bytes by place.
 
         Returns:
-            ``resident``: parameters and buffers that stay on the device; ``ring``: slots for blocks; ``tiles``: slots
-            for tiles of tables; ``host``: host memory, or the file, that holds what streams.
+            ``resident``: parameters that stay on the device; ``buffers``: those of the model; ``ring``: slots for
+            blocks; ``tiles``: slots for tiles of tables; ``host``: host memory, or the file, that holds what streams.
         """
         assert self._tables is not None
-        names = self._resident_names()
-        stay = [_parameter(self.model, name) for name in names] + list(self.model.buffers())
+        stay = [_parameter(self.model, name) for name in self._resident_names()]
         ring = self.ring
         return {
             "resident": sum(tensor.numel() * tensor.element_size() for tensor in stay),
+            "buffers": sum(tensor.numel() * tensor.element_size() for tensor in self.model.buffers()),
             "ring": 0 if ring is None else ring.pager.slots * ring.pager.slot_bytes,
             "tiles": self._tables.device_nbytes,
             "host": (0 if ring is None else sum(ring.pager.pages)) + self._tables.host_nbytes,

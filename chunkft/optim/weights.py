@@ -24,6 +24,7 @@ class WeightChoice:
     device: torch.device | str
     resident_blocks: int
     weights_dir: str | os.PathLike[str] | None
+    offload_inputs: bool = False
 
 
 def check_weights(choice: WeightChoice, residency: str, update: str, state_device: str, group: Any) -> None:
@@ -48,7 +49,11 @@ def check_weights(choice: WeightChoice, residency: str, update: str, state_devic
                     "memory; use update_on='device'"
                 )
     if choice.weights != "stream":
-        given = {"resident_blocks": choice.resident_blocks, "weights_dir": choice.weights_dir}
+        given = {
+            "resident_blocks": choice.resident_blocks,
+            "weights_dir": choice.weights_dir,
+            "offload_inputs": choice.offload_inputs,
+        }
         for option, setting in given.items():
             if setting:
                 raise ValueError(
@@ -83,10 +88,11 @@ def build_weights(
                 device=choice.device,
                 resident_blocks=choice.resident_blocks,
                 weights_dir=choice.weights_dir,
+                offload_inputs=choice.offload_inputs,
             )
-        elif choice.resident_blocks or choice.weights_dir is not None:
+        elif choice.resident_blocks or choice.weights_dir is not None or choice.offload_inputs:
             raise ValueError(
-                "resident_blocks and weights_dir: the weights of this model stream already, as they were told to when "
+                "resident_blocks, weights_dir and offload_inputs: the weights of this model stream already, as they were told to when "
                 "it was loaded; leave them out, or detach() that stream first"
             )
     elif isinstance(choice.weights, WeightStream) and choice.weights is not present:

@@ -108,6 +108,7 @@ def test_other_architectures_stream_as_well(family, update):
     [
         {"window": 3, "max_grad_norm": 0.05},
         {"stream": {"resident_blocks": 2}},
+        {"stream": {"offload_inputs": True}},
         {"stream": {"slots": 2}, "slice_dim": 1},
         {"partition": "interleaved", "schedule": "random"},
         {"partition": "layers", "schedule": "reverse", "chunks": None, "always_active": "head"},

@@ -92,8 +92,8 @@ def build_weights(
             )
         elif choice.resident_blocks or choice.weights_dir is not None or choice.offload_inputs:
             raise ValueError(
-                "resident_blocks, weights_dir and offload_inputs: the weights of this model stream already, as they were told to when "
-                "it was loaded; leave them out, or detach() that stream first"
+                "resident_blocks, weights_dir and offload_inputs: the weights of this model stream already, as they "
+                "were told to when it was loaded; leave them out, or detach() that stream first"
             )
     elif isinstance(choice.weights, WeightStream) and choice.weights is not present:
         raise ValueError("weights: this WeightStream is of another model, or detached")

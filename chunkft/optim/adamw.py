@@ -135,7 +135,7 @@ class ChunkAdamW(ChunkOptimizer):
             for spec in self._specs:
                 if self._attachment.model.get_parameter(spec.name).dtype == torch.float64:
                     raise ValueError(
-                        f"state_bits=8 cannot be used with float64 weights, as {spec.name!r} is: updates from moments of "
-                        "8 bits are computed in fp32"
+                        f"state_bits=8 cannot be used with float64 weights, as {spec.name!r} is: updates from "
+                        "moments of 8 bits are computed in fp32"
                     )
         return replace(super()._rule(), first_moment=self._first_moment, state_bits=self._state_bits)

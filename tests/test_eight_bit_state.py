@@ -41,8 +41,12 @@ def moments(optimizer):
     found = {}
     for name, entry in optimizer.state_dict()["state"].items():
         for key, decode in DECODE.items():
+            if key not in entry["tensors"]:  # forgotten, and only a master is left
+                continue
             whole = torch.full(entry["shape"], torch.nan)
             for part in entry["ranges"]:
+                if key not in part["elementwise"]:
+                    continue
                 rows = slice(part["start"], part["stop"])
                 window = {None: ..., 0: rows, 1: (slice(None), rows)}[part["dim"]]
                 values = entry["tensors"][key][window]
@@ -52,9 +56,17 @@ def moments(optimizer):
     return found
 
 
-@pytest.mark.parametrize("keep_state", [True, False])
-@pytest.mark.parametrize("master", ["none", "fp32", "residual", "stochastic"])
-@pytest.mark.parametrize("kind", [kind for kind in RESIDENCIES if kind != "host"])
+@pytest.mark.parametrize(
+    ("kind", "master", "keep_state"),
+    [
+        ("device", "stochastic", False),
+        ("paged", "none", True),
+        ("stream", "fp32", True),
+        ("stream", "none", False),
+        ("backward", "residual", True),
+        ("backward", "fp32", False),
+    ],
+)
 def test_every_residency_trains_alike(kind, master, keep_state):
     dtype = torch.float32 if master == "none" else torch.bfloat16
     options = {"master": master, "keep_state": keep_state, "always_active": ["norm.*"]}
@@ -75,14 +87,14 @@ def test_it_stays_near_training_with_32_bits(slice_dim):
     run(exact_model, range(24), ours.plan, state_bits=32)
     way = apart = 0.0
     for p, exact, before in zip(*(m.parameters() for m in (model, exact_model, start)), strict=True):
-        way += float((exact - before).square().sum())
-        apart += float((exact - p).square().sum())
+        way += float((exact - before).detach().square().sum())
+        apart += float((exact - p).detach().square().sum())
     assert 0 < apart < 4e-4 * way
 
 
 def test_the_state_is_codes_and_scales_of_2_bytes_an_element():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 8, bias=False))
+    model = nn.Sequential(nn.Linear(64, 960, bias=False), nn.Linear(960, 80, bias=False))
     optimizer = chunkft.ChunkAdamW(model, chunks=2, interval=1, state_bits=8, state_device="paged")
     for _ in range(3):
         model(torch.randn(5, 64)).square().sum().backward()
@@ -100,13 +112,16 @@ def test_the_state_is_codes_and_scales_of_2_bytes_an_element():
     assert 2 * elements < optimizer.memory_report().state_host.now <= 2.1 * elements
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "way", "options"),
     [
-        *((kind, {}) for kind in RESIDENCIES),
-        ("host", {"slice_dim": 1, "partition": "interleaved"}),
-        ("backward", {"dtype": torch.bfloat16}),
+        ("host", "dict", {}),
+        ("device", "file", {"always_active": "head", "schedule": "random"}),
+        ("paged", "file", {"dtype": torch.bfloat16, "master": "fp32"}),
+        ("host", "file", {"slice_dim": 1, "partition": "interleaved"}),
+        ("stream", "dict", {"keep_state": False}),
+        ("backward", "file", {}),
+        ("backward", "dict", {"dtype": torch.bfloat16, "slice_dim": 1}),
     ],
     ids=str,
 )
@@ -127,14 +142,12 @@ def test_resume_is_bit_exact(way, kind, options, tmp_path):
     assert_same_state(twin.state_dict(), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["host", "backward"])
-@pytest.mark.parametrize("chunks", [1, 2, 5])
+@pytest.mark.parametrize(("kind", "way"), [("host", "dict"), ("backward", "file")])
+@pytest.mark.parametrize("chunks", [1, 5])
 @pytest.mark.parametrize("slice_dim", [0, 1])
-@pytest.mark.parametrize("way", WAYS)
 def test_another_number_of_chunks_keeps_the_moments(way, slice_dim, chunks, kind, tmp_path):
     """Blocks begin elsewhere then: each moment moves by half a step of its new block at most, and step counts not."""
-    model = tiny_net()
-    source = run(model, range(9), slice_dim=slice_dim)
+    source = run(tiny_net(), range(9), slice_dim=slice_dim)
     target = build(tiny_net(), chunks=chunks, slice_dim=slice_dim, **RESIDENCIES[kind])
     WAYS[way](source, target, tmp_path / "c")
     before, after = moments(source), moments(target)
@@ -168,9 +181,11 @@ def test_cut_and_joined_again_is_the_same_moment():
     assert_same_state(back.state_dict()["state"], source.state_dict()["state"])
 
 
-@pytest.mark.parametrize("kind", ["host", "paged", "backward"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "way", "dtype"),
+    [("host", "dict", torch.float32), ("paged", "file", torch.bfloat16), ("backward", "file", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("bits", [8, 32])
 def test_a_checkpoint_goes_from_32_bits_to_8_and_back(bits, dtype, way, kind, tmp_path):
     model = tiny_net(dtype=dtype)

@@ -225,8 +225,8 @@ def check(files: WeightFiles, targets: Mapping[str, Tensor]) -> None:
             raise ValueError(f"the target of {_in(entry)} is on the meta device; it must have memory")
         if entry.dtype != target.dtype and entry.dtype.is_floating_point != target.dtype.is_floating_point:
             raise ValueError(
-                f"{_in(entry)} has dtype {entry.code}, its target {target.dtype}; allowed are two floating dtypes, or two"
-                " others"
+                f"{_in(entry)} has dtype {entry.code}, its target {target.dtype}; allowed are two floating dtypes, or"
+                " two others"
             )
 
 
@@ -242,8 +242,7 @@ def _pieces(entry: Entry, target: Tensor, descriptors: Mapping[Path, int]) -> It
     assert entry.dtype is not None
     start = 0
     for index, count in blocks(entry.shape, entry.dtype.itemsize, PIECE):
-        part = target[index]
-        yield lambda part=part, start=start: _convert(descriptor, entry, start, part)  # type: ignore[misc]
+        yield lambda part=target[index], start=start: _convert(descriptor, entry, start, part)  # type: ignore[misc]
         start += count * entry.dtype.itemsize
 
 

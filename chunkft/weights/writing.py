@@ -22,8 +22,8 @@ from chunkft.weights.replacing import replacing
 
 SHARD_BYTES = 5_000_000_000
 PIECE = 16 << 20
-# What lies in a model directory. The first kind is replaced; each other kind is taken over from the old model, unless the
-# new one brings files of that kind itself.
+# What lies in a model directory. The first kind is replaced; each other kind is taken over from the old model, unless
+# the new one brings files of that kind itself.
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _CONFIG = re.compile(r"(generation_)?config\.json|(configuration|modeling)_\w+\.py")
 _TOKENIZER = re.compile(

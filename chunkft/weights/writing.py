@@ -4,6 +4,7 @@ moment.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -95,7 +96,8 @@ def write_weights(
                 "weight_map": {name: file for file, names in shards.items() for name in names},
             }
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (stage / INDEX).write_text(text, encoding="utf-8")
+            with _new_file(stage / INDEX) as descriptor:
+                _write(descriptor, memoryview(text.encode()))
 
 
 def _check_tensor(name: str, tensor: Tensor | Deferred) -> None:
@@ -139,8 +141,7 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor | Deferred]) -> None:
     # Wide dtypes first, so that each tensor starts on a multiple of its item size, as maps of the file want it.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered]
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+    with _new_file(path) as descriptor:
         _write(descriptor, memoryview(encode_header(header, {"format": "pt"})))
         for name, tensor in ordered:
             made = tensor if isinstance(tensor, Tensor) else tensor.make()
@@ -150,6 +151,14 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor | Deferred]) -> None:
                 )
             for part in _parts(made.detach()):
                 _write(descriptor, part)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[int]:
+    """A descriptor of a file that was not there, flushed to disk at the end."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

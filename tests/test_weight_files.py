@@ -140,7 +140,7 @@ def good():
         ({"a": torch.ones(3, 2)}, r"'a' of .*model-00001.*\(2, 3\), its target \(3, 2\)"),
         ({"a": torch.ones(2, 3, dtype=torch.int32)}, r"'a' .* F32, its target torch.int32; allowed are two"),
         ({"b": torch.ones(4)}, r"'b' .* I64, its target torch.float32"),
-        ({"a": torch.ones(2, 3, dtype=torch.complex64)}, r"'a' .* complex64, .*allowed are float64"),
+        ({"a": torch.ones(2, 3, dtype=torch.complex64)}, r"'a' .*complex64, .*allowed are float64"),
         ({"a": torch.ones(2, 3, device="meta")}, "'a' .* meta device"),
     ],
 )

@@ -46,7 +46,7 @@ def replacing(
     # Whoever changes the current directory meanwhile does not move the new one.
     path = Path(os.path.realpath(directory))
     told = f"directory={os.fspath(directory)!r}"
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # not there
         if os.path.samefile(path, os.curdir):
             raise ValueError(
                 f"{told} is the current directory, which cannot be replaced; allowed is any other one"

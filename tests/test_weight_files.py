@@ -41,6 +41,7 @@ def assert_reads_back(directory, expected):
     assert set(found.entries) == set(expected)
     by_file = {}
     for name, entry in found.entries.items():
+        assert entry.offset % entry.dtype.itemsize == 0
         by_file.setdefault(entry.file, []).append(name)
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as opened:

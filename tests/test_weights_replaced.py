@@ -184,6 +184,23 @@ def test_killed_at_any_time_leaves_a_whole_model(tmp_path):
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_everything_is_flushed_before_it_is_put_in_place(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    write(path, 1)
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    exchange = replacing_module.exchange
+
+    def checked(stage, place):
+        assert {entry.stat().st_ino for entry in (stage, *stage.iterdir())} <= set(flushed)
+        flushed.clear()
+        exchange(stage, place)
+
+    monkeypatch.setattr(replacing_module, "exchange", checked)
+    write(path, 2)
+    assert flushed == [tmp_path.stat().st_ino]
+
+
 def test_directory_of_a_writer_that_lives_is_left_alone(tmp_path):
     inside = []
 

@@ -278,6 +278,7 @@ def test_from_pretrained_is_left_as_it_was(tmp_path, pages):
         # another thread, and a model that is built on the way
         from concurrent.futures import ThreadPoolExecutor
 
+        assert len(list(kind.from_pretrained(tmp_path).parameters())) > 5
         with ThreadPoolExecutor(1) as pool:
             assert len(list(pool.submit(kind.from_pretrained, tmp_path).result().parameters())) > 5
         pages(model)

@@ -218,13 +218,30 @@ def test_what_is_no_model_is_refused(tmp_path):
     refused(tmp_path, good(), r"as pytorch_model.bin.*convert.*from_pretrained.*save_pretrained")
 
 
-def test_file_that_shrinks_while_it_is_read_is_told(tmp_path):
+def test_file_that_changes_while_it_is_read_is_told(tmp_path, monkeypatch):
     path = saved(tmp_path)
+    file = open_weights(path).entries["a"].file
+    read = os.preadv
+
+    def shrinking(descriptor, buffers, offset):
+        os.truncate(file, file.stat().st_size - 4)
+        return read(descriptor, buffers, offset)
+
     files = open_weights(path)
-    file = files.entries["a"].file
-    os.truncate(file, file.stat().st_size - 4)
-    with pytest.raises(OSError, match=r"tensor 'a' of .* ends too early"):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", shrinking)
+        with pytest.raises(OSError, match=r"tensor 'a' of .* ends too early"):
+            files.read_into({"a": torch.ones(2, 3)}, threads=1)
+    with pytest.raises(OSError, match=r"00001.* was replaced or written to while the model was loaded"):
         files.read_into({"a": torch.ones(2, 3)})
+
+
+def test_model_that_is_replaced_while_it_is_loaded_is_not_mixed_with_the_new_one(tmp_path):
+    files = open_weights(saved(tmp_path))
+    saved(tmp_path, b=torch.ones(4, dtype=torch.int64))
+    for name in "ab":
+        with pytest.raises(OSError, match="was replaced or written to"):
+            files.read(name)
 
 
 @pytest.mark.parametrize(

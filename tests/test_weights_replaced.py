@@ -167,19 +167,25 @@ def test_killed_at_any_time_leaves_a_whole_model(tmp_path):
     path = tmp_path / "model"
     write(path, 0)
     rng = random.Random(7)
-    seen = set()
+    last = 0
     for _ in range(20):
+        ready, tell = os.pipe()
         child = os.fork()
         if child == 0:
-            version = version_of(path)
+            version = last
             while True:
                 version += 1
                 write(path, version, limit=10)
-        time.sleep(rng.uniform(0.005, 0.05))
+                os.write(tell, b".")
+        os.read(ready, 1)
+        time.sleep(rng.uniform(0.0, 0.02))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        seen.add(version_of(path))
-    assert len(seen) > 5
+        os.close(ready)
+        os.close(tell)
+        found = version_of(path)
+        assert found > last
+        last = found
     write(path, 1)
     assert os.listdir(tmp_path) == ["model"]
 

@@ -240,7 +240,7 @@ def _loading_by(loader: _Loader) -> Iterator[None]:
         loaded: list[PreTrainedModel] = []
 
         def ours(model: Any, state: Any, checkpoint: Any, config: Any, *rest: Any, **named: Any) -> Any:
-            if threading.get_ident() != thread or state is not None:
+            if threading.get_ident() != thread or loaded or state is not None:
                 return load(model, state, checkpoint, config, *rest, **named)
             loaded.append(model)
             return loader.load(model, checkpoint, config), None

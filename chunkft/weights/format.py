@@ -45,6 +45,7 @@ class Entry:
         shape: of the tensor.
         offset: of its first byte in the file.
         nbytes: its size.
+        state: of the file when its header was read (``file_state``).
     """
 
     file: Path
@@ -53,6 +54,7 @@ class Entry:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    state: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -68,7 +70,8 @@ def read_header(path: Path) -> dict[str, Entry]:
         ValueError: if it is not a whole safetensors file: its length is compared with what the header says.
     """
     with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        state = file_state(file.fileno())
+        size = state[0]
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, MOST_HEADER_BYTES):
@@ -77,7 +80,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         table = json.loads(text)
         table.pop("__metadata__", None)
-        entries = {name: _entry(path, name, value, 8 + length) for name, value in table.items()}
+        entries = {name: _entry(path, name, value, 8 + length, state) for name, value in table.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from error
     end = 8 + length
@@ -91,12 +94,18 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, name: str, value: Any, base: int) -> Entry:
+def file_state(descriptor: int) -> tuple[int, ...]:
+    """Size, identity and age of a file: they differ once it was replaced or written to."""
+    found = os.fstat(descriptor)
+    return (found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns)
+
+
+def _entry(path: Path, name: str, value: Any, base: int, state: tuple[int, ...]) -> Entry:
     start, stop = map(int, value["data_offsets"])
     shape = tuple(map(int, value["shape"]))
     if min((*shape, start, stop - start)) < 0:
         raise ValueError(f"tensor {name!r} has a negative size")
-    return Entry(path, name, str(value["dtype"]), shape, base + start, stop - start)
+    return Entry(path, name, str(value["dtype"]), shape, base + start, stop - start, state)
 
 
 def _damaged(path: Path, why: str) -> ValueError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from chunkft.weights.format import DTYPES, Entry, blocks, byte_view, in_memory_order, read_header
+from chunkft.weights.format import DTYPES, Entry, blocks, byte_view, file_state, in_memory_order, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,14 +48,17 @@ class WeightFiles:
         """Fills tensors whose shapes and dtypes were checked (``check``), several pieces at a time.
 
         Raises:
-            OSError: if a file cannot be read, or has become shorter; the tensors hold parts of the weights then.
+            OSError: if a file cannot be read, or was replaced or written to since its header was read; the tensors may
+                hold parts of the weights then.
         """
         if threads is None:
             threads = min(THREADS, os.cpu_count() or 1)
         descriptors: dict[Path, int] = {}
         try:
-            for file in sorted({self.entries[name].file for name in targets}):
-                descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            for name in targets:
+                entry = self.entries[name]
+                if entry.file not in descriptors:
+                    descriptors[entry.file] = _open(entry)
             work = (
                 piece
                 for name, target in targets.items()
@@ -78,7 +81,7 @@ class WeightFiles:
         a, b = self.entries[first], self.entries[second]
         if (a.code, a.shape) != (b.code, b.shape):
             return False
-        with open(a.file, "rb") as left, open(b.file, "rb") as right:
+        with open(_open(a), "rb") as left, open(_open(b), "rb") as right:
             left.seek(a.offset)
             right.seek(b.offset)
             for start in range(0, a.nbytes, PIECE):
@@ -228,6 +231,15 @@ def check(files: WeightFiles, targets: Mapping[str, Tensor]) -> None:
                 f"{_in(entry)} has dtype {entry.code}, its target {target.dtype}; allowed are two floating dtypes, or"
                 " two others"
             )
+
+
+def _open(entry: Entry) -> int:
+    """A descriptor of the file whose header was read, and of no other that came into its place."""
+    descriptor = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+    if file_state(descriptor) != entry.state:
+        os.close(descriptor)
+        raise OSError(f"{entry.file} was replaced or written to while the model was loaded; load it again")
+    return descriptor
 
 
 def _pieces(entry: Entry, target: Tensor, descriptors: Mapping[Path, int]) -> Iterable[Callable[[], None]]:

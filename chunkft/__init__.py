@@ -8,6 +8,7 @@ from chunkft.autograd import Slice
 from chunkft.optim import ChunkAdamW, ChunkOptimizer, MemoryReport, load_checkpoint, save_checkpoint
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
+from chunkft.weights import WeightStream
 
 if TYPE_CHECKING:
     from chunkft.integrations.streamed import load_streamed, save_streamed
@@ -23,6 +24,7 @@ __all__ = [
     "MemoryReport",
     "ParameterSpec",
     "Slice",
+    "WeightStream",
     "attach",
     "load_checkpoint",
     "load_streamed",

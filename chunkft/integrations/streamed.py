@@ -19,6 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_
 
 from chunkft.integrations.conversions import LoadPlan, original_format, plan_load
 from chunkft.plan import uncompiled
+from chunkft.weights import WeightStream
 from chunkft.weights.reading import WeightFiles, check, open_weights, weights_of
 from chunkft.weights.writing import SHARD_BYTES, Deferred, write_weights
 
@@ -59,10 +60,11 @@ def load_streamed(
     Args:
         directory: a model directory with safetensors files, or the name of a model on the hub.
         dtype: of the weights; by default what the config says.
-        device: where the model computes; buffers go there.
+        device: where the model computes; by default the first GPU, or the CPU where there is none.
         task: a key of ``TASKS``, or a model class of transformers (``AutoModel...`` too).
         place: gives every parameter of the model, which is on the meta device, memory to be filled; by default
-            ``chunkft.weights.WeightStream(model, device=device)``.
+            ``chunkft.WeightStream(model, device=device)``; one with other options is
+            ``place=lambda model: chunkft.WeightStream(model, device="cuda", resident_blocks=8)``.
         options: passed to ``from_pretrained``: ``attn_implementation=``, ``num_labels=``, ``config=``, ...
 
     Returns:
@@ -166,9 +168,7 @@ def _class_of(task: str | type) -> Any:
 
 
 def _stream_on(device: torch.device | str | None) -> Place:
-    from chunkft.weights import WeightStream  # type: ignore[attr-defined]
-
-    return lambda model: WeightStream(model, device=device)
+    return lambda model: WeightStream(model, device="auto" if device is None else device)
 
 
 class _Loader:

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from chunkft.autograd import Hook, is_transformed, runs_as_it_is, undisturbed
 from chunkft.weights.parking import ParkingLot, parked_call
-from chunkft.weights.visits import Visit, Visits, in_backward, kept_as_references, latest
+from chunkft.weights.ring import in_backward
+from chunkft.weights.visits import Visit, Visits, kept_as_references, latest
 
 
 @runs_as_it_is

@@ -69,15 +69,19 @@ class DeviceLeaves:
 
     Args:
         stream: of the model.
+        updated_in_backward: whether the backward pass changes leaves: recomputes in it still need the values that the
+            forward pass had.
     """
 
     on_device = True
 
-    def __init__(self, stream: WeightStream) -> None:
+    def __init__(self, stream: WeightStream, updated_in_backward: bool = False) -> None:
         self.stream = stream
         self.device = stream.device
         self._copies: dict[Slice, Tensor] = {}
         self._leaves: dict[Slice, nn.Parameter] = {}
+        if updated_in_backward and stream.ring is not None:
+            stream.ring.lay_over_backward = False
         self._fence = place_of(stream.device).fence()
 
     def memory(self) -> dict[str, int]:

@@ -36,6 +36,11 @@ class Resting:
         return all(held.get(attribute) is self.parameter for held, attribute in self.holders)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Ring:
     """Pages of weights in host memory, or in a file, of which a few are on the device.
 
@@ -54,6 +59,7 @@ class Ring:
     Attributes:
         moved: told name and address of each parameter whose memory changed.
         overlays: for names of weights, slices with newer values on the device, which are laid over the page.
+        lay_over_backward: whether that is done in the backward pass too: not where it updates them.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Ring:
         self.blocks = tuple(blocks)
         self.moved: Callable[[str, int], None] = lambda name, address: None
         self.overlays: dict[str, list[tuple[Slice, Tensor]]] = {}
+        self.lay_over_backward = True
         self.lock = threading.RLock()
         self._poison = poison
         self._on_file = directory is not None
@@ -137,10 +144,11 @@ class Ring:
             self._held[number] = slot
             self._owner[slot.untyped_storage().data_ptr()] = number
             views = self._views_of(number, slot)
+            overlays = self.overlays if self.lay_over_backward or not in_backward() else {}
             for one, view in zip(self._resting[number], views, strict=True):
                 one.parameter.data = view
                 self.moved(one.weight.name, view.data_ptr())
-                for piece, leaf in self.overlays.get(one.weight.name, ()):
+                for piece, leaf in overlays.get(one.weight.name, ()):
                     # not by way of the parameter, whose count of changes others watch
                     piece.of(view).copy_(leaf.detach())
 

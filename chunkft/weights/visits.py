@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from chunkft.weights.ring import Ring
+from chunkft.weights.ring import Ring, in_backward
 
 Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
 
@@ -139,11 +139,6 @@ class Visits:
         for task, (_, thread) in list(self._tasks.items()):
             if thread not in alive:
                 self._end(task)
-
-
-def in_backward() -> bool:
-    """Whether a backward pass runs in this thread."""
-    return torch._C._current_graph_task_id() != -1
 
 
 @contextmanager

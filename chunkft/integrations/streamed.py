@@ -19,7 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_
 
 from chunkft.integrations.conversions import LoadPlan, original_format, plan_load
 from chunkft.plan import uncompiled
-from chunkft.weights import WeightStream, stream_of
+from chunkft.weights import WeightStream
 from chunkft.weights.reading import WeightFiles, check, open_weights, weights_of
 from chunkft.weights.writing import SHARD_BYTES, Deferred, write_weights
 
@@ -211,9 +211,6 @@ class _Loader:
         _fill(model, plan, files)
         if new:
             _initialise(model, new)
-        stream = stream_of(model)
-        if stream is not None:  # pages that lie in a file have checksums
-            stream.written([name for name, _ in model.named_parameters()])
         return info
 
     def _check(self, model: PreTrainedModel, checkpoint: list[str] | None, config: Any) -> WeightFiles:

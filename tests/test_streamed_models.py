@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -277,18 +278,24 @@ def test_from_pretrained_is_left_as_it_was(tmp_path, pages):
     kind = make("llama", tmp_path)
 
     def place(model):
-        # another thread, and a model that is built on the way
-        from concurrent.futures import ThreadPoolExecutor
-
         assert len(list(kind.from_pretrained(tmp_path).parameters())) > 5
-        with ThreadPoolExecutor(1) as pool:
-            assert len(list(pool.submit(kind.from_pretrained, tmp_path).result().parameters())) > 5
         pages(model)
 
     model = load_streamed(tmp_path, place=place)
     assert len(pages.models) == 1
     assert_same(model, kind.from_pretrained(tmp_path))
     assert len(pages.models) == 1
+
+
+def test_other_threads_load_as_ever_meanwhile(tmp_path, pages):
+    kind = make("llama", tmp_path)
+    with streamed._loading_by(streamed._Loader(pages)):
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(kind.from_pretrained, tmp_path).result()
+        model = kind.from_pretrained(tmp_path)
+    assert len(pages.models) == 1
+    assert pages.models[0] is model
+    assert_same(model, other)
 
 
 def test_model_whose_class_loads_by_itself_is_refused(tmp_path, pages, monkeypatch):

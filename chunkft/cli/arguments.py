@@ -20,6 +20,7 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("chunkadamw", "adamw")
 RESIDENCIES = ("chunk", "stream")
 UPDATES = ("step", "backward")
+STATE_BITS = (8, 32)
 MAX_SEED = 2**32 - 1  # of numpy, which transformers seeds
 
 
@@ -40,6 +41,7 @@ class FinetuneSettings:
     update: str = "step"
     page_mib: int = 64
     state_dir: str | None = None
+    state_bits: int = 32
     optimizer: str = "chunkadamw"
     lr: float = 1e-4
     lr_schedule: str = "cosine"
@@ -209,6 +211,12 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     add("--page-mib", type=_integer(1), metavar="MIB", help="page size of --residency stream (default 64)")
     add("--state-dir", metavar="DIR", help="keep the optimizer state in files of DIR instead of host memory")
     add(
+        "--state-bits",
+        type=int,
+        choices=STATE_BITS,
+        help="bits of each of the two moments of an element: 32 (default), or 8, with a scale for every 128",
+    )
+    add(
         "--optimizer", choices=OPTIMIZERS, help="chunkadamw (default), or adamw: all parameters at every step"
     )
     add("--lr", type=_number(above=True), help="peak learning rate (default 1e-4)")
@@ -353,7 +361,7 @@ def _check(values: dict[str, Any]) -> None:
             f" one of them"
         )
     if values.get("optimizer") == "adamw":
-        for name in ("residency", "update", "page_mib", "state_dir"):
+        for name in ("residency", "update", "page_mib", "state_dir", "state_bits"):
             if name in values:
                 raise UserError(f"--{name.replace('_', '-')} {values[name]} needs --optimizer chunkadamw")
     if values.get("update") == "backward":

@@ -228,6 +228,7 @@ def build_optimizer(
             update=settings.update,
             page_bytes=settings.page_mib << 20,
             state_dir=settings.state_dir,
+            state_bits=settings.state_bits,
             seed=settings.seed,
         )
     except (ValueError, TypeError) as error:

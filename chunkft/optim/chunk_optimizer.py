@@ -94,6 +94,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             there ask for it, else on the host.
         resident_blocks: how many blocks of weights that stream stay on the device.
         weights_dir: a directory for a file that holds weights that stream, in place of host memory.
+        offload_inputs: recompute the blocks of weights that stream in the backward pass, from inputs that wait in host
+            memory, in place of the model's own activation checkpointing.
         device: where weights stream to; ``"auto"`` is the first GPU, or the CPU where there is none.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
         process_group: the processes that train replicas and average their gradients in ``step()``: a
@@ -142,6 +144,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         update_on: str = "auto",
         resident_blocks: int = 0,
         weights_dir: str | os.PathLike[str] | None = None,
+        offload_inputs: bool = False,
         device: torch.device | str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         process_group: Any = None,
@@ -153,7 +156,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
         group = resolve_group(process_group)
-        where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir)
+        where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir, offload_inputs)
         check_weights(where, residency, update, state_device, group)
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)

@@ -24,6 +24,7 @@ class WeightChoice:
     device: torch.device | str
     resident_blocks: int
     weights_dir: str | os.PathLike[str] | None
+    offload_inputs: bool = False
 
 
 def check_weights(choice: WeightChoice, residency: str, update: str, state_device: str, group: Any) -> None:
@@ -51,6 +52,7 @@ def check_weights(choice: WeightChoice, residency: str, update: str, state_devic
         given = (
             ("resident_blocks", choice.resident_blocks, 0),
             ("weights_dir", choice.weights_dir, None),
+            ("offload_inputs", choice.offload_inputs, False),
             ("device", choice.device, "auto"),
         )
         for option, setting, default in given:
@@ -87,11 +89,17 @@ def build_weights(
                 device=choice.device,
                 resident_blocks=choice.resident_blocks,
                 weights_dir=choice.weights_dir,
+                offload_inputs=choice.offload_inputs,
             )
-        elif choice.resident_blocks or choice.weights_dir is not None or choice.device != "auto":
+        elif (
+            choice.resident_blocks
+            or choice.weights_dir is not None
+            or choice.offload_inputs
+            or choice.device != "auto"
+        ):
             raise ValueError(
-                "resident_blocks, weights_dir and device: the weights of this model stream already, as they were told "
-                "to when it was loaded; leave them out, or detach() that stream first"
+                "resident_blocks, weights_dir, offload_inputs and device: the weights of this model stream already, as "
+                "they were told to when it was loaded; leave them out, or detach() that stream first"
             )
     elif isinstance(choice.weights, WeightStream) and choice.weights is not present:
         raise ValueError("weights: this WeightStream is of another model, or detached")

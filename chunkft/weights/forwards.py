@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from chunkft.autograd import Hook, copied_forward, is_transformed, runs_as_it_is, undisturbed
 from chunkft.weights.endings import in_backward
+from chunkft.weights.parking import ParkingLot, parked_call
 from chunkft.weights.visits import Visit, Visits, kept_as_references, latest
 
 
@@ -27,15 +28,19 @@ class StreamedForward:
         inner: its forward until now.
         number: of the block in the ring.
         visits: of the stream; None once it is gone, where a wrapper kept this forward.
+        lot: where its input waits for a recompute; None: the model does its own checkpointing, or none.
     """
 
-    __slots__ = ("__weakref__", "inner", "module", "number", "visits")
+    __slots__ = ("__weakref__", "inner", "lot", "module", "number", "visits")
 
-    def __init__(self, module: nn.Module, inner: Any, number: int, visits: Visits | None) -> None:
+    def __init__(
+        self, module: nn.Module, inner: Any, number: int, visits: Visits | None, lot: ParkingLot | None = None
+    ) -> None:
         self.module = module
         self.inner = inner
         self.number = number
         self.visits = visits
+        self.lot = lot
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return undisturbed(self._compute, args, kwargs)
@@ -56,7 +61,7 @@ class StreamedForward:
             if recorded:
                 _at_gradient(latest((args, kwargs)), visits, visit, begins=False)
                 with kept_as_references(visits):
-                    output = self.inner(*args, **kwargs)
+                    output = self._recorded(args, kwargs)
             else:
                 output = self.inner(*args, **kwargs)
             if recorded and not recomputes:
@@ -74,6 +79,23 @@ class StreamedForward:
     def release(self) -> None:
         """The stream is gone: from now on this is what was there before."""
         self.visits = None
+
+    def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        main = latest((args, kwargs))
+        if self.lot is None or main is None:
+            return self.inner(*args, **kwargs)
+        return parked_call(self._alone, main, self.lot, args, kwargs)
+
+    def _alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The block without transformers' checkpointing, which would keep its input."""
+        own = self.module.__dict__.get("gradient_checkpointing")
+        if not own:
+            return self.inner(*args, **kwargs)
+        self.module.__dict__["gradient_checkpointing"] = False
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            self.module.__dict__["gradient_checkpointing"] = own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of the model has weights of its own, which do not stream.

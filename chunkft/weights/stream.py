@@ -15,6 +15,7 @@ from chunkft.autograd import TiledForward, put_tiles
 from chunkft.plan import parameter_owners, uncompiled
 from chunkft.weights.forwards import Begin, Finish, StreamedForward, ToDevice, ToHost
 from chunkft.weights.guard import Loading, Saving, StreamedApply, check_free
+from chunkft.weights.parking import ParkingLot
 from chunkft.weights.ring import Holder, Ring
 from chunkft.weights.tables import Tables
 from chunkft.weights.units import SLOTS, Block, Blocks, Units, find_units
@@ -42,6 +43,8 @@ class WeightStream:
         slots: pages on the device at a time, at least 2.
         resident_blocks: how many blocks stay on the device.
         weights_dir: a directory for a file that holds the pages of blocks in place of host memory.
+        offload_inputs: recompute each block that streams in the backward pass, from its input, which is kept in host
+            memory until then. It takes the place of the model's own activation checkpointing.
         tile_bytes: most bytes of a tile; by default half of the largest page.
         pin: whether host memory is page-locked; see ``Pager``.
         poison: overwrite what leaves the device with NaN, to find code that reads it later. For tests.
@@ -64,6 +67,7 @@ class WeightStream:
         slots: int = SLOTS,
         resident_blocks: int = 0,
         weights_dir: str | os.PathLike[str] | None = None,
+        offload_inputs: bool = False,
         tile_bytes: int | None = None,
         pin: bool | Literal["auto"] = "auto",
         poison: bool = False,
@@ -83,6 +87,7 @@ class WeightStream:
                 f"resident_blocks={resident_blocks} is not allowed; the model has {count} blocks"
             )
         self.resident_blocks = resident_blocks
+        self.lot = ParkingLot(self.device) if offload_inputs else None
         self._owners = parameter_owners(model)
         self._origins = {name: _parameter(model, name).device for name in self._owners}
         self._handles: list[RemovableHandle] = []
@@ -266,7 +271,7 @@ class WeightStream:
                 module = model.get_submodule(block.name)
                 before = module.__dict__.get("forward")
                 inner = module.forward if before is None else before
-                self._put(module, StreamedForward(module, inner, number, visits), before)
+                self._put(module, StreamedForward(module, inner, number, visits, self.lot), before)
             reference = weakref.ref(visits)
             for module in self._around():
                 self._handles.append(module.register_forward_pre_hook(Begin(reference), prepend=True))

@@ -21,7 +21,7 @@ from chunkft.autograd.reentrant import ReentrantGuard
 from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
 from chunkft.autograd.stand_ins import put_early_stand_in, put_stand_in, stand_in_of
-from chunkft.autograd.tiled import TiledForward, Tiles, put_tiles, tiled_linear, tiles_of
+from chunkft.autograd.tiled import TiledForward, Tiles, copied_forward, put_tiles, tiled_linear, tiles_of
 from chunkft.autograd.trained import disown, own, record, records
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "TiledForward",
     "Tiles",
     "compilable",
+    "copied_forward",
     "disown",
     "is_transformed",
     "joint_norm",

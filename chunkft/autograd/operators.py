@@ -298,7 +298,7 @@ def compilable(model: nn.Module) -> int:
     Returns:
         How many modules got such a forward.
     """
-    if any(isinstance(module.__dict__.get("forward"), TiledForward) for module in model.modules()):
+    if model.__dict__.get("_chunkft_weights") is not None:
         raise RuntimeError(
             "a model whose weights stream cannot be compiled: where its weights are changes with every block; detach() "
             "the stream first"

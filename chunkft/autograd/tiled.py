@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +31,10 @@ class Tiles(Protocol):
     def count(self) -> int:
         """How many tiles there are."""
 
-    def walk(self, *, backward: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight is where its values were put."""
+
+    def walk(self, *, backward: bool = False) -> Generator[tuple[int, int, Tensor]]:
         """Bounds and values of each tile; a tile is there until the next one is asked for.
 
         The way back begins with the last tile.
@@ -60,38 +65,65 @@ class Checked(Protocol):
 class TiledForward:
     """The forward of a linear layer whose weight is there in tiles only; set on the instance.
 
+    Args:
+        module: the layer.
+        inner: its forward until now.
+        tiles: of its weight.
+
     Attributes:
         module: the layer.
+        inner: its forward until now.
         current: the forward for active slices of its weight, while there are some.
     """
 
-    __slots__ = ("__weakref__", "_tiles", "current", "module")
+    __slots__ = ("__weakref__", "_tiles", "current", "inner", "module")
 
-    def __init__(self, module: nn.Linear, tiles: Tiles) -> None:
+    def __init__(self, module: nn.Linear, inner: Any, tiles: Tiles) -> None:
         self.module = module
+        self.inner = inner
         self.current: Checked | None = None
-        self._tiles = tiles
+        self._tiles: Tiles | None = tiles
 
     def __call__(self, input: Tensor) -> Tensor:
         return undisturbed(self._compute, input)  # type: ignore[no-any-return]
 
     def _compute(self, x: Tensor) -> Tensor:
+        if self._tiles is None:
+            result: Tensor = self.inner(x)
+            return result
         active = () if self.current is None else self.current.checked()
         weight = self.module._parameters.get("weight")
-        if active is None or weight is None or tiles_of(weight) is not self._tiles:
+        if (
+            active is None
+            or weight is None
+            or tiles_of(weight) is not self._tiles
+            or not self._tiles.holds(weight)
+        ):
             raise RuntimeError(
                 f"a weight of shape {self._tiles.shape} streams by tiles, which gives no gradient to hooks of the "
-                "weight and cannot be swapped for another (functional_call) or transformed; detach() the stream first"
+                "weight and cannot be moved, swapped for another (functional_call) or transformed; detach() the stream "
+                "first"
             )
         bias = self.module._parameters.get("bias")
         return tiled_linear(x, self._tiles, bias, active)
 
+    def release(self) -> None:
+        """The tiles are gone: from now on this is what was there before."""
+        self._tiles = None
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of the model has weights of its own, which do not stream.
-        return types.MethodType(type(self.module).forward, memo[id(self.module)])
+        return copied_forward(self.module, self.inner, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
+
+
+def copied_forward(module: nn.Module, inner: Any, memo: dict[int, Any]) -> Any:
+    """What a copy of a module computes with, in place of a forward of ours that is around ``inner``."""
+    if isinstance(inner, types.MethodType) and inner.__self__ is module:
+        return types.MethodType(inner.__func__, memo[id(module)])
+    return copy.deepcopy(inner, memo)
 
 
 def tiled_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, active: Active) -> Tensor:
@@ -159,23 +191,26 @@ class _TiledMatmul(Function):
 
 def _product(x: Tensor, tiles: Tiles, bias: Tensor | None) -> Tensor:
     y: Tensor | None = None
-    for start, stop, tile in tiles.walk():
-        part = None if bias is None else bias[start:stop]
-        product = linear_output(x, tile.to(x.dtype), part, False)
-        if tiles.count == 1:
-            return product
-        y = x.new_empty((*x.shape[:-1], tiles.shape[0])) if y is None else y
-        y[..., start:stop] = product
+    with closing(tiles.walk()) as walk:
+        for start, stop, tile in walk:
+            part = None if bias is None else bias[start:stop]
+            product = linear_output(x, tile.to(x.dtype), part, False)
+            if tiles.count == 1:
+                return product
+            y = x.new_empty((*x.shape[:-1], tiles.shape[0])) if y is None else y
+            y[..., start:stop] = product
     assert y is not None
     return y
 
 
 def _input_gradient(dy: Tensor, tiles: Tiles) -> Tensor:
-    if tiles.count == 1:
-        for _, _, tile in tiles.walk(backward=True):
-            return dy.mm(tile.to(dy.dtype))
     exact = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    total = torch.zeros(dy.shape[0], tiles.shape[1], dtype=exact, device=dy.device)
-    for start, stop, tile in tiles.walk(backward=True):
-        total += dy[:, start:stop].mm(tile.to(dy.dtype))
+    total: Tensor | None = None
+    with closing(tiles.walk(backward=True)) as walk:
+        for start, stop, tile in walk:
+            product = dy[:, start:stop].mm(tile.to(dy.dtype))
+            if tiles.count == 1:
+                return product
+            total = product.to(exact) if total is None else total.add_(product)
+    assert total is not None
     return total.to(dy.dtype)

@@ -9,7 +9,8 @@ are large and aligned, where a kernel of ours would not be faster; what is saved
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class Loss:
 class RowTiles(Protocol):
     """A weight whose rows are beside the computation a tile at a time only."""
 
-    def walk(self) -> Iterator[tuple[int, int, Tensor]]:
+    def walk(self) -> Generator[tuple[int, int, Tensor]]:
         """First row, end, and values of each tile, in order; a tile is there until the next one is asked for."""
 
 
@@ -149,7 +150,7 @@ class _Task:
     windows: tuple[Window, ...]
     tiles: RowTiles | None
 
-    def parts(self, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, rows: int) -> Generator[tuple[slice, Tensor]]:
         """So many rows of the weight at a time."""
         if self.tiles is None:
             yield from self._parts_of(0, self.weight, rows)
@@ -158,7 +159,7 @@ class _Task:
             yield from self._parts_of(start, tile.to(self.hidden.dtype), rows)
 
     @staticmethod
-    def _parts_of(first: int, weight: Tensor, rows: int) -> Iterator[tuple[slice, Tensor]]:
+    def _parts_of(first: int, weight: Tensor, rows: int) -> Generator[tuple[slice, Tensor]]:
         for start in range(0, weight.shape[0], rows):
             stop = min(weight.shape[0], start + rows)
             yield slice(first + start, first + stop), weight[start:stop]
@@ -187,17 +188,19 @@ def _by_vocabulary(
 ) -> Tensor | None:
     top = losses.new_full((len(losses), 1), float("-inf"))
     total, chosen, mean = (torch.zeros_like(top) for _ in range(3))
-    for part, rows in task.parts(chunk):
-        _add_normaliser(task, part, rows, top, total, chosen, mean)
+    with closing(task.parts(chunk)) as parts:
+        for part, rows in parts:
+            _add_normaliser(task, part, rows, top, total, chosen, mean)
     normaliser = total.log() + top
     losses.copy_(_losses(normaliser, chosen, mean, task.loss).squeeze(1).masked_fill_(~task.valid, 0))
     if dx is None and not dw:
         return None
     sums = None if dx is None else torch.zeros_like(dx, dtype=losses.dtype)
-    for part, rows in task.parts(chunk):
-        touched = [_overlap(window, part) for window in task.windows]
-        if sums is not None or any(touched):
-            _some_vocabulary(task, part, rows, touched, normaliser, sums, dw)
+    with closing(task.parts(chunk)) as parts:
+        for part, rows in parts:
+            touched = [_overlap(window, part) for window in task.windows]
+            if sums is not None or any(touched):
+                _some_vocabulary(task, part, rows, touched, normaliser, sums, dw)
     return sums if dx is None or sums is None else dx.copy_(sums)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from chunkft.attach import Attachment
-from chunkft.weights import DeviceLeaves, HostLeaves, WeightStream, stream_of
+from chunkft.weights import DeviceLeaves, HostLeaves, WeightStream, stream_of, streams_in_part
 
 WEIGHTS = ("auto", "resident", "stream")
 UPDATES = ("auto", "host", "device")
@@ -49,13 +49,14 @@ def check_weights(choice: WeightChoice, residency: str, update: str, state_devic
                     "memory; use update_on='device'"
                 )
     if choice.weights != "stream":
-        given = {
-            "resident_blocks": choice.resident_blocks,
-            "weights_dir": choice.weights_dir,
-            "offload_inputs": choice.offload_inputs,
-        }
-        for option, setting in given.items():
-            if setting:
+        given = (
+            ("resident_blocks", choice.resident_blocks, 0),
+            ("weights_dir", choice.weights_dir, None),
+            ("offload_inputs", choice.offload_inputs, False),
+            ("device", choice.device, "auto"),
+        )
+        for option, setting, default in given:
+            if setting != default:
                 raise ValueError(
                     f"{option}={setting!r} belongs to weights='stream'; a WeightStream takes it by itself"
                 )
@@ -90,14 +91,24 @@ def build_weights(
                 weights_dir=choice.weights_dir,
                 offload_inputs=choice.offload_inputs,
             )
-        elif choice.resident_blocks or choice.weights_dir is not None or choice.offload_inputs:
+        elif (
+            choice.resident_blocks
+            or choice.weights_dir is not None
+            or choice.offload_inputs
+            or choice.device != "auto"
+        ):
             raise ValueError(
-                "resident_blocks, weights_dir and offload_inputs: the weights of this model stream already, as they "
-                "were told to when it was loaded; leave them out, or detach() that stream first"
+                "resident_blocks, weights_dir, offload_inputs and device: the weights of this model stream already, as "
+                "they were told to when it was loaded; leave them out, or detach() that stream first"
             )
     elif isinstance(choice.weights, WeightStream) and choice.weights is not present:
         raise ValueError("weights: this WeightStream is of another model, or detached")
     if present is None:
+        if streams_in_part(model):
+            raise ValueError(
+                f"model: weights of this {type(model).__name__} stream as those of a part of it, or of a module around "
+                "it; build the optimizer for the module that the stream was made for"
+            )
         if choice.update_on == "host":
             raise ValueError(
                 "update_on='host' needs weights='stream': resident weights are updated where they are"

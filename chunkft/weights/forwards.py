@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import sys
 import weakref
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from chunkft.autograd import Hook, is_transformed, runs_as_it_is, undisturbed
+from chunkft.autograd import Hook, copied_forward, is_transformed, runs_as_it_is, undisturbed
+from chunkft.weights.endings import in_backward
 from chunkft.weights.parking import ParkingLot, parked_call
-from chunkft.weights.ring import in_backward
 from chunkft.weights.visits import Visit, Visits, kept_as_references, latest
 
 
@@ -55,9 +55,9 @@ class StreamedForward:
             )
         visits, recorded, recomputes = self.visits, torch.is_grad_enabled(), in_backward()
         visit = Visit(self.number)
-        visits.enter(visit)
         released = False
         try:
+            visits.enter(visit)
             if recorded:
                 _at_gradient(latest((args, kwargs)), visits, visit, begins=False)
                 with kept_as_references(visits):
@@ -75,6 +75,10 @@ class StreamedForward:
             # What is recomputed is used by the backward pass that runs: until the gradient of its input, or its end.
             if not released and not (recorded and recomputes):
                 visits.leave(visit)
+
+    def release(self) -> None:
+        """The stream is gone: from now on this is what was there before."""
+        self.visits = None
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         main = latest((args, kwargs))
@@ -95,7 +99,7 @@ class StreamedForward:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of the model has weights of its own, which do not stream.
-        return types.MethodType(type(self.module).forward, memo[id(self.module)])
+        return copied_forward(self.module, self.inner, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
@@ -123,12 +127,16 @@ def _at_gradient(tensor: Tensor | None, visits: Visits, visit: Visit, *, begins:
 
 
 class ToHost(Hook):
-    """Before an embedding whose table is in host memory: its ids go there. Its target is the table's device."""
+    """Before an embedding whose table is in host memory: its ids go there. Its target is a weak reference to the
+    stream.
+    """
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self.target is None:
+        stream = None if self.target is None else self.target()
+        if stream is None:
             return None
-        return tree_map(lambda one: one.to(self.target) if isinstance(one, Tensor) else one, (args, kwargs))
+        stream.catch_up(True)
+        return tree_map(lambda one: one.cpu() if isinstance(one, Tensor) else one, (args, kwargs))
 
 
 class ToDevice(Hook):
@@ -138,10 +146,21 @@ class ToDevice(Hook):
         return output if self.target is None else output.to(self.target, non_blocking=True)
 
 
+@runs_as_it_is
 class Begin(Hook):
-    """Before the model: a forward pass begins. Its target is a weak reference to the visits."""
+    """Before a module that holds blocks: a forward pass begins. Its target is a weak reference to the visits."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         visits = None if self.target is None else self.target()
         if visits is not None and not torch.compiler.is_compiling():
-            undisturbed(visits.begin)
+            undisturbed(visits.begin, sys._getframe(1))
+
+
+@runs_as_it_is
+class Finish(Hook):
+    """After it, also if it failed. Its target is the same."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        visits = None if self.target is None else self.target()
+        if visits is not None and not torch.compiler.is_compiling():
+            undisturbed(visits.finish, sys._getframe(1))

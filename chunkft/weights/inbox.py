@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chunkft.autograd import put_early_stand_in
 from chunkft.streaming import host_memory, place_of
+from chunkft.weights.endings import at_end_of_backward
 
 ALIGNMENT = 256
 
@@ -58,6 +59,7 @@ class Inbox:
         ] = []  # the first one for gradients, the second for those that are added to them
         self._places: dict[int, int] = {}  # of each leaf in a room
         self._size = 0
+        self._stand_ins: list[Tensor] = []
 
     def forget(self) -> None:
         """No leaf is expected any more; memory is kept for the next ones."""
@@ -65,6 +67,7 @@ class Inbox:
             self._places.clear()
             self._size = 0
             self._arrivals.clear()
+            self._stand_ins.clear()
 
     def expect(self, leaf: Tensor, watcher: Watcher | None) -> None:
         """Deliver the gradients of this leaf from now on."""
@@ -82,7 +85,7 @@ class Inbox:
             if inbox is not None and owner is not None:
                 inbox._receive(owner, None if seen is None else seen(), gradient, key)
 
-        put_early_stand_in(leaf, self.device, deliver)
+        self._stand_ins.append(put_early_stand_in(leaf, self.device, deliver))
 
     def _receive(self, leaf: Tensor, watcher: Watcher | None, gradient: Tensor, key: int) -> None:
         if torch.is_grad_enabled():
@@ -122,7 +125,7 @@ class Inbox:
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
             self._tasks.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+            at_end_of_backward(lambda failed: self._end(task))
 
     def _end(self, task: int) -> None:
         with self._lock:

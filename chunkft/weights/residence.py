@@ -82,7 +82,10 @@ class DeviceLeaves:
         self._leaves: dict[Slice, nn.Parameter] = {}
         if updated_in_backward and stream.ring is not None:
             stream.ring.lay_over_backward = False
+        self._versions: dict[Slice, int] = {}  # of the leaves, when they were written back
+        self._stand_ins: list[Tensor] = []
         self._fence = place_of(stream.device).fence()
+        stream.ask(self.catch_up)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the weights by place: see ``WeightStream.memory``."""
@@ -109,12 +112,13 @@ class DeviceLeaves:
         """There is a leaf with this memory now."""
         before = self._leaves.get(piece)
         self._leaves[piece] = leaf
+        self._versions[piece] = leaf._version
         ring = self.stream.ring
         if self.stream.block_of(piece.name) is None or ring is None:
             # an embedding computes where its table is
             device = leaf.device
             if device != CPU:
-                put_stand_in(leaf, CPU, lambda gradient: gradient.to(device))
+                self._stand_ins.append(put_stand_in(leaf, CPU, lambda gradient: gradient.to(device)))
             return
         over = ring.overlays.setdefault(piece.name, [])
         ring.overlays[piece.name] = [(p, other) for p, other in over if other is not before] + [(piece, leaf)]
@@ -126,9 +130,19 @@ class DeviceLeaves:
             return
         for piece, leaf in self._leaves.items():
             self.values_at_home(piece).copy_(leaf.detach(), non_blocking=True)
+            self._versions[piece] = leaf._version
         self._fence.record()
         self._fence.synchronize()
         self.stream.written(sorted({piece.name for piece in self._leaves}))
+
+    def catch_up(self, tables_only: bool) -> None:
+        """Write the leaves back if somebody changed one in place, of weights that are not laid over a page."""
+        for piece, leaf in self._leaves.items():
+            if leaf._version != self._versions[piece] and not (
+                tables_only and self.stream.block_of(piece.name) is not None
+            ):
+                self.publish()
+                return
 
     def values_at_home(self, piece: Slice) -> Tensor:
         """The part of the page that a leaf is a newer copy of."""
@@ -147,6 +161,8 @@ class DeviceLeaves:
                 else:
                     del ring.overlays[name]
         self._leaves.clear()
+        self._versions.clear()
+        self._stand_ins.clear()
         self._copies.clear()
 
     def nbytes(self) -> int:

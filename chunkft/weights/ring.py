@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from chunkft import tracing
 from chunkft.autograd import Slice
-from chunkft.streaming import Pager, PagerStats
+from chunkft.streaming import CorruptPageError, Pager, PagerStats, place_of
+from chunkft.weights.endings import in_backward
 from chunkft.weights.units import Block, PlacedWeight
 
 POISON = 0xFF  # of these bytes every floating-point number is NaN
@@ -36,11 +38,6 @@ class Resting:
         return all(held.get(attribute) is self.parameter for held, attribute in self.holders)
 
 
-def in_backward() -> bool:
-    """Whether a backward pass runs in this thread."""
-    return torch._C._current_graph_task_id() != -1
-
-
 class Ring:
     """Pages of weights in host memory, or in a file, of which a few are on the device.
 
@@ -49,7 +46,6 @@ class Ring:
 
     Args:
         blocks: whose weights these are.
-        parameters: the parameter of a name, and where the model holds it.
         device: where the slots are.
         slots: how many.
         directory: of a file in place of host memory, or None.
@@ -58,6 +54,7 @@ class Ring:
 
     Attributes:
         moved: told name and address of each parameter whose memory changed.
+        homes: the host memory of each parameter by name.
         overlays: for names of weights, slices with newer values on the device, which are laid over the page.
         lay_over_backward: whether that is done in the backward pass too: not where it updates them.
     """
@@ -65,7 +62,6 @@ class Ring:
     def __init__(
         self,
         blocks: Sequence[Block],
-        parameters: Callable[[str], tuple[nn.Parameter, Sequence[Holder]]],
         device: torch.device,
         *,
         slots: int,
@@ -80,6 +76,7 @@ class Ring:
         self.lock = threading.RLock()
         self._poison = poison
         self._on_file = directory is not None
+        self._place = place_of(device)
         self.pager = Pager(
             [block.nbytes for block in blocks],
             device=device,
@@ -87,20 +84,41 @@ class Ring:
             pin=pin,
             state_dir=directory,
         )
+        self.homes: dict[str, Tensor] = {}
         self._resting: list[list[Resting]] = []
-        try:
-            for number, block in enumerate(self.blocks):
-                page = self.pager.host(number)
-                self._resting.append([_rest(w, page, *parameters(w.name)) for w in block.weights])
-        except BaseException:
-            self.close(lambda home: home)
-            raise
         self._held: dict[int, Tensor] = {}
         self._ahead: list[int] = []  # fetched, and not held since
         self._wanted: int | None = None  # would be fetched, had there been a slot
         self._kept: set[int] = set()  # were held, and may be in a slot still
+        self._updates = [
+            [0 for _ in block.weights] for block in self.blocks
+        ]  # that came by way of ``changed``
+        self._found = {
+            weight.name: (number, place)
+            for number, block in enumerate(self.blocks)
+            for place, weight in enumerate(block.weights)
+        }
+        self._counts: list[list[int]] = []  # of changes in place of each parameter, at the last look
+        self._torn = False  # a call ended in the midst of its changes
         self._views: dict[tuple[int, int], list[Tensor]] = {}
         self._owner: dict[int, int] = {}  # block whose page is in the slot at an address
+
+    def place(self, parameters: Callable[[str], tuple[nn.Parameter, Sequence[Holder]]]) -> None:
+        """Move the weights into their pages.
+
+        Args:
+            parameters: the parameter of a name, and where the model holds it.
+        """
+        for number, block in enumerate(self.blocks):
+            page = self.pager.host(number)
+            rest: list[Resting] = []
+            self._resting.append(rest)
+            for weight in block.weights:
+                home = _placed(weight, page)
+                parameter, holders = parameters(weight.name)
+                rest.append(Resting(weight, settle(parameter, home, holders), home, holders))
+                self.homes[weight.name] = home
+            self._counts.append(self._count(number))
 
     @property
     def slots(self) -> int:
@@ -111,10 +129,6 @@ class Ring:
     def stats(self) -> PagerStats:
         """Counters of the pager."""
         return self.pager.stats()
-
-    def home(self, name: str) -> Tensor | None:
-        """The host memory of a parameter, or None if it is none of these."""
-        return next((one.home for rest in self._resting for one in rest if one.weight.name == name), None)
 
     def holds(self, number: int) -> bool:
         """Whether a block is on the device for use."""
@@ -135,9 +149,11 @@ class Ring:
             if number in self._held:
                 return
             self._check_places(number)
+            self._follow(number)
             self._make_room(number)
+            self._torn = True
             with tracing.span("fetch %s", self.blocks[number].name):
-                slot = self.pager.acquire(number)
+                slot = self._acquired(number)
             if number in self._ahead:
                 self._ahead.remove(number)
             self._kept.discard(number)
@@ -151,22 +167,54 @@ class Ring:
                 for piece, leaf in overlays.get(one.weight.name, ()):
                     # not by way of the parameter, whose count of changes others watch
                     piece.of(view).copy_(leaf.detach())
+            self._torn = False
 
     def leave(self, number: int) -> None:
-        """Make the parameters of a held block views of the host page again; the slot may be taken for another."""
+        """Make the parameters of a held block views of the host page again; the slot may be taken for another.
+
+        What was changed in place meanwhile, as by layers that do so to their weight, is written back first.
+        """
         with self.lock:
-            slot = self._held.pop(number, None)
+            slot = self._held.get(number)
             if slot is None:
                 return
+            counts = self._count(number)
+            self._torn = True
             self._rest_again(number)
-            if self._poison:
+            if self._counts[number] != counts:
+                self.pager.release(number)
+                self.pager.flush()
+                self._counts[number] = counts
+            elif self._poison:
                 slot.fill_(POISON)
                 self.pager.discard(number)
             else:
                 self.pager.release(number, dirty=False, keep=True)
                 self._kept.add(number)
+            del self._held[number]
+            self._torn = False
             if self._wanted is not None:
                 self.fetch(self._wanted)
+
+    def settle(self, wanted: Container[int]) -> None:
+        """Put in order what an interrupt left half done, and give up blocks that nobody wants."""
+        with self.lock:
+            if self._torn:
+                for number in range(len(self.blocks)):
+                    in_use = self.pager.state(number) == "IN_USE"
+                    if in_use and number not in self._held:
+                        self.pager.discard(number)
+                    elif number in self._held and not in_use:
+                        del self._held[number]
+                    if number not in self._held:
+                        self._rest_again(number)
+                self._torn = False
+            for number in [number for number in self._held if number not in wanted]:
+                self.leave(number)
+
+    def wait(self) -> None:
+        """Wait for the device: work on the slots may have been given to any stream."""
+        self._place.synchronize()
 
     def fetch(self, number: int) -> None:
         """Begin to bring a block to the device, if a slot is free for it."""
@@ -174,6 +222,7 @@ class Ring:
             self._wanted = None
             if number in self._held or number in self._ahead:
                 return
+            self._follow(number)
             if len(self._held) + len(self._ahead) >= self.slots or not self.pager.prefetch(number):
                 self._wanted = number
                 return
@@ -183,35 +232,33 @@ class Ring:
         """Forget what is on the device of blocks that are not held: their weights may have been changed since."""
         with self.lock:
             self._wanted = None
-            for number in [*self._ahead, *self._kept]:
-                self.pager.evict(number)
-            self._ahead.clear()
-            self._kept.clear()
+            for number in {*self._ahead, *self._kept}:
+                self._drop(number)
 
-    def written(self, number: int) -> None:
-        """The host page of a block was changed, by others than the pager."""
+    def changed(self, names: Iterable[str]) -> None:
+        """The host memory of these parameters was changed, by others than the pager."""
         with self.lock:
-            if number in self._ahead or number in self._kept:
-                self.pager.evict(number)
-                self._kept.discard(number)
-                if number in self._ahead:
-                    self._ahead.remove(number)
-            if self._on_file:
-                self.pager.host(number)  # what was read ahead of it is forgotten, and its checksum made anew
+            found = [self._found[name] for name in names]
+            for number, place in found:
+                self._updates[number][place] += 1
+            for number in {number for number, _ in found}:
+                self._written(number)
+
+    def version(self, number: int, offset: int) -> int:
+        """How often the weight at an offset in bytes on the page of a block was changed in place."""
+        weights = self.blocks[number].weights
+        place = bisect_right(weights, offset, key=lambda weight: weight.offset) - 1
+        return self._updates[number][place] + self._resting[number][place].parameter._version
 
     def view(self, number: int, layout: tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]) -> Tensor:
         """A tensor over the slot of a held block, of this dtype, shape, strides and offset in elements."""
         dtype, shape, strides, offset = layout
         return self._held[number].view(dtype).as_strided(shape, strides, offset)
 
-    def close(self, keep: Callable[[Tensor], Tensor]) -> None:
-        """Give up slots and pages. ``keep`` is given the host memory of each parameter and returns what it is then."""
-        for number in list(getattr(self, "_held", {})):
-            self.leave(number)
-        for rest in self._resting:
-            for one in rest:
-                if one.parameter.data_ptr() == one.home.data_ptr():
-                    one.parameter.data = keep(one.home)
+    def close(self) -> None:
+        """Give up slots and pages, whose memory lives as long as the parameters are views of it."""
+        self._wanted = None
+        self.settle(())
         self._views = {}
         self.pager.close()
 
@@ -232,8 +279,40 @@ class Ring:
                 f"block {self.blocks[number].name} is needed while {names} are, and there are slots for {self.slots}: "
                 "give the stream more of them (slots=...)"
             )
-        dropped = self._ahead.pop(0)
-        self.pager.evict(dropped)
+        self._drop(self._ahead[0])
+
+    def _drop(self, number: int) -> None:
+        """Forget what is on the device of a block that is not held."""
+        if number in self._ahead or number in self._kept:
+            self.pager.evict(number)
+            self._kept.discard(number)
+            if number in self._ahead:
+                self._ahead.remove(number)
+
+    def _follow(self, number: int) -> None:
+        """What is on the device, or was read ahead, of a block that was changed in place since does not count."""
+        counts = self._count(number)
+        if self._counts[number] != counts:
+            self._written(number)
+            self._counts[number] = counts
+
+    def _written(self, number: int) -> None:
+        self._drop(number)
+        if self._on_file:
+            self.pager.host(number)  # what was read ahead of it is forgotten, and its checksum made anew
+
+    def _count(self, number: int) -> list[int]:
+        return [one.parameter._version for one in self._resting[number]]
+
+    def _acquired(self, number: int) -> Tensor:
+        try:
+            return self.pager.acquire(number)
+        except CorruptPageError as error:
+            raise RuntimeError(
+                f"block {self.blocks[number].name}: the file does not hold the weights that were written to it. If "
+                "they were changed by way of .data, which nobody is told of, change them in place under no_grad() "
+                f"(weight.copy_(...)) while weights_dir is used ({error})"
+            ) from error
 
     def _views_of(self, number: int, slot: Tensor) -> list[Tensor]:
         key = number, slot.data_ptr()
@@ -243,13 +322,10 @@ class Ring:
 
     def _rest_again(self, number: int) -> None:
         for one in self._resting[number]:
+            if one.parameter.untyped_storage().data_ptr() not in self._owner:
+                continue  # somebody else moved it, which the next call tells
             one.parameter.data = one.home
             self.moved(one.weight.name, one.home.data_ptr())
-
-
-def _rest(weight: PlacedWeight, page: Tensor, parameter: nn.Parameter, holders: Sequence[Holder]) -> Resting:
-    home = _placed(weight, page)
-    return Resting(weight, settle(parameter, home, holders), home, holders)
 
 
 def settle(parameter: nn.Parameter, home: Tensor, holders: Sequence[Holder]) -> nn.Parameter:

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from chunkft.autograd import TiledForward, put_tiles
 from chunkft.plan import parameter_owners, uncompiled
 from chunkft.streaming import Pager
-from chunkft.weights.forwards import Begin, StreamedForward, ToDevice, ToHost
-from chunkft.weights.guard import StreamedApply
+from chunkft.weights.forwards import Begin, Finish, StreamedForward, ToDevice, ToHost
+from chunkft.weights.guard import Loading, Saving, StreamedApply, check_free
 from chunkft.weights.parking import ParkingLot
 from chunkft.weights.ring import Holder, Ring
 from chunkft.weights.tables import StreamedTiles, Tables, TilePages
@@ -76,11 +76,11 @@ class WeightStream:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model = uncompiled(model)
-        if stream_of(model) is not None:
-            raise ValueError("the weights of this model stream already; detach() that stream first")
+        check_free(model)
         self.device = _resolved(device)
         _check_count("slots", slots, 2)
         _check_count("resident_blocks", resident_blocks, 0)
+        _check_options(weights_dir, pin, poison, self.device)
         self.units: Units = find_units(model, blocks, tile_bytes)
         count = len(self.units.blocks)
         if resident_blocks > count:
@@ -93,6 +93,7 @@ class WeightStream:
         self._origins = {name: _parameter(model, name).device for name in self._owners}
         self._handles: list[RemovableHandle] = []
         self._forwards: list[tuple[nn.Module, Any, Any]] = []  # ours, and what was there before
+        self._newer: list[Callable[[], Callable[[bool], None] | None]] = []
         self._listeners: list[Callable[[], Callable[[str, int], None] | None]] = []
         self.ring: Ring | None = None
         self._tables: Tables | None = None
@@ -106,7 +107,6 @@ class WeightStream:
             if self.streamed:
                 self.ring = Ring(
                     self.streamed,
-                    self._holders,
                     self.device,
                     slots=slots,
                     directory=weights_dir,
@@ -114,8 +114,13 @@ class WeightStream:
                     poison=poison,
                 )
                 self.ring.moved = self._tell
-            parameters = [self._holders(table.name) for table in self.units.tables]
-            self._tables = Tables(self.units.tables, parameters, self.device, pin, poison)
+            self._tables = Tables(self.units.tables, self.device, pin, poison)
+            if self._tables.pages is not None:
+                self._tables.pages.before = weakref.WeakMethod(self.catch_up)
+            # All memory is there: from here on the model changes.
+            if self.ring is not None:
+                self.ring.place(self._holders)
+            self._tables.place(self._holders)
             self._to_device(self._resident_names())
             self._install()
         except BaseException:
@@ -135,10 +140,9 @@ class WeightStream:
         """
         if self._tables is not None and name in self._tables.homes:
             return self._tables.homes[name]
-        found = None if self.ring is None else self.ring.home(name)
-        if found is None:
+        if self.ring is None:
             raise KeyError(name)
-        return found
+        return self.ring.homes[name]
 
     def block_of(self, name: str) -> int | None:
         """Number in the ring of the block of a weight; None for others."""
@@ -183,8 +187,7 @@ class WeightStream:
     def written(self, names: Sequence[str]) -> None:
         """The host memory of these parameters was changed, by an update."""
         if self.ring is not None:
-            for number in {self._number[name] for name in names if name in self._number}:
-                self.ring.written(number)
+            self.ring.changed(name for name in names if name in self._number)
 
     def listen(self, moved: Callable[[str, int], None]) -> None:
         """Tell a bound method, which is held weakly, name and address of each parameter whose memory changes."""
@@ -196,23 +199,45 @@ class WeightStream:
         self._active = [reference for reference in self._active if reference() is not None]
         self._active.append(weakref.WeakMethod(names))
 
+    def ask(self, catch_up: Callable[[bool], None]) -> None:
+        """A bound method, which is held weakly, writes newer values of weights into host memory before these are read.
+
+        It is told whether those of tables are enough.
+        """
+        self._newer = [reference for reference in self._newer if reference() is not None]
+        self._newer.append(weakref.WeakMethod(catch_up))
+
+    def catch_up(self, tables_only: bool = False) -> None:
+        """Let host memory have the newest values of all weights, or of the tables."""
+        for reference in self._newer:
+            newer = reference()
+            if newer is not None:
+                newer(tables_only)
+
     def detach(self) -> None:
-        """Give the model its weights back, where they were: those that were on a GPU need room there."""
+        """Give the model its weights back, where they were: those that were on a GPU need room there.
+
+        Raises:
+            RuntimeError: if an optimizer trains them, which is to be detached first.
+        """
         if not self._open:
             return
+        if any(name in self._origins for name in self._trained()):
+            raise RuntimeError(
+                "an optimizer trains the weights that stream: detach() it first, then the stream"
+            )
         self._open = False
         for handle in self._handles:
             handle.remove()
         for module, ours, before in self._forwards:
-            if isinstance(ours, StreamedForward):
-                ours.visits = None
+            ours.release()
             if module.__dict__.get("forward") is ours:
                 _restore_forward(module, before)
         for module in self.model.modules():
             if isinstance(module.__dict__.get("_apply"), StreamedApply):
                 del module.__dict__["_apply"]
         if self.ring is not None:
-            self.ring.close(lambda home: home)
+            self.ring.close()
         if self._tables is not None:
             for parameter in self._tables.parameters.values():
                 put_tiles(parameter, None)
@@ -266,12 +291,15 @@ class WeightStream:
                 before = module.__dict__.get("forward")
                 inner = module.forward if before is None else before
                 self._put(module, StreamedForward(module, inner, number, visits, self.lot), before)
-            self._handles.append(model.register_forward_pre_hook(Begin(weakref.ref(visits)), prepend=True))
+            reference = weakref.ref(visits)
+            for module in self._around():
+                self._handles.append(module.register_forward_pre_hook(Begin(reference), prepend=True))
+                self._handles.append(module.register_forward_hook(Finish(reference), always_call=True))
         for table in self.units.tables:
             for name in table.gathers:
                 embedding = model.get_submodule(name)
                 self._handles.append(
-                    embedding.register_forward_pre_hook(ToHost(torch.device("cpu")), with_kwargs=True)
+                    embedding.register_forward_pre_hook(ToHost(weakref.ref(self)), with_kwargs=True)
                 )
                 self._handles.append(embedding.register_forward_hook(ToDevice(self.device)))
             if table.name in tables.tiles:
@@ -280,14 +308,33 @@ class WeightStream:
                 linear = model.get_submodule(name)
                 assert isinstance(linear, nn.Linear)
                 before = linear.__dict__.get("forward")
-                self._put(linear, TiledForward(linear, tables.tiles[table.name]), before)
+                inner = linear.forward if before is None else before
+                self._put(linear, TiledForward(linear, inner, tables.tiles[table.name]), before)
         held: dict[int, tuple[nn.Module, set[str]]] = {}
         for name, users in self._owners.items():
             if self.streams(name):
                 for module, attribute in users:
                     held.setdefault(id(module), (module, set()))[1].add(attribute)
+        if id(model) not in held:
+            held[id(model)] = model, set()
         for module, attributes in held.values():
             module.__dict__["_apply"] = StreamedApply((module, frozenset(attributes), self.device))
+        self._handles.append(model.register_state_dict_pre_hook(Saving(weakref.ref(self))))  # type: ignore[no-untyped-call]
+        loading = Loading(weakref.ref(self))
+        self._handles.append(model.register_load_state_dict_pre_hook(loading))  # type: ignore[no-untyped-call]
+
+    def _around(self) -> list[nn.Module]:
+        """The modules that call blocks."""
+        names = {""}
+        for block in self.streamed:
+            path = block.name.split(".")
+            names.update(".".join(path[:length]) for length in range(len(path)))
+        modules = [self.model.get_submodule(name) for name in sorted(names)]
+        return [module for module in modules if not isinstance(module, nn.ModuleList | nn.ModuleDict)]
+
+    def _trained(self) -> list[str]:
+        asked = (reference() for reference in self._active)
+        return [name for ask in asked if ask is not None for name in ask()]
 
     def _put(self, module: nn.Module, forward: Any, before: Any) -> None:
         self._forwards.append((module, forward, before))
@@ -301,9 +348,7 @@ class WeightStream:
 
     def _lowest(self) -> int:
         """Number of the lowest block that a backward pass comes to, as far as that is known."""
-        asked = (reference() for reference in self._active)
-        names = [name for ask in asked if ask is not None for name in ask()]
-        return min((self._floors.get(name, 0) for name in names), default=0)
+        return min((self._floors.get(name, 0) for name in self._trained()), default=0)
 
     def _floors_of(self, stay: frozenset[int]) -> dict[str, int]:
         """For each parameter the lowest block in the ring that the backward pass needs when it is trained."""
@@ -342,6 +387,17 @@ def _resolved(device: Any) -> torch.device:
     if chosen.type == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
+
+
+def _check_options(weights_dir: Any, pin: Any, poison: Any, device: torch.device) -> None:
+    if weights_dir is not None and not isinstance(weights_dir, str | os.PathLike):
+        raise TypeError(f"weights_dir={weights_dir!r} is not allowed; needs the path of a directory, or None")
+    if not (pin is True or pin is False or pin == "auto"):
+        raise ValueError(f"pin={pin!r} is not allowed; needs True, False or 'auto'")
+    if pin is True and device.type == "cpu":
+        raise ValueError("pin=True is not allowed with device='cpu': page-locking serves copies to a GPU")
+    if not isinstance(poison, bool):
+        raise ValueError(f"poison={poison!r} is not allowed; needs True or False")
 
 
 def _check_count(name: str, value: Any, least: int) -> None:

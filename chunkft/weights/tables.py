@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from chunkft.streaming import HostArena, Pager
-from chunkft.weights.ring import Holder, settle
+from chunkft.weights.ring import POISON, Holder, settle
 from chunkft.weights.units import ALIGNMENT, TILE_SLOTS, Table
 
 
@@ -21,9 +23,13 @@ class TilePages:
         tables: with at least one tile each.
         device: where the slots are.
         pin: as for ``Pager``.
+
+    Attributes:
+        before: weak reference to what is called before tables are read, with True.
     """
 
     def __init__(self, tables: Sequence[Table], device: torch.device, pin: bool | Literal["auto"]) -> None:
+        self.before: Callable[[], Callable[[bool], None] | None] = lambda: None
         sizes = [size for table in tables for size in table.tiles]
         self.pager = Pager(sizes, device=device, slots=min(TILE_SLOTS, len(sizes)), pin=pin)
         self.first: dict[str, int] = {}
@@ -31,8 +37,10 @@ class TilePages:
         for table in tables:
             self.first[table.name] = count
             count += len(table.tiles)
-        self.kept: set[int] = set()
-        self.lock = threading.RLock()
+        self._kept: list[int] = []  # may be in a slot, and is not in use
+        self._slots: dict[int, Tensor] = {}  # of the tiles that are in use
+        self._users: dict[int, int] = {}
+        self._free = threading.Condition(threading.RLock())
 
     def home(self, table: Table) -> Tensor:
         """The host memory of a table: its tiles one behind the other."""
@@ -42,11 +50,49 @@ class TilePages:
 
     def refresh(self) -> None:
         """Forget what is on the device: tables may have been changed since."""
-        with self.lock:
-            for page in self.kept:
-                if self.pager.state(page) != "IN_USE":
-                    self.pager.evict(page)
-            self.kept.clear()
+        with self._free:
+            for page in self._kept:
+                self.pager.evict(page)
+            self._kept.clear()
+
+    @contextmanager
+    def tile(self, page: int, following: int | None, poison: bool) -> Iterator[Tensor]:
+        """The memory of a tile on the device, while the one that follows comes; other threads may use the same one."""
+        with self._free:
+            while page not in self._slots and len(self._slots) == self.pager.slots:
+                self._free.wait()
+            self._users[page] = self._users.get(page, 0) + 1
+            try:
+                if page not in self._slots:
+                    if page not in self._kept and len(self._slots) + len(self._kept) >= self.pager.slots:
+                        self.pager.evict(self._kept.pop(0))
+                    self._slots[page] = self.pager.acquire(page)
+                    self._kept = [kept for kept in self._kept if kept != page]
+                if following is not None and following not in self._slots and self.pager.prefetch(following):
+                    self._kept = [*(kept for kept in self._kept if kept != following), following]
+            except BaseException:
+                self._leave(page, poison)
+                raise
+        try:
+            yield self._slots[page]
+        finally:
+            with self._free:
+                self._leave(page, poison)
+
+    def _leave(self, page: int, poison: bool) -> None:
+        self._users[page] -= 1
+        if self._users[page]:
+            return
+        del self._users[page]
+        slot = self._slots.pop(page, None)
+        if slot is not None and poison:
+            slot.fill_(POISON)
+        if slot is None or poison:
+            self.pager.discard(page)
+        else:
+            self.pager.release(page, dirty=False, keep=True)
+            self._kept.append(page)
+        self._free.notify_all()
 
 
 class StreamedTiles:
@@ -65,40 +111,36 @@ class StreamedTiles:
         self._table = table
         self._poison = poison
         self._first = pages.first[table.name]
+        self._address = pages.home(table).data_ptr()
 
     @property
     def count(self) -> int:
         """How many tiles there are."""
         return len(self._table.tiles)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight is where its values were put."""
+        return weight.data_ptr() == self._address
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # of a parameter that is pickled: it does not stream
 
-    def walk(self, *, backward: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+    def walk(self, *, backward: bool = False) -> Generator[tuple[int, int, Tensor]]:
         """Bounds and values of each tile; the next one is on its way meanwhile."""
-        pager, rows, step = self._pages.pager, self.shape[0], self._table.tile_rows
+        rows, step = self.shape[0], self._table.tile_rows
         if not backward:
+            before = self._pages.before()
+            if before is not None:
+                before(True)
             self._pages.refresh()
         order = list(range(self.count))
         if backward:
             order.reverse()
-        for place, number in enumerate(order):
-            page = self._first + number
-            slot = pager.acquire(page)
-            try:
-                if place + 1 < len(order):
-                    following = self._first + order[place + 1]
-                    if pager.prefetch(following):
-                        self._pages.kept.add(following)
+        for number, following in zip_longest(order, order[1:]):
+            ahead = None if following is None else self._first + following
+            with self._pages.tile(self._first + number, ahead, self._poison) as slot:
                 start, stop = number * step, min(rows, (number + 1) * step)
                 yield start, stop, slot.view(self._table.dtype).view(stop - start, self.shape[1])
-            finally:
-                if self._poison:
-                    slot.fill_(0xFF)
-                    pager.discard(page)
-                else:
-                    pager.release(page, dirty=False, keep=True)
-                    self._pages.kept.add(page)
 
 
 class Tables:
@@ -106,7 +148,6 @@ class Tables:
 
     Args:
         tables: which.
-        parameters: the parameter of each, and where the model holds it.
         device: of the slots.
         pin: as for ``Pager``.
         poison: as for ``StreamedTiles``.
@@ -118,7 +159,6 @@ class Tables:
     def __init__(
         self,
         tables: Sequence[Table],
-        parameters: Sequence[tuple[nn.Parameter, Sequence[Holder]]],
         device: torch.device,
         pin: bool | Literal["auto"],
         poison: bool,
@@ -131,7 +171,7 @@ class Tables:
         self.parameters: dict[str, nn.Parameter] = {}
         self.tiles: dict[str, StreamedTiles] = {}
         offset = 0
-        for table, (parameter, holders) in zip(tables, parameters, strict=True):
+        for table in tables:
             if table.tiles:
                 assert self.pages is not None
                 home = self.pages.home(table)
@@ -140,7 +180,15 @@ class Tables:
                 home = self._arena.tensor(offset, table.shape, table.dtype)
                 offset += _aligned(table.nbytes)
             self.homes[table.name] = home
-            self.parameters[table.name] = settle(parameter, home, holders)
+
+    def place(self, parameters: Callable[[str], tuple[nn.Parameter, Sequence[Holder]]]) -> None:
+        """Move the weights into this memory.
+
+        Args:
+            parameters: the parameter of a name, and where the model holds it.
+        """
+        for name, home in self.homes.items():
+            self.parameters[name] = settle(parameters(name)[0], home, parameters(name)[1])
 
     @property
     def host_nbytes(self) -> int:

@@ -131,9 +131,7 @@ class KernelSlices:
             and place.device == leaf.device
         ):
             return place
-        if (
-            self._eight
-        ):  # blocks of codes follow the order of the elements, whatever the strides of the weight
+        if self._eight:  # blocks follow the order of the elements, whatever the strides of the weight
             return torch.empty(shape, dtype=dtype, device=leaf.device)
         return torch.empty_like(leaf, dtype=dtype, memory_format=torch.preserve_format).detach()
 

@@ -274,6 +274,15 @@ def test_conversion_that_does_not_work_out_is_refused_by_name(tmp_path, pages):
     assert not pages.models
 
 
+def test_unexpected_tensors_are_told_but_those_that_the_model_ignores(tmp_path, pages, caplog):
+    make("llama", tmp_path)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "other.weight": torch.ones(2)}
+    rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.update(more))
+    _, told = load_streamed(tmp_path, place=pages, output_loading_info=True)
+    assert told["unexpected_keys"] == {"other.weight"}
+    assert "other.weight" in caplog.text
+
+
 def test_from_pretrained_is_left_as_it_was(tmp_path, pages):
     kind = make("llama", tmp_path)
 

@@ -26,7 +26,7 @@ from chunkft.autograd import (
 from chunkft.bound import is_swapped
 from chunkft.places import Places
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
-from chunkft.wiring import Wiring
+from chunkft.wiring import Residence, Wiring
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -78,6 +78,35 @@ class Attachment:
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for spec in self.specs:
             self._names[model.get_parameter(spec.name)] = spec.name
+
+    def reside(self, residence: Residence) -> None:
+        """The leaves of weights that stream are to be where this says."""
+        self.wiring.residence = residence
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, as far as its parameters tell."""
+        residence = self.wiring.residence
+        return next(iter(self.model.parameters())).device if residence is None else residence.device
+
+    def leaf_device(self, name: str) -> torch.device:
+        """Where the leaves of a parameter are, or are going to be."""
+        residence = self.wiring.residence
+        if residence is not None and residence.streams(name):
+            return residence.device_of(name)
+        return self.model.get_parameter(name).device
+
+    def on_host(self, name: str) -> bool:
+        """Whether a parameter streams and its leaves are in host memory, where they are updated."""
+        residence = self.wiring.residence
+        return residence is not None and residence.streams(name) and not residence.on_device
+
+    def sample(self, name: str) -> Tensor:
+        """A tensor of the dtype of a parameter and on the device of its leaves, for those who ask no more of one."""
+        parameter, device = self.model.get_parameter(name), self.leaf_device(name)
+        if parameter.device == device:
+            return parameter
+        return torch.empty(0, dtype=parameter.dtype, device=device)
 
     def hold(self, handles: Iterable[RemovableHandle]) -> None:
         """Take these hooks out again with our own, and out of copies of the model."""

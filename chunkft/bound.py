@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -28,6 +28,7 @@ class Bound:
     watch: RemovableHandle | None = None
     places: list[tuple[Tensor, int]] = field(default_factory=list)  # where the memory of each sliced leaf was
     holders: Sequence[tuple[Mapping[str, Tensor | None], str]] = field(default_factory=list)
+    memory: Callable[[Slice], Tensor] | None = None  # of a leaf, where that is not a part of the weight
 
     def __post_init__(self) -> None:
         self.gradients = SliceGradients(self)
@@ -72,10 +73,14 @@ class Bound:
                     f"the .data of the leaf of {piece} was set to a tensor of shape {tuple(leaf.shape)}; "
                     f"needs {piece.shape}"
                 )
-            home = piece.of(self.parameter.detach())
+            home = self.home(piece)
             home.copy_(leaf.detach())
             leaf.data = home
         self.note_places()
+
+    def home(self, piece: Slice) -> Tensor:
+        """The memory that the leaf of a slice is."""
+        return piece.of(self.parameter.detach()) if self.memory is None else self.memory(piece)
 
     def has_hooks(self) -> bool:
         """Whether somebody else watches the gradient of the weight."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,42 @@ from chunkft.places import Owners, holders_of
 from chunkft.readers import Notices, cutter
 
 
+class Residence(Protocol):
+    """Where weights live that are not always where the model computes.
+
+    Attributes:
+        on_device: whether their leaves are where the model computes.
+        device: where it does.
+    """
+
+    on_device: bool
+    device: torch.device
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights: see ``WeightStream.memory``."""
+
+    def streams(self, name: str) -> bool:
+        """Whether this is about a weight at all."""
+
+    def device_of(self, name: str) -> torch.device:
+        """Where its leaves are."""
+
+    def values(self, piece: Slice) -> Tensor:
+        """The memory that the leaf of a slice is to be; the same at every call until ``forget``."""
+
+    def made(self, piece: Slice, leaf: nn.Parameter, watcher: SliceGradients | None) -> None:
+        """There is a leaf with this memory; its gradients are to be shown by ``watcher``."""
+
+    def publish(self) -> None:
+        """Leaves were changed."""
+
+    def forget(self) -> None:
+        """The leaves are not used any more."""
+
+    def nbytes(self) -> int:
+        """Bytes on the device of leaves that are no part of a weight there."""
+
+
 class Wiring:
     """The weights with active slices, and what they need in the model.
 
@@ -42,6 +78,7 @@ class Wiring:
         after_weight: for names of sliced weights what is called once a backward pass is through with the weight itself.
         shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
             which knows the weights only can clip and clear them; for slices that are bound from then on.
+        residence: where leaves are whose weights are not always on the device, or None.
     """
 
     def __init__(
@@ -52,6 +89,7 @@ class Wiring:
         self.notices = Notices()
         self.after_weight: dict[str, Callable[[], None]] = {}
         self.shows_gradients = False
+        self.residence: Residence | None = None
         self._guard = ReentrantGuard(passes)
         self._untrained = untrained
         self._order: list[Slice] = []
@@ -68,11 +106,32 @@ class Wiring:
                 if piece.dim is not None:
                     parameter.grad = None  # from before its turn
                 bound = Bound(parameter, parameter.data_ptr(), [])
+                if (
+                    piece.dim is not None
+                    and self.residence is not None
+                    and self.residence.streams(piece.name)
+                ):
+                    bound.memory = self.residence.values
                 self.bound[piece.name] = bound
             bound.pairs.append((piece, self._leaf(piece, parameter, bound)))
             bound.note_places()
         for name, bound in self.bound.items():
             self._install(name, bound, owners[name])
+
+    def moved(self, name: str, address: int) -> None:
+        """The memory of a weight is another one for a while, which everybody knows of."""
+        bound = self.bound.get(name)
+        if bound is not None:
+            bound.address = address
+
+    def names(self) -> Collection[str]:
+        """Names of the parameters with active slices."""
+        return list(self.bound)
+
+    def publish(self) -> None:
+        """Leaves were updated: let weights that live elsewhere have it."""
+        if self.residence is not None:
+            self.residence.publish()
 
     def active(self) -> list[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and its leaf, in the order in which they were activated."""
@@ -154,6 +213,8 @@ class Wiring:
     def release(self) -> None:
         """Make no slice active, and give the modules their own forward back."""
         self._guard.release()
+        if self.residence is not None:
+            self.residence.forget()
         for bound in self.bound.values():
             bound.uninstall()
             bound.gradients.hide()
@@ -172,6 +233,11 @@ class Wiring:
         if not replaced and bound.is_in_place():
             return
         bound.gradients.settle()
+        if bound.memory is not None and (replaced or parameter.data_ptr() != bound.address):
+            raise RuntimeError(
+                f"parameter {name!r} was moved or replaced while its weights stream; detach() the optimizer first, "
+                "change the model, then build a new one"
+            )
         if not replaced and parameter.data_ptr() == bound.address:
             bound.gather()
             return
@@ -200,10 +266,12 @@ class Wiring:
             self._install(name, bound, owners)
 
     def _leaf(self, piece: Slice, parameter: nn.Parameter, bound: Bound) -> nn.Parameter:
-        leaf = parameter if piece.dim is None else nn.Parameter(piece.of(parameter.detach()))
+        leaf = parameter if piece.dim is None else nn.Parameter(bound.home(piece))
         if piece.dim is not None and self.shows_gradients:
             bound.gradients.watch(leaf)
         record(leaf, piece.name not in self._untrained)
+        if bound.memory is not None and self.residence is not None:
+            self.residence.made(piece, leaf, bound.gradients if self.shows_gradients else None)
         return leaf
 
     def _install(self, name: str, bound: Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:

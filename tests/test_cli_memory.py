@@ -57,6 +57,20 @@ def test_the_weights_are_those_of_a_run_in_memory_and_of_a_resumed_one(place, tm
 
 
 @needs_datasets
+def test_moments_of_8_bits_are_resumed_and_take_their_bytes(place, tmp_path):
+    options = ["--state-bits", "8", "--chunks", "1", "--residency", "stream", "--update", "backward"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert finetune(place, whole, *options) == 0
+    report = json.loads((whole / "memory.json").read_text())
+    # padding to 256 bytes a tensor is much of it in so small a model
+    assert report["this_run"]["optimizer state"] < report["full_adamw"]["optimizer state"] / 2
+    assert finetune(place, resumed, *options, "--save-every", "3") == 0
+    assert (resumed / "checkpoints" / "checkpoint-3").is_dir()
+    assert main(["finetune", "--resume", "--out", str(resumed)]) == 0
+    assert_same_weights(whole, resumed)
+
+
+@needs_datasets
 def test_the_memory_table_tells_what_existed_at_a_time(place, tmp_path):
     out = tmp_path / "out"
     assert finetune(place, out, "--chunks", "1", "--residency", "stream", "--update", "backward") == 0
@@ -85,6 +99,8 @@ def test_the_memory_table_tells_what_existed_at_a_time(place, tmp_path):
             ["--optimizer", "adamw", "--residency", "stream"],
             "--residency stream needs --optimizer chunkadamw",
         ),
+        (["--optimizer", "adamw", "--state-bits", "8"], "--state-bits 8 needs --optimizer chunkadamw"),
+        (["--state-bits", "4"], "--state-bits: invalid choice: 4"),
         (["--optimizer", "adamw", "--state-dir", "x"], "--state-dir x needs --optimizer chunkadamw"),
         (["--state-dir", "/dev/null/x"], "no place for the optimizer state"),
     ],

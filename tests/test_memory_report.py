@@ -77,6 +77,8 @@ def test_predicted_equals_the_peak_of_a_sweep(place, master, tmp_path):
         {"slice_dim": 1},
         {"first_moment": "bf16"},
         {"first_moment": "bf16", "dtype": torch.bfloat16, "master": "fp32"},
+        {"state_bits": 8},
+        {"state_bits": 8, "dtype": torch.bfloat16, "keep_state": False},
         {"partition": "layers", "chunks": None},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),

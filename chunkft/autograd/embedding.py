@@ -13,6 +13,7 @@ from torch.autograd.function import Function
 from chunkft import tracing
 from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor, placed, wants_weight
 from chunkft.autograd.slices import Slice
+from chunkft.autograd.stand_ins import stand_in_of
 from chunkft.kernels import embedding_grad
 
 
@@ -43,7 +44,7 @@ def sliced_embedding(
         if piece.dim not in (0, 1):
             raise ValueError(f"active slice {piece} has dim={piece.dim}; an embedding takes 0 or 1")
         windows.append((piece.dim, piece.start, piece.stop))
-    leaves = [leaf for _, leaf in active]
+    leaves = [stand_in_of(leaf, weight.device) for _, leaf in active]
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
     return _SlicedEmbedding.apply(  # type: ignore[no-any-return, no-untyped-call]

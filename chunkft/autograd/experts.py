@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from chunkft import tracing
 from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor
 from chunkft.autograd.slices import Slice
+from chunkft.autograd.stand_ins import stand_in_of
 
 Active = Sequence[tuple[Slice, Tensor]]
 
@@ -104,7 +105,8 @@ class ExpertWeight:
 
     def __init__(self, weight: Tensor, active: Active, transposed: bool = False) -> None:
         self.weight = weight
-        self.active = active
+        self.active = [(piece, stand_in_of(leaf, weight.device)) for piece, leaf in active]
+        self._given = active
         self.transposed = transposed
         self._frozen = weight.detach()
         # Without the count of changes that all slices share: one of another expert may be updated in place while the
@@ -129,7 +131,7 @@ class ExpertWeight:
         """The stand-in with its last two dimensions swapped; of other dimensions, the weight's."""
         if {first % 3, second % 3} != {1, 2}:
             return self._whole().transpose(first, second)
-        other = ExpertWeight(self.weight, self.active, not self.transposed)
+        other = ExpertWeight(self.weight, self._given, not self.transposed)
         other._used = self._used
         return other
 
@@ -141,7 +143,7 @@ class ExpertWeight:
             self._matrices = {
                 expert: (number, matrix)
                 for number, (piece, leaf) in enumerate(self.active)
-                for expert, matrix in enumerate(_Matrices.apply(leaf), piece.start)  # type: ignore[no-untyped-call]
+                for expert, matrix in enumerate(_Matrices.apply(leaf, self._values(number)), piece.start)  # type: ignore[no-untyped-call]
             }
         number, matrix = self._matrices.get(expert, (None, None))
         if number is None or matrix is None:
@@ -155,6 +157,11 @@ class ExpertWeight:
 
     def __len__(self) -> int:
         return len(self.weight)
+
+    def _values(self, number: int) -> Tensor:
+        """The values of an active slice: those of its leaf, or of the weight where that is elsewhere."""
+        piece, leaf = self.active[number]
+        return leaf.detach() if leaf is self._given[number][1] else piece.of(self._uncounted)
 
     def _whole(self) -> Tensor:
         weight: Tensor = self.__dict__["weight"]
@@ -254,23 +261,23 @@ class _GroupedMatmul(Function):
 
 
 class _Matrices(Function):
-    """The matrices of a leaf, one an expert; the backward pass stacks their gradients, once for all of them.
+    """The matrices of ``values``, one an expert; the backward pass stacks their gradients for the leaf, once for all.
 
     They are no views to autograd: views share one count of changes with all other slices of the weight, one of which
     may be updated in place while the backward pass still needs these.
     """
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, leaf: Tensor, values: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.like = leaf.shape[1:], leaf.dtype, leaf.device
-        return tuple(torch.ops.aten._unsafe_view(matrix, matrix.shape) for matrix in leaf.unbind(0))
+        return tuple(torch.ops.aten._unsafe_view(matrix, matrix.shape) for matrix in values.unbind(0))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
         shape, dtype, device = ctx.like
         zero = torch.zeros(shape, dtype=dtype, device=device)
-        return torch.stack([zero if gradient is None else gradient for gradient in gradients])
+        return torch.stack([zero if gradient is None else gradient for gradient in gradients]), None
 
 
 class _Idle(Function):

@@ -12,6 +12,7 @@ from torch.autograd.function import Function
 
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
+from chunkft.autograd.stand_ins import stand_in_of
 from chunkft.kernels import wgrad
 from chunkft.kernels.torch_wgrad import saved_columns
 
@@ -62,7 +63,7 @@ def _sliced_matmul(
 ) -> Tensor:
     parameter = weight
     x, weight, bias = autocast_inputs(x, Tensor.detach(weight), bias)  # not that of a class of its own
-    windows, leaves = split_active(active)
+    windows, leaves = split_active(active, x.device)
     return _apply(x, weight, bias, parameter, input_major, windows, leaves, backward_name(active))
 
 
@@ -280,13 +281,14 @@ def backward_name(active: Active) -> str:
     return traced_name(piece for piece, _ in active)
 
 
-def split_active(active: Active) -> tuple[tuple[Window, ...], list[Tensor]]:
+def split_active(active: Active, device: torch.device) -> tuple[tuple[Window, ...], list[Tensor]]:
+    """Windows of the active slices, and what stands for their leaves in a graph on ``device``."""
     windows = []
     for piece, _ in active:
         if piece.dim not in (0, 1):
             raise ValueError(f"active slice {piece} has dim={piece.dim}; a linear weight takes 0 or 1")
         windows.append((piece.dim, piece.start, piece.stop))
-    return tuple(windows), [leaf for _, leaf in active]
+    return tuple(windows), [stand_in_of(leaf, device) for _, leaf in active]
 
 
 def autocast_inputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -12,7 +12,8 @@ from torch.autograd.function import Function
 from chunkft import tracing
 from chunkft.autograd.linear import autocast_inputs, backward_name, differentiated_again, split_active
 from chunkft.autograd.slices import Slice
-from chunkft.kernels.linear_cross_entropy import Loss, Window, linear_cross_entropy
+from chunkft.autograd.tiled import tiles_of
+from chunkft.kernels.linear_cross_entropy import Loss, RowTiles, Window, linear_cross_entropy
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -62,13 +63,28 @@ def sliced_linear_cross_entropy(
             f"{tuple(targets.shape)}"
         )
     loss = Loss(ignore_index, label_smoothing, softcap)
-    hidden, weight, _ = autocast_inputs(hidden, weight.detach(), None)
-    windows, leaves = split_active(active)
+    tiles = tiles_of(weight)
+    if tiles is None:
+        hidden, weight, _ = autocast_inputs(hidden, weight.detach(), None)
+    else:  # which are cast one by one
+        hidden, _, _ = autocast_inputs(hidden, hidden.new_empty(0), None)
+        weight = hidden.new_empty(()).expand(tiles.shape)
+    windows, leaves = split_active(active, hidden.device)
     flat = hidden.reshape(targets.numel(), hidden.shape[-1])
     recorded, name = torch.is_grad_enabled(), backward_name(active)
     link = flat[:0]  # nothing of the input but its place in the graph
     losses: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        flat, weight, targets.reshape(-1), loss, reduction, chunk, recorded, windows, name, link, *leaves
+        flat,
+        weight,
+        targets.reshape(-1),
+        loss,
+        reduction,
+        (chunk, tiles),
+        recorded,
+        windows,
+        name,
+        link,
+        *leaves,
     )
     return losses.view(targets.shape) if reduction == "none" else losses
 
@@ -98,7 +114,7 @@ class _LinearCrossEntropy(Function):
         targets: Tensor,
         loss: Loss,
         reduction: str,
-        chunk: int | None,
+        part: tuple[int | None, RowTiles | None],
         recorded: bool,
         windows: tuple[Window, ...],
         name: str,
@@ -109,7 +125,7 @@ class _LinearCrossEntropy(Function):
         needs = ctx.needs_input_grad[10:]
         wanted = tuple(w for w, need in zip(windows, needs, strict=True) if need and recorded)
         need_hidden = ctx.needs_input_grad[0] and recorded
-        ctx.setting = loss, reduction, chunk, wanted
+        ctx.setting = loss, reduction, part, wanted
         ctx.leaves = leaves
         at_once = reduction != "none"
         losses, dx, dw = linear_cross_entropy(
@@ -119,7 +135,8 @@ class _LinearCrossEntropy(Function):
             wanted if at_once else (),
             loss=loss,
             hidden_grad=need_hidden and at_once,
-            chunk=chunk,
+            chunk=part[0],
+            tiles=part[1],
         )
         if not at_once:
             ctx.save_for_backward(link, hidden, weight, targets)
@@ -143,7 +160,7 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     def _gradients(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        loss, reduction, chunk, wanted = ctx.setting
+        loss, reduction, (chunk, tiles), wanted = ctx.setting
         if reduction == "none":
             _, hidden, weight, targets = ctx.saved_tensors
             _, dx, dw = linear_cross_entropy(
@@ -155,6 +172,7 @@ class _LinearCrossEntropy(Function):
                 hidden_grad=ctx.needs_input_grad[0],
                 upstream=upstream,
                 chunk=chunk,
+                tiles=tiles,
             )
         else:
             _, count, dx, *dw = ctx.saved_tensors

@@ -23,6 +23,7 @@ from chunkft.autograd.library import sliced_embedding as library_embedding
 from chunkft.autograd.linear import Window, sliced_conv1d, sliced_linear
 from chunkft.autograd.reentrant import move_checks
 from chunkft.autograd.slices import Slice, traced_name
+from chunkft.autograd.tiled import TiledForward
 from chunkft.autograd.trained import records
 
 Active = Sequence[tuple[Slice, Tensor]]
@@ -114,15 +115,18 @@ class SlicedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return undisturbed(self._compute, args, kwargs)  # type: ignore[no-any-return]
 
-    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def checked(self) -> Active | None:
+        """The active slices that count in this call; None: the module is to compute by itself."""
         # A class whose forward was replaced since computes as it says, and its weight gets a gradient as a whole.
-        own = type(self.module).forward
-        sliced = own is self.stands_for
+        sliced = type(self.module).forward is self.stands_for
         for _, verify in self.parts.values():
             if verify is not None:
                 sliced = verify(self.module, False) and sliced
-        if not sliced or not any(active for active, _ in self.parts.values()):
-            result: Tensor = own(self.module, *args, **kwargs)
+        return self.active if sliced else None
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.checked() is None or not any(active for active, _ in self.parts.values()):
+            result: Tensor = type(self.module).forward(self.module, *args, **kwargs)
             return result
         if not self.operator.weights:
             return self.operator.forward(self.module, self.active, *args, **kwargs)
@@ -209,6 +213,9 @@ def put_forward(module: nn.Module, forward: SlicedForward) -> None:
         return
     place = _place(module)
     present = module.__dict__.get(place)
+    if isinstance(present, TiledForward):
+        present.current = forward
+        return
     if isinstance(present, SlicedForward) and present.operator.weights:
         forward.parts = {**present.parts, **forward.parts}
     module.__dict__[place] = forward
@@ -222,6 +229,8 @@ def take_forward(module: nn.Module, active: Active) -> None:
         return
     place = _place(module)
     present = module.__dict__.get(place)
+    if isinstance(present, TiledForward):
+        present.current = None
     if not isinstance(present, SlicedForward):
         return
     rest = present.without(active)
@@ -236,12 +245,12 @@ def strip_forward(attributes: dict[str, Any]) -> None:
     for place in ("forward", "_old_forward"):
         present: Any = attributes.get(place)
         if _is_ours(present):
-            module = present.module if isinstance(present, SlicedForward) else present.__self__
-            _restore(attributes, place, module)
+            bound = isinstance(present, types.MethodType)
+            _restore(attributes, place, present.__self__ if bound else present.module)
     attributes.pop("_chunkft_forward", None)
 
 
-def _restore(attributes: dict[str, Any], place: str, module: nn.Module) -> None:
+def _restore(attributes: dict[str, Any], place: str, module: Any) -> None:
     if place == "forward":
         del attributes[place]
         return
@@ -252,7 +261,10 @@ def _restore(attributes: dict[str, Any], place: str, module: nn.Module) -> None:
 
 
 def _is_ours(forward: Any) -> bool:
-    return isinstance(forward, SlicedForward) or getattr(forward, "__func__", None) is _stable_forward
+    return (
+        isinstance(forward, SlicedForward | TiledForward)
+        or getattr(forward, "__func__", None) is _stable_forward
+    )
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -286,6 +298,11 @@ def compilable(model: nn.Module) -> int:
     Returns:
         How many modules got such a forward.
     """
+    if model.__dict__.get("_chunkft_weights") is not None:
+        raise RuntimeError(
+            "a model whose weights stream cannot be compiled: where its weights are changes with every block; detach() "
+            "the stream first"
+        )
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     count = 0
     for module in model.modules():

@@ -21,6 +21,9 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("chunkadamw", "adamw")
 RESIDENCIES = ("chunk", "stream")
 UPDATES = ("step", "backward")
+WEIGHTS = ("resident", "stream")
+UPDATE_PLACES = ("auto", "host", "device")
+STATE_BITS = (8, 32)
 MAX_SEED = 2**32 - 1  # of numpy, which transformers seeds
 
 
@@ -40,7 +43,13 @@ class FinetuneSettings:
     residency: str = "chunk"
     update: str = "step"
     page_mib: int = 64
+    weights: str = "resident"
+    update_on: str = "auto"
+    resident_blocks: int = 0
+    weights_dir: str | None = None
+    offload_inputs: bool = False
     state_dir: str | None = None
+    state_bits: int = 32
     optimizer: str = "chunkadamw"
     lr: float = 1e-4
     lr_schedule: str = "cosine"
@@ -217,8 +226,41 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         help="parameters in the optimizer step (step, default), or as soon as their gradient is complete (backward;"
         " needs --residency stream)",
     )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        help="on the device (resident, default), or in host memory, from where each block comes to the device when it"
+        " computes (stream): for models larger than the GPU",
+    )
+    add(
+        "--update-on",
+        choices=UPDATE_PLACES,
+        help="where weights that stream are updated: host, device, or auto (default)",
+    )
+    add(
+        "--resident-blocks",
+        type=_integer(0),
+        metavar="N",
+        help="blocks of --weights stream that stay on the device (default 0)",
+    )
+    add(
+        "--weights-dir",
+        metavar="DIR",
+        help="keep weights that stream in a file of DIR instead of host memory",
+    )
+    add(
+        "--offload-inputs",
+        action="store_true",
+        help="recompute the blocks of --weights stream in the backward pass, from inputs kept in host memory",
+    )
     add("--page-mib", type=_integer(1), metavar="MIB", help="page size of --residency stream (default 64)")
     add("--state-dir", metavar="DIR", help="keep the optimizer state in files of DIR instead of host memory")
+    add(
+        "--state-bits",
+        type=int,
+        choices=STATE_BITS,
+        help="bits of each of the two moments of an element: 32 (default), or 8, with a scale for every 128",
+    )
     add(
         "--optimizer", choices=OPTIMIZERS, help="chunkadamw (default), or adamw: all parameters at every step"
     )
@@ -368,11 +410,23 @@ def _check(values: dict[str, Any]) -> None:
             f" one of them"
         )
     if values.get("optimizer") == "adamw":
-        for name in ("residency", "update", "page_mib", "state_dir"):
+        for name in ("residency", "update", "page_mib", "state_dir", "state_bits", "weights"):
             if name in values:
                 raise UserError(f"--{name.replace('_', '-')} {values[name]} needs --optimizer chunkadamw")
     if values.get("update") == "backward":
         _check_backward(values)
+    if values.get("weights") != "stream":
+        for name in ("update_on", "resident_blocks", "weights_dir", "offload_inputs"):
+            if name in values:
+                raise UserError(f"--{name.replace('_', '-')} needs --weights stream")
+    elif "resize_embeddings" in values:
+        raise UserError(
+            "--resize-embeddings and --weights stream exclude each other: resize the model once with --weights resident"
+        )
+    elif "offload_inputs" in values and "gradient_checkpointing" in values:
+        raise UserError(
+            "--offload-inputs recomputes the blocks by itself: leave --gradient-checkpointing out"
+        )
     if "page_mib" in values and values.get("residency") != "stream":
         raise UserError(f"--page-mib {values['page_mib']} needs --residency stream")
     if values.get("always_active") == "":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from chunkft.kernels import gpu
+from chunkft.kernels.adamw_codes import check_codes, keep_moments, moments, scale_columns
 from chunkft.kernels.adamw_table import Columns, Scalars
 from chunkft.kernels.rounding import apply_residual, split_residual, stochastic_round
 
@@ -22,7 +23,7 @@ class Piece:
     """The tensors of one slice, seen so that the state is contiguous; scalars as Python numbers.
 
     ``extra`` is the master or the residual. ``step`` is the count on the host, including this update; NaN where it
-    is known on the device only.
+    is known on the device only. ``scales`` are those of the first and of the second moment, where these are codes.
     """
 
     param: Tensor
@@ -37,6 +38,7 @@ class Piece:
     seed: int
     # of dimensions, in which they are seen here; None: their own
     order: tuple[int, ...] | None = None
+    scales: tuple[Tensor, Tensor] | None = None
 
 
 def adamw(
@@ -53,6 +55,8 @@ def adamw(
     residuals: Sequence[Tensor] | None = None,
     masters: Sequence[Tensor] | None = None,
     master: str = "none",
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     clip_factor: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -87,6 +91,10 @@ def adamw(
         master: ``"none"``: the parameter is rounded to its dtype; ``"fp32"``: so is the parameter, and the master
             keeps all bits; ``"residual"``: a bf16 parameter and its residual are the master
             (``rounding.split_residual``); ``"stochastic"``: bf16, rounded by ``rounding.stochastic_round``.
+        exp_avg_scales: S fp32 tensors of shape (ceil(n / 128),) for first moments of 8 bits, which ``exp_avgs`` then
+            holds as int8 codes (``companding``), contiguous. Moments are decoded, updated in fp32 as above, and encoded
+            with new scales after the update of the parameter.
+        exp_avg_sq_scales: likewise for second moments, uint8 codes; both are given or neither.
         grad_scale: fp32 tensor of one element on the parameters' device; gradients are divided by it.
         clip_factor: likewise; gradients are multiplied by it.
         found_inf: likewise; if it is not zero nothing is changed, step counts included. ``steps`` have to be on the
@@ -111,6 +119,9 @@ def adamw(
     extras = _extras(master, residuals, masters, len(params))
     for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         _check_length(name, len(tensors), len(params))
+    scales = scale_columns(exp_avg_scales, exp_avg_sq_scales)
+    for name, tensors in zip(("exp_avg_scales", "exp_avg_sq_scales"), scales, strict=False):
+        _check_length(name, len(tensors), len(params))
     rates = _each("lr", lr, len(params))
     decays = _each("weight_decay", weight_decay, len(params))
     seeds = _seeds(seed, len(params))
@@ -129,7 +140,7 @@ def adamw(
         raise ValueError(
             f"found_inf on {device} needs steps on {device} as well: whether they count is known there only"
         )
-    columns = (params, exp_avgs, exp_avg_sqs, extras, counters)
+    columns: Columns = (params, exp_avgs, exp_avg_sqs, extras, counters, *scales)
     scalars = Scalars(_step_counts(counters), rates, decays, seeds)
     if _uses_triton(backend, params):
         # Imported here: Triton is optional.
@@ -166,15 +177,13 @@ def adamw_reference(
     if clip_factor is not None:
         grad = grad * clip_factor
     value = _open(piece, master, exact)
-    m, v = piece.exp_avg.to(exact), piece.exp_avg_sq.to(exact)
+    m, v = moments(piece, exact)
     value.mul_(1 - piece.lr * piece.weight_decay)
     m.lerp_(grad, 1 - beta1)
     v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     root = (1 - beta2**step) ** 0.5
     value.addcdiv_(m, (v.sqrt() / root).add_(eps), value=-(piece.lr / (1 - beta1**step)))
-    for kept, new in ((piece.exp_avg, m), (piece.exp_avg_sq, v)):
-        if kept is not new:
-            kept.copy_(new)
+    keep_moments(piece, m, v)
     _close(piece, master, value)
 
 
@@ -238,11 +247,13 @@ def checked_pieces(columns: Columns, grads: Sequence[Tensor], scalars: Scalars, 
         ValueError: if tensors of a slice do not fit together.
     """
     pieces = []
-    for j, (param, exp_avg, exp_avg_sq, extra, counter) in enumerate(zip(*columns, strict=True)):
+    device = columns[0][0].device
+    for j, (param, exp_avg, exp_avg_sq, extra, counter, *scales) in enumerate(zip(*columns, strict=True)):
         tensors = [param, grads[j], exp_avg, exp_avg_sq]
-        _check_piece(j, tensors, extra, counter, master, columns[0][0].device)
+        _check_piece(j, tensors, extra, counter, master, device, scales)
         numbers = (scalars.steps[j], scalars.rates[j], scalars.decays[j], scalars.seeds[j])
-        pieces.append(_piece(j, tensors, extra, counter, *numbers))
+        piece = _piece(j, tensors, extra, counter, *numbers)
+        pieces.append(replace(piece, scales=(scales[0], scales[1])) if scales else piece)
     return pieces
 
 
@@ -350,6 +361,7 @@ def _check_piece(
     counter: Tensor,
     master: str,
     device: torch.device,
+    scales: Sequence[Tensor],
 ) -> None:
     param = tensors[0]
     allowed = {
@@ -371,7 +383,10 @@ def _check_piece(
                 f"slice {j}: all tensors must be of the parameter's shape {tuple(param.shape)} on {device}, got "
                 f"{tuple(tensor.shape)} on {tensor.device} (parameter: {param.device})"
             )
-        if tensor is not extra and not tensor.is_floating_point():
+    for tensor in tensors[1:2] if scales else tensors[1:]:
+        if not tensor.is_floating_point():
             raise ValueError(f"slice {j}: gradient and moments must be floating, got {tensor.dtype}")
+    if scales:
+        check_codes(j, param, tensors[2:], scales)
     if counter.device not in (device, torch.device("cpu")):
         raise ValueError(f"steps[{j}] must be on {device} or on the CPU, got {counter.device}")

@@ -32,6 +32,9 @@ FIELDS = 14
 (PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EXTRA, COUNTER, STEP, NUMEL, COLUMNS, STRIDE, WIDE, SEED, LR, DECAY) = (
     range(FIELDS)
 )
+# Of a slice whose moments are codes: behind the others, the addresses of their scales.
+FIELDS_EIGHT = 16
+FIRST_SCALE, SECOND_SCALE = range(FIELDS, FIELDS_EIGHT)
 # a contiguous slice is rows of this many elements, so that the position in a row fits into 32 bits
 CONTIGUOUS = 1 << 30
 LAST = 2**31 - 1
@@ -41,9 +44,15 @@ SLOTS_MAX = 1024
 # slices whose rows are kept, of all calls together: about 2 KB each
 KEPT = 1 << 14
 
-# of the slices of a call: parameters, first and second moments, masters or residuals, step counts
+# of the slices of a call: parameters, first and second moments, masters or residuals, step counts; and the scales of
+# the first and of the second moments, where these are codes of 8 bits
 Columns = tuple[
-    Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor | None], Sequence[Tensor]
+    Sequence[Tensor],
+    Sequence[Tensor],
+    Sequence[Tensor],
+    Sequence[Tensor | None],
+    Sequence[Tensor],
+    *tuple[Sequence[Tensor], ...],
 ]
 
 
@@ -70,7 +79,8 @@ class Batch:
 
     places: list[int]
     dtypes: tuple[torch.dtype, ...]
-    # start of each slice in programs, padded to ``slots``; header; rows
+    # start of each slice in programs, padded to ``slots``; header; rows of so many fields
+    fields: int
     content: npt.NDArray[np.int64]
     slots: int
     programs: int
@@ -83,7 +93,7 @@ class Batch:
     ) -> tuple[Tensor, list[Tensor]]:
         """The table as it is to be copied to the device, and the gradients, contiguous, that it points to."""
         members = [_ordered(grads[j], order) for j, order in zip(self.places, self.orders, strict=True)]
-        rows = self.content[self.slots + HEADER :].reshape(-1, FIELDS)
+        rows = self.content[self.slots + HEADER :].reshape(-1, self.fields)
         floats = rows.view(np.float64)
         rows[:, GRAD] = [grad.data_ptr() for grad in members]
         rows[:, WIDE] = self.wide & (rows[:, GRAD] % 16 == 0)
@@ -168,9 +178,10 @@ def _batch(pieces: list[Piece], places: list[int], dtypes: tuple[torch.dtype, ..
     slots = SLOTS_MIN
     while slots < len(pieces):
         slots *= 4
-    content = np.full(slots + HEADER + FIELDS * len(pieces), LAST, np.int64)
+    fields = FIELDS if pieces[0].scales is None else FIELDS_EIGHT
+    content = np.full(slots + HEADER + fields * len(pieces), LAST, np.int64)
     content[: len(starts)] = starts
-    rows, wide = content[slots + HEADER :].reshape(-1, FIELDS), np.empty(len(pieces), bool)
+    rows, wide = content[slots + HEADER :].reshape(-1, fields), np.empty(len(pieces), bool)
     for j, piece in enumerate(pieces):
         tensors = [piece.param, piece.exp_avg, piece.exp_avg_sq]
         extra = 0 if piece.extra is None else piece.extra.data_ptr()
@@ -181,7 +192,9 @@ def _batch(pieces: list[Piece], places: list[int], dtypes: tuple[torch.dtype, ..
         rows[j, EXTRA] = extra
         rows[j, COUNTER] = 0 if piece.counter.device.type == "cpu" else piece.counter.data_ptr()
         rows[j, NUMEL], rows[j, COLUMNS], rows[j, STRIDE] = piece.param.numel(), columns, stride
-    return Batch(places, dtypes, content, slots, programs, wide, [piece.order for piece in pieces])
+        if piece.scales is not None:
+            rows[j, [FIRST_SCALE, SECOND_SCALE]] = [scale.data_ptr() for scale in piece.scales]
+    return Batch(places, dtypes, fields, content, slots, programs, wide, [piece.order for piece in pieces])
 
 
 def _facts(columns: Columns, grads: Sequence[Tensor]) -> Iterator[tuple[Any, ...] | None]:

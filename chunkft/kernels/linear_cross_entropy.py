@@ -9,8 +9,10 @@ are large and aligned, where a kernel of ours would not be faster; what is saved
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +48,13 @@ class Loss:
             raise ValueError(f"softcap={self.softcap} is not allowed; needs a finite softcap > 0, or None")
 
 
+class RowTiles(Protocol):
+    """A weight whose rows are beside the computation a tile at a time only."""
+
+    def walk(self) -> Generator[tuple[int, int, Tensor]]:
+        """First row, end, and values of each tile, in order; a tile is there until the next one is asked for."""
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -57,6 +66,7 @@ def linear_cross_entropy(
     upstream: Tensor | None = None,
     by: str = "auto",
     chunk: int | None = None,
+    tiles: RowTiles | None = None,
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Losses of tokens under ``logits = X W^T``, the gradient of X and those of slices of W.
 
@@ -77,6 +87,7 @@ def linear_cross_entropy(
             fit into the working memory.
         chunk: tokens, or vocabulary rows, that are worked on at a time; by default so many that working memory is
             a sixteenth of the logits.
+        tiles: where the values of W come from; ``weight`` tells its shape only then. By vocabulary.
 
     Returns:
         Losses (T,), fp32 (fp64 for fp64), 0 for ignored tokens; dX (T, H) of ``hidden``'s dtype, or None; the
@@ -87,6 +98,12 @@ def linear_cross_entropy(
         IndexError: if a target is neither a row of W nor ``ignore_index`` (on a CPU; a GPU asserts).
     """
     loss = Loss() if loss is None else loss
+    if tiles is not None:
+        if by == "tokens":
+            raise ValueError(
+                "by='tokens' needs all of the weight for each group of tokens, and tiles give parts of it"
+            )
+        by, weight = "vocabulary", hidden.new_empty(()).expand(weight.shape)
     _check(hidden, weight, targets, windows, upstream, loss.ignore_index, by, chunk)
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     if by == "auto":
@@ -102,6 +119,7 @@ def linear_cross_entropy(
         loss,
         None if upstream is None else upstream.to(exact),
         tuple(windows),
+        tiles,
     )
     losses = torch.zeros(tokens, dtype=exact, device=hidden.device)
     dx = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else None
@@ -130,6 +148,21 @@ class _Task:
     loss: Loss
     upstream: Tensor | None
     windows: tuple[Window, ...]
+    tiles: RowTiles | None
+
+    def parts(self, rows: int) -> Generator[tuple[slice, Tensor]]:
+        """So many rows of the weight at a time."""
+        if self.tiles is None:
+            yield from self._parts_of(0, self.weight, rows)
+            return
+        for start, _, tile in self.tiles.walk():
+            yield from self._parts_of(start, tile.to(self.hidden.dtype), rows)
+
+    @staticmethod
+    def _parts_of(first: int, weight: Tensor, rows: int) -> Generator[tuple[slice, Tensor]]:
+        for start in range(0, weight.shape[0], rows):
+            stop = min(weight.shape[0], start + rows)
+            yield slice(first + start, first + stop), weight[start:stop]
 
 
 def _some_tokens(task: _Task, part: slice, losses: Tensor, dx: Tensor | None, dw: list[Tensor]) -> None:
@@ -153,29 +186,29 @@ def _some_tokens(task: _Task, part: slice, losses: Tensor, dx: Tensor | None, dw
 def _by_vocabulary(
     task: _Task, chunk: int, losses: Tensor, dx: Tensor | None, dw: list[Tensor]
 ) -> Tensor | None:
-    vocabulary = task.weight.shape[0]
-    parts = [slice(start, min(vocabulary, start + chunk)) for start in range(0, vocabulary, chunk)]
     top = losses.new_full((len(losses), 1), float("-inf"))
     total, chosen, mean = (torch.zeros_like(top) for _ in range(3))
-    for part in parts:
-        _add_normaliser(task, part, top, total, chosen, mean)
+    with closing(task.parts(chunk)) as parts:
+        for part, rows in parts:
+            _add_normaliser(task, part, rows, top, total, chosen, mean)
     normaliser = total.log() + top
     losses.copy_(_losses(normaliser, chosen, mean, task.loss).squeeze(1).masked_fill_(~task.valid, 0))
     if dx is None and not dw:
         return None
     sums = None if dx is None else torch.zeros_like(dx, dtype=losses.dtype)
-    for part in parts:
-        touched = [_overlap(window, part) for window in task.windows]
-        if sums is not None or any(touched):
-            _some_vocabulary(task, part, touched, normaliser, sums, dw)
+    with closing(task.parts(chunk)) as parts:
+        for part, rows in parts:
+            touched = [_overlap(window, part) for window in task.windows]
+            if sums is not None or any(touched):
+                _some_vocabulary(task, part, rows, touched, normaliser, sums, dw)
     return sums if dx is None or sums is None else dx.copy_(sums)
 
 
 def _add_normaliser(
-    task: _Task, part: slice, top: Tensor, total: Tensor, chosen: Tensor, mean: Tensor
+    task: _Task, part: slice, rows: Tensor, top: Tensor, total: Tensor, chosen: Tensor, mean: Tensor
 ) -> None:
     """One step of the softmax's normaliser (Milakov and Gimelshein, arXiv 1805.02867), in place."""
-    _, z, _ = _logits(task.hidden, task.weight[part], task.loss)
+    _, z, _ = _logits(task.hidden, rows, task.loss)
     local, inside = _local_targets(task.targets, part)
     chosen += z.gather(1, local) * inside
     mean += _mean(z, task.loss) * ((part.stop - part.start) / task.weight.shape[0])
@@ -187,27 +220,28 @@ def _add_normaliser(
 def _some_vocabulary(
     task: _Task,
     part: slice,
+    rows: Tensor,
     touched: Sequence[slice | None],
     normaliser: Tensor,
     sums: Tensor | None,
     dw: list[Tensor],
 ) -> None:
     """What the logits of some vocabulary rows add to the gradients; ``touched``: rows of each window among them."""
-    plain, z, slope = _logits(task.hidden, task.weight[part], task.loss)
+    plain, z, slope = _logits(task.hidden, rows, task.loss)
     local, inside = _local_targets(task.targets, part)
     gradient = _logit_gradient(z.sub_(normaliser).exp_(), local, inside, slope, task, slice(None))
     exact, gradient = gradient, plain if plain is gradient else plain.copy_(gradient)
     if sums is not None:
-        sums += gradient.mm(task.weight[part])
+        sums += gradient.mm(rows)
     for (dim, start, stop), common, out in zip(task.windows, touched, dw, strict=True):
         if common is None:
             continue
         if dim == 1:
             _add_wgrad(exact, gradient, task.hidden, None, slice(start, stop), out[part])
         else:
-            rows = slice(common.start - part.start, common.stop - part.start)
+            inner = slice(common.start - part.start, common.stop - part.start)
             _add_wgrad(
-                exact, gradient, task.hidden, rows, None, out[common.start - start : common.stop - start]
+                exact, gradient, task.hidden, inner, None, out[common.start - start : common.stop - start]
             )
 
 

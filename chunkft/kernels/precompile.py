@@ -10,6 +10,7 @@ import torch
 
 from chunkft.kernels import choice, gpu
 from chunkft.kernels.adamw import adamw
+from chunkft.kernels.companding import FIRST_CODES, SECOND_CODES
 from chunkft.kernels.embedding_grad import embedding_grad
 
 _WIDTH = 16
@@ -38,7 +39,7 @@ def precompile(
         dtype: of weights and gradients.
         master: as for ``adamw``.
         slices: numbers of slices of the chunks.
-        moments: dtypes of the first and of the second moment.
+        moments: dtypes of the first and of the second moment; int8 and uint8 where they are codes of 8 bits.
         embedding_width: columns of the embedding whose rows are trained; None if none are.
         found_inf: whether updates are told of infinities (a GradScaler).
         clip_factor: whether gradients are clipped.
@@ -84,6 +85,9 @@ def _compile(
             first, second = (
                 [torch.zeros(_WIDTH, dtype=kept, device=device) for _ in range(count)] for kept in moments
             )
+            scales = None
+            if moments == (FIRST_CODES, SECOND_CODES):
+                scales = [torch.zeros(1, device=device) for _ in range(count)]
             extra = {
                 kept: [torch.zeros(_WIDTH, dtype=kind, device=device) for _ in range(count)]
                 for kept, kind in (("residual", torch.int16), ("fp32", torch.float32))
@@ -99,6 +103,8 @@ def _compile(
                 residuals=extra.get("residual"),
                 masters=extra.get("fp32"),
                 master=master,
+                exp_avg_scales=scales,
+                exp_avg_sq_scales=scales,
                 found_inf=one if found_inf else None,
                 clip_factor=one if clip_factor else None,
                 backend="triton",

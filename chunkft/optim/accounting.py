@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from chunkft.activations import saved_activations
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.forecast import MASTER_KEYS, predict, predict_full
+from chunkft.optim.forecast import MASTER_KEYS, predict, predict_full, weight_nbytes
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.report import MemoryPart, MemoryReport
 from chunkft.optim.resident import ChunkResidency
@@ -35,9 +35,9 @@ class MemoryMeter:
         self._watching = [one for one in self._watching if one.live_bytes or one.peak_bytes]
         self._watching.append(saved)
 
-    def observe_gradients(self, leaves: Iterable[Tensor]) -> None:
+    def observe_gradients(self, optimizer: ChunkOptimizer) -> None:
         """Gradients are complete, before the update that consumes them."""
-        self._raise({"gradients": _gradient_nbytes(leaves)})
+        self._raise({**_gradients(optimizer), "leaves": weight_nbytes(optimizer._attachment)["leaves"]})
 
     def observe_state(self, optimizer: ChunkOptimizer) -> None:
         """The state of the active slices is complete: after the first update of an interval."""
@@ -48,8 +48,8 @@ class MemoryMeter:
     def report(self, optimizer: ChunkOptimizer) -> MemoryReport:
         """What is there now, and the peaks since the last report."""
         now: dict[str, int] = {
-            "weights": sum(p.numel() * p.element_size() for p in optimizer._attachment.model.parameters()),
-            "gradients": _gradient_nbytes(leaf for _, leaf in optimizer.active_parameters()),
+            **weight_nbytes(optimizer._attachment),
+            **_gradients(optimizer),
             **_state(optimizer),
         }
         self._raise(now)
@@ -68,9 +68,10 @@ class MemoryMeter:
         }
         parts["activations"] = self._activations()
         self._peaks = dict(now)
-        device = next(iter(optimizer._attachment.model.parameters())).device
+        device = optimizer._attachment.device
         in_place = (
-            device.type == "cpu"
+            optimizer._attachment.wiring.residence is None
+            and device.type == "cpu"
             and optimizer._store.in_arena
             and not isinstance(optimizer._store, PagedStore)
         )
@@ -91,9 +92,14 @@ class MemoryMeter:
             self._peaks[name] = max(self._peaks.get(name, 0), value)
 
 
-def _gradient_nbytes(leaves: Iterable[Tensor]) -> int:
-    grads = [leaf.grad for leaf in leaves]
-    return sum(grad.numel() * grad.element_size() for grad in grads if grad is not None)
+def _gradients(optimizer: ChunkOptimizer) -> dict[str, int]:
+    """Bytes of gradients by where they are."""
+    counted = {"gradients": 0, "gradients_host": 0}
+    for piece, leaf in optimizer._attachment.active():
+        if leaf.grad is not None:
+            kind = "gradients_host" if optimizer._attachment.on_host(piece.name) else "gradients"
+            counted[kind] += leaf.grad.numel() * leaf.grad.element_size()
+    return counted
 
 
 def _state(optimizer: ChunkOptimizer) -> dict[str, int]:
@@ -101,6 +107,7 @@ def _state(optimizer: ChunkOptimizer) -> dict[str, int]:
     store, residency = optimizer._store, optimizer._residency
     page_of = store.page_of if isinstance(store, PagedStore) else {}
     counted = {"state_device": 0, "masters": 0, "state_new": 0}
+    beside = 0  # bytes in host memory that are not the store's yet
     seen: set[int] = set()
     states = residency.active_states() if isinstance(residency, ChunkResidency) else {}
     for piece, state in states.items():
@@ -111,6 +118,9 @@ def _state(optimizer: ChunkOptimizer) -> dict[str, int]:
             if home is not None and home.data_ptr() == value.data_ptr():
                 continue  # in a slot
             seen.add(value.data_ptr())
+            if optimizer._attachment.on_host(piece.name):
+                beside += 0 if store.holds(piece, key, value) else value.numel() * value.element_size()
+                continue
             kind = "state_new" if piece in page_of else "masters" if key in MASTER_KEYS else "state_device"
             counted[kind] += value.numel() * value.element_size()
     if not store.in_arena:  # what rests is on the device as well
@@ -120,8 +130,8 @@ def _state(optimizer: ChunkOptimizer) -> dict[str, int]:
                     kind = "masters" if key in MASTER_KEYS else "state_device"
                     counted[kind] += value.numel() * value.element_size()
     if not isinstance(store, PagedStore):
-        return counted | {"state_host": store.nbytes, "state_files": 0}
+        return counted | {"state_host": store.nbytes + beside, "state_files": 0}
     stats = [pager.stats() for pager in store.pagers.values()]
     counted["state_device"] += sum(entry.device_bytes for entry in stats)
-    host = store.arena_nbytes + sum(entry.host_bytes for entry in stats)
+    host = store.arena_nbytes + beside + sum(entry.host_bytes for entry in stats)
     return counted | {"state_host": host, "state_files": sum(entry.file_bytes for entry in stats)}

@@ -169,7 +169,7 @@ def _layout(optimizer: ChunkOptimizer) -> tuple[list[_Entry], dict[str, Any]]:
             parts: dict[Slice | None, Tensor] = {
                 piece: values[key]
                 for piece, values in pieces.items()
-                if is_elementwise(piece, values.get(key))
+                if is_elementwise(piece, key, values.get(key))
             }
             dtype = next(iter(parts.values())).dtype
             entries.append(_Entry(f"state/{name}/{key}", dtype, shape, parts))
@@ -182,7 +182,7 @@ def _layout(optimizer: ChunkOptimizer) -> tuple[list[_Entry], dict[str, Any]]:
 def _elementwise(pieces: dict[Slice, State]) -> Iterator[tuple[str, Tensor]]:
     for piece, values in pieces.items():
         for key, value in values.items():
-            if is_elementwise(piece, value):
+            if is_elementwise(piece, key, value):
                 yield key, value
 
 

@@ -29,6 +29,7 @@ from chunkft.optim.arguments import (
 )
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
+from chunkft.optim.forecast import weight_nbytes
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
@@ -47,9 +48,11 @@ from chunkft.optim.switch import (
     bind,
     settle,
 )
+from chunkft.optim.weights import WeightChoice, build_weights, check_weights
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
+from chunkft.weights import HostLeaves, WeightStream
 
 
 class ChunkOptimizer(torch.optim.Optimizer):
@@ -87,6 +90,18 @@ class ChunkOptimizer(torch.optim.Optimizer):
             of the backward pass, as soon as the gradients of a page are complete, which are freed at once. One
             backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
+        weights: ``"resident"``: on the device, as they are; ``"stream"``: in host memory, from where each block comes
+            to the device when it computes (``chunkft.WeightStream``, which may be given as well); ``"auto"``: as they
+            are, in a model whose weights stream already.
+        update_on: where weights that stream are updated. ``"host"``: in host memory, to which gradients come down, with
+            state in place; ``"device"``: in a copy of the active slices beside the ring, with state as for resident
+            weights; ``"auto"``: on the device if ``residency="stream"``, ``update="backward"`` or a ``state_device``
+            there ask for it, else on the host.
+        resident_blocks: how many blocks of weights that stream stay on the device.
+        weights_dir: a directory for a file that holds weights that stream, in place of host memory.
+        offload_inputs: recompute the blocks of weights that stream in the backward pass, from inputs that wait in host
+            memory, in place of the model's own activation checkpointing.
+        device: where weights stream to; ``"auto"`` is the first GPU, or the CPU where there is none.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
         process_group: the processes that train replicas and average their gradients in ``step()``: a
             ``torch.distributed.ProcessGroup``, or ``"default"``. None: this process trains by itself, unless the
@@ -132,6 +147,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
         residency: str = "chunk",
         update: str = "step",
         page_bytes: int = DEFAULT_PAGE_BYTES,
+        weights: str | WeightStream = "auto",
+        update_on: str = "auto",
+        resident_blocks: int = 0,
+        weights_dir: str | os.PathLike[str] | None = None,
+        offload_inputs: bool = False,
+        device: torch.device | str = "auto",
         state_dir: str | os.PathLike[str] | None = None,
         process_group: Any = None,
         seed: int = 0,
@@ -149,9 +170,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 interval=interval, page_bytes=page_bytes,
             )  # fmt: skip
         group = resolve_group(process_group)
+        where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir, offload_inputs)
+        check_weights(where, residency, update, state_device, group)
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
+        self._stream: WeightStream | None = None  # that is this optimizer's own
         try:
             self._specs = specs = trained_specs(attachment, groups)
             self._attachment = attachment = attachment.share({spec.name for spec in specs})
@@ -191,7 +215,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self.interval_position = 0
             super().__init__(groups, defaults)
             rule = self._rule()
-            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir)
+            self._stream = build_weights(where, attachment, residency, update, state_device, group)
+            on_host = isinstance(attachment.wiring.residence, HostLeaves)
+            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
             self._memory = MemoryMeter()
@@ -325,7 +351,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """Bytes held, by kind.
 
         Returns:
-            ``weights``: of the whole model; ``gradients``: of the active slices, at most at a time;
+            ``weights``: of the whole model, if they stream what of it is on the device, leaves included, and
+            ``weights_host`` what is in host memory; ``gradients``: of the active slices, at most at a time;
             ``state_active`` and ``master_active``: what the base optimizer and the masters hold for the active
             slices, with ``residency="stream"`` the slots of the pages that state passes through; ``state_host``:
             host memory, or files, of all chunks that have been active (on a CPU the active chunk uses its part of
@@ -333,11 +360,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
         """
         if self._ready:
             settle(self)
-        weights = sum(p.numel() * p.element_size() for p in self._attachment.model.parameters())
+        weights = weight_nbytes(self._attachment)
         leaves = [leaf for _, leaf in self._attachment.active()]
         state, master = self._residency.nbytes()
         return {
-            "weights": weights,
+            "weights": weights["weights"] + weights["leaves"],
+            "weights_host": weights["weights_host"],
             "gradients": self._residency.gradient_nbytes(leaves),
             "state_active": state,
             "master_active": master,
@@ -394,6 +422,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 attachment.release()
             else:
                 attachment.detach()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.detach()
         if not self._ready:
             return
         self._ready = False

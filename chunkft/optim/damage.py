@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from chunkft.kernels.companding import blocks_of
+from chunkft.optim.eight_bit import CODES, SCALE_KEYS, SCALES, is_coded
 from chunkft.optim.master import MASTER_DTYPES, STATE_KEYS
 from chunkft.optim.state import State
 
@@ -66,6 +68,13 @@ def check_groups(optimizer: ChunkOptimizer, groups: list[dict[str, Any]]) -> Non
                     f"state_dict has {key}={value!r} in parameter group {number}; needs a value like "
                     f"{ours.get(key)!r}, which this optimizer has"
                 )
+        rule = optimizer._residency.rule
+        changing = [key for key in ("amsgrad", "maximize") if theirs.get(key)]
+        if changing and (rule.state_bits == 8 or rule.first_moment is not None):
+            raise ValueError(
+                f"state_dict has {changing[0]}=True in parameter group {number}, which an optimizer with state_bits=8 "
+                "or first_moment='bf16' cannot do; load it into one without them"
+            )
         placed = {parameter.device.type for parameter in ours["params"]}
         if theirs.get("capturable") and "cpu" in placed:
             raise ValueError(
@@ -89,8 +98,11 @@ def check_values(optimizer: ChunkOptimizer, state: dict[str, Any], groups: list[
                 optimizer, {**optimizer.param_groups[number], **groups[number]}, dims
             )
         probe = probes[number, dims]
+        coded = issubclass(optimizer._base_class, torch.optim.AdamW) and any(map(is_coded, entry["ranges"]))
         for found in entry["ranges"]:
             present = {*found["elementwise"], *found["values"]}
+            if coded:
+                present -= SCALE_KEYS
             where = f"{name}[{found['start']}:{found['stop']}]"
             if present - own:
                 # SGD begins a momentum whenever it is asked for one.
@@ -104,11 +116,38 @@ def check_values(optimizer: ChunkOptimizer, state: dict[str, Any], groups: list[
                 if key in probe and not (isinstance(probe[key], Tensor) and probe[key].dim() == dims):
                     raise _damaged(where, key, "a value for each element", "one for the whole slice")
             for key, value in found["values"].items():
+                if coded and key in SCALE_KEYS:
+                    continue
                 _check_value(where, key, value, probe.get(key))
-        weight = optimizer._attachment.model.get_parameter(name).dtype
-        working = weight if mode == "none" else torch.float32
+            if coded and present - own:
+                _check_scales(where, found, tuple(entry["shape"]))
+        working = working_dtype(optimizer, name)
         for key, tensor in entry["tensors"].items():
-            _check_tensor(name, key, tensor, working, MASTER_DTYPES.get(mode) if key in own else None)
+            dtype = MASTER_DTYPES.get(mode) if key in own else CODES.get(key) if coded else None
+            _check_tensor(name, key, tensor, working, dtype)
+
+
+def working_dtype(optimizer: ChunkOptimizer, name: str) -> torch.dtype:
+    """In which a parameter is updated: fp32 where it has a master, else its own."""
+    weight = optimizer._attachment.model.get_parameter(name).dtype
+    return weight if optimizer._modes[name] == "none" else torch.float32
+
+
+def _check_scales(where: str, found: dict[str, Any], shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless both moments of a range have a scale for each of its blocks."""
+    numel = math.prod(shape)
+    if found["dim"] is not None and numel:
+        numel = numel // shape[found["dim"]] * (found["stop"] - found["start"])
+    for key in SCALES.values():
+        scale = found["values"].get(key)
+        fits = (
+            isinstance(scale, Tensor) and scale.dtype == torch.float32 and scale.shape == (blocks_of(numel),)
+        )
+        if not fits:
+            raise _damaged(where, key, _shown(scale), f"float32 of shape {(blocks_of(numel),)}")
+        low, high = (bound.item() for bound in scale.aminmax())
+        if not 0 <= low <= high < math.inf:
+            raise _damaged(where, key, f"{low} to {high}", "finite numbers >= 0")
 
 
 def _check_value(where: str, key: str, value: Any, expected: Any) -> None:
@@ -134,7 +173,7 @@ def _check_tensor(name: str, key: str, tensor: Any, working: torch.dtype, own: t
     if own is not None and dtype is not None and dtype != own:
         raise _damaged(name, key, dtype, str(own))
     known = key in POSITIVE or key in ("exp_avg", "momentum_buffer")
-    if known and dtype not in (None, working, torch.float32, torch.bfloat16):
+    if known and own is None and dtype not in (None, working, torch.float32, torch.bfloat16):
         raise _damaged(name, key, dtype, str(working))
     if dtype is not None and not dtype.is_floating_point:
         return

@@ -294,7 +294,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
     """What replicas must have in common for their leaves to be the same slices in every step."""
-    schedule = optimizer._schedule
+    schedule, rule = optimizer._schedule, optimizer._residency.rule
     return {
         "parameters": [
             (spec.name, spec.shape, str(optimizer._attachment.model.get_parameter(spec.name).dtype))
@@ -305,6 +305,7 @@ def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
         "interval": optimizer.interval,
         "seed": optimizer._seed,
         "base": (optimizer._base_class.__qualname__, sorted(optimizer._modes.items())),
+        "precision of the moments": (rule.first_moment, rule.state_bits),
         "position": (optimizer._interval_index, optimizer.interval_position, optimizer.active),
     }
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from chunkft.attach import Attachment
 from chunkft.autograd import Slice
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.kernel_slices import kernel_applies
@@ -30,13 +31,21 @@ def predict(optimizer: ChunkOptimizer, plan: ChunkPlan) -> dict[str, int | None]
     come in the reverse order of the stream, those of all active slices of a parameter at once. State is None if the
     base optimizer could not be probed.
     """
-    weight_of = optimizer._attachment.model.get_parameter
-    trained = {piece.name for piece in plan.slices()}
-    frozen = [p for n, p in optimizer._attachment.model.named_parameters() if n not in trained]
-    weights = sum(piece.numel * weight_of(piece.name).element_size() for piece in plan.slices())
+    attachment = optimizer._attachment
+    weight_of = attachment.model.get_parameter
+    counted = weight_nbytes(attachment)
     found: dict[str, int | None] = {
-        "weights": weights + sum(p.numel() * p.element_size() for p in frozen),
+        **counted,
+        "leaves": _beside(attachment, plan),
         "gradients": gradient_peak(optimizer, plan),
+        "gradients_host": max(
+            sum(
+                piece.numel * weight_of(piece.name).element_size()
+                for piece in [*plan.always, *chunk.slices]
+                if attachment.on_host(piece.name)
+            )
+            for chunk in plan.chunks
+        ),
     }
     store = optimizer._store
     probe = store.probe if isinstance(store, PagedStore) else StateProbe(optimizer._residency.rule, weight_of)
@@ -64,7 +73,10 @@ def predict_full(optimizer: ChunkOptimizer) -> dict[str, int | None]:
     known = probe.failure is None
     return {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "leaves": 0,
+        "weights_host": 0,
         "gradients": gradients,
+        "gradients_host": 0,
         "state_device": state if known else None,
         "masters": masters,
         "state_new": 0,
@@ -73,18 +85,53 @@ def predict_full(optimizer: ChunkOptimizer) -> dict[str, int | None]:
     }
 
 
+def weight_nbytes(attachment: Attachment) -> dict[str, int]:
+    """Bytes of the weights by where they are, as they are now."""
+    residence = attachment.wiring.residence
+    if residence is None:
+        total = sum(p.numel() * p.element_size() for p in attachment.model.parameters())
+        return {"weights": total, "leaves": 0, "weights_host": 0}
+    memory = residence.memory()
+    on_device = memory["resident"] + memory["ring"] + memory["tiles"]
+    return {"weights": on_device, "leaves": residence.nbytes(), "weights_host": memory["host"]}
+
+
+def _beside(attachment: Attachment, plan: ChunkPlan) -> int:
+    """The most bytes of leaves that are copies of parts of weights."""
+    residence = attachment.wiring.residence
+    if residence is None or not residence.on_device:
+        return 0
+    size = {name: p.element_size() for name, p in attachment.model.named_parameters()}
+    return max(
+        sum(
+            piece.numel * size[piece.name]
+            for piece in [*plan.always, *chunk.slices]
+            if piece.dim is not None and residence.streams(piece.name)
+        )
+        for chunk in plan.chunks
+    )
+
+
 def _in_memory(
     optimizer: ChunkOptimizer, plan: ChunkPlan, layouts: dict[Slice, Layout]
 ) -> dict[str, int | None]:
     held = {}
+    on_host = optimizer._attachment.on_host
     for name, masters in (("state_device", False), ("masters", True)):
-        always = sum(_tensors(layouts[piece], masters=masters) for piece in plan.always)
+        always = sum(_tensors(layouts[p], masters=masters) for p in plan.always if not on_host(p.name))
         chunks = [
-            sum(_tensors(layouts[piece], masters=masters) for piece in chunk.slices) for chunk in plan.chunks
+            sum(_tensors(layouts[p], masters=masters) for p in chunk.slices if not on_host(p.name))
+            for chunk in plan.chunks
         ]
         stays = not optimizer._store.in_arena and (optimizer._keep_state or masters)
         held[name] = always + (sum(chunks) if stays else max(chunks))
-    host = 0
+    # What is updated in host memory is there from its first update on, in the arena or before it.
+    alone = len(plan) == 1 and optimizer._keep_state
+    host = sum(
+        state_nbytes(_vectors(layouts[piece]))
+        for piece in [*plan.always, *(plan.chunks[0].slices if alone else ())]
+        if on_host(piece.name)
+    )
     if optimizer._store.in_arena and (len(plan) > 1 or not optimizer._keep_state):
         for chunk in plan.chunks:
             for piece in chunk.slices:
@@ -102,8 +149,8 @@ def _paged(
     groups: list[Sequence[Slice]] = [chunk.slices for chunk in plan.chunks]
     if stream:
         groups.insert(0, plan.always)
-    weight_of = optimizer._attachment.model.get_parameter
-    pages = make_pages(groups, store.probe, lambda name: weight_of(name).device, store.page_bytes)
+    attachment = optimizer._attachment
+    pages = make_pages(groups, store.probe, attachment.leaf_device, store.page_bytes)
     sizes: dict[torch.device, list[int]] = {}
     for page in pages:
         sizes.setdefault(page.device, []).append(page.nbytes)
@@ -116,7 +163,7 @@ def _paged(
         else:
             buffers, on_disk = file_tier_nbytes(found, count)
             host, files = host + buffers, files + on_disk
-    pairs = [(piece, weight_of(piece.name)) for piece in plan.slices()]
+    pairs = [(piece, attachment.sample(piece.name)) for piece in plan.slices()]
     together = [page.pieces for page in pages] if stream else [chunk.slices for chunk in plan.chunks]
     new = 0
     if not kernel_applies(pairs, optimizer._residency.rule):  # the kernel makes new state in the slot
@@ -150,8 +197,10 @@ def gradient_peak(
     """
     weight_of = optimizer._attachment.model.get_parameter
 
+    on_host = optimizer._attachment.on_host
+
     def nbytes(pieces: Iterable[Slice]) -> int:
-        return sum(piece.numel * weight_of(piece.name).element_size() for piece in pieces)
+        return sum(p.numel * weight_of(p.name).element_size() for p in pieces if not on_host(p.name))
 
     active = [[*plan.always, *chunk.slices] for chunk in plan.chunks]
     if page_of is None:

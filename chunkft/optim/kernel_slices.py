@@ -12,6 +12,7 @@ from chunkft.autograd import Slice
 from chunkft.kernels import gpu
 from chunkft.kernels.adamw import adamw
 from chunkft.optim.active import ActiveSlices
+from chunkft.optim.eight_bit import moment_layout
 from chunkft.optim.master import STATE_KEYS, noise_seed
 from chunkft.optim.rule import UpdateRule
 from chunkft.optim.state import State, tensor_nbytes
@@ -42,6 +43,7 @@ class KernelSlices:
     ) -> None:
         self._home = home
         self._rule = rule
+        self._eight = rule.state_bits == 8
         self._leaves = dict(pairs)
         self._states = {piece: dict(states[piece]) for piece in self._leaves}
 
@@ -102,23 +104,35 @@ class KernelSlices:
         if "step" not in state:
             place = self._home(piece, "step")
             state["step"] = torch.zeros((), dtype=torch.float32) if place is None else place.zero_()
-        for key, kept in (("exp_avg", self._rule.first_moment or dtype), ("exp_avg_sq", dtype)):
+        shape = tuple(leaf.shape)
+        moments = {"exp_avg": (shape, self._rule.first_moment or dtype), "exp_avg_sq": (shape, dtype)}
+        for key, (size, kept) in (moment_layout(shape) if self._eight else moments).items():
             if key not in state:
-                state[key] = self._new(piece, key, leaf, kept).zero_()
+                state[key] = self._new(piece, key, leaf, kept, size).zero_()
         if mode == "fp32" and "master" not in state:
             state["master"] = self._new(piece, "master", leaf, torch.float32).copy_(leaf.detach())
         if mode == "residual" and "residual" not in state:
             state["residual"] = self._new(piece, "residual", leaf, torch.int16).zero_()
 
-    def _new(self, piece: Slice, key: str, leaf: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    def _new(
+        self,
+        piece: Slice,
+        key: str,
+        leaf: nn.Parameter,
+        dtype: torch.dtype,
+        shape: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        shape = tuple(leaf.shape) if shape is None else shape
         place = self._home(piece, key)
         if (
             place is not None
-            and place.shape == leaf.shape
+            and place.shape == shape
             and place.dtype == dtype
             and place.device == leaf.device
         ):
             return place
+        if self._eight:  # blocks follow the order of the elements, whatever the strides of the weight
+            return torch.empty(shape, dtype=dtype, device=leaf.device)
         return torch.empty_like(leaf, dtype=dtype, memory_format=torch.preserve_format).detach()
 
     def _update(
@@ -145,6 +159,8 @@ class KernelSlices:
             residuals=[state["residual"] for state in states] if mode == "residual" else None,
             masters=[state["master"] for state in states] if mode == "fp32" else None,
             master=mode,
+            exp_avg_scales=[state["exp_avg_scale"] for state in states] if self._eight else None,
+            exp_avg_sq_scales=[state["exp_avg_sq_scale"] for state in states] if self._eight else None,
             found_inf=found_inf,
             seed=[noise_seed(seed, piece) for piece in pieces],
         )
@@ -165,7 +181,7 @@ def kernel_applies(pairs: Sequence[tuple[Slice, Tensor]], rule: UpdateRule) -> b
     A group that names an implementation (``fused``, ``foreach``, ``capturable``) gets that one. Moments that torch does
     not know are the kernel's everywhere.
     """
-    if rule.first_moment is not None:
+    if rule.first_moment is not None or rule.state_bits == 8:
         return True
     plain = rule.base is torch.optim.AdamW and not any(special_options(group) for group in rule.groups)
     return plain and all(_on_gpu(leaf) for _, leaf in pairs)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-import torch
-
 from chunkft.attach import Attachment
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.coupling import check_coupling
@@ -27,13 +25,16 @@ Residency = ChunkResidency | StreamResidency
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """The arguments of ``ChunkOptimizer`` that say where state lives."""
+    """The arguments of ``ChunkOptimizer`` that say where state lives; ``on_host``: it is used there, by weights that
+    stream.
+    """
 
     residency: str
     update: str
     state_device: str
     page_bytes: int
     state_dir: str | os.PathLike[str] | None
+    on_host: bool = False
 
 
 def build_memory(
@@ -46,17 +47,16 @@ def build_memory(
     """
     parameter_of = attachment.model.get_parameter
 
-    def device_of(name: str) -> torch.device:
-        return parameter_of(name).device
-
+    device_of = attachment.leaf_device
     stream = choice.residency == "stream"
     devices = {device_of(piece.name).type for piece in plan.slices()}
     paged = stream or choice.state_dir is not None or choice.state_device == "paged"
-    if not paged and (choice.state_device != "auto" or devices == {"cpu"}):
+    in_place = choice.state_device != "auto" or devices == {"cpu"} or choice.on_host
+    if not paged and in_place:
         check_coupling(rule, plan, parameter_of, units=1)
         store = StateStore(in_arena=choice.state_device != "device")
         return plan, store, ChunkResidency(rule, store)
-    pairs = [(piece, parameter_of(piece.name)) for piece in plan.slices()]
+    pairs = [(piece, attachment.sample(piece.name)) for piece in plan.slices()]
     backward = choice.update == "backward"
     probe = StateProbe(rule, parameter_of, counts_on_pages=backward and kernel_applies(pairs, rule))
     page_bytes = choice.page_bytes if stream else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.advanced import copied
+from chunkft.optim.eight_bit import moment_layout
 from chunkft.optim.master import MASTER_DTYPES, STATE_KEYS
 from chunkft.optim.rule import UpdateRule
 from chunkft.plan import Chunk, ChunkPlan
@@ -90,6 +91,8 @@ class StateProbe:
         layout = dict(self._known[known])
         if self._rule.first_moment is not None and "exp_avg" in layout:
             layout["exp_avg"] = (layout["exp_avg"][0], self._rule.first_moment)
+        if self._rule.state_bits == 8 and "exp_avg" in layout:
+            layout |= moment_layout(piece.shape)
         if mode in STATE_KEYS and piece.numel:
             layout[STATE_KEYS[mode]] = (piece.shape, MASTER_DTYPES[mode])
         return layout

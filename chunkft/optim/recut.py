@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chunkft.autograd import Slice
 from chunkft.names import matched
+from chunkft.optim.eight_bit import CODES, SCALE_KEYS, decoded, encoded, is_coded
 from chunkft.optim.state import State, detached
 from chunkft.plan import Chunk, ChunkPlan
 
@@ -59,18 +60,28 @@ def renamed(saved: dict[str, Any], ours: list[str]) -> dict[str, Any]:
     return result
 
 
-def new_state(piece: Slice, saved: dict[str, Any], entry: dict[str, Any]) -> State:
+def new_state(
+    piece: Slice, saved: dict[str, Any], entry: dict[str, Any], bits: int, working: torch.dtype
+) -> State:
     """State of a slice, as CPU tensors of its own.
 
     Args:
         piece: the slice.
         saved: what was saved of its parameter.
-        entry: the saved range that the slice lies in; its ``values`` are taken as they are.
+        entry: the saved range that the slice lies in, or begins in; its ``values`` are taken as they are.
+        bits: of the moments of AdamW that are wanted, 8 or 32.
+        working: dtype of moments of 32 bits that were saved in 8.
     """
+    coded = is_coded(entry)
+    keep = coded and bits == 8 and _window_of(entry) == (piece.dim, piece.start, piece.stop)
     state: State = dict(detached(entry["values"]))
     for key in entry["elementwise"]:
-        state[key] = _cut(saved["tensors"][key], piece)
-    return state
+        if keep or not coded or key not in CODES:
+            state[key] = _cut(saved["tensors"][key], piece)
+    if coded and not keep:  # their blocks begin elsewhere, or there are to be none
+        state = {key: value for key, value in state.items() if key not in SCALE_KEYS}
+        state |= {key: decoded(key, piece, saved).to(working) for key in CODES}
+    return encoded(state) if bits == 8 and not keep else state
 
 
 def recut(plan: ChunkPlan, saved: dict[str, Any], origins: Origins) -> ChunkPlan:
@@ -97,11 +108,7 @@ def _parts(piece: Slice, saved: dict[str, Any], origins: Origins) -> list[Slice]
     if entry is None:
         return [piece]
     for saved_range in entry["ranges"]:
-        if (saved_range["dim"], saved_range["start"], saved_range["stop"]) == (
-            piece.dim,
-            piece.start,
-            piece.stop,
-        ):
+        if _window_of(saved_range) == (piece.dim, piece.start, piece.stop):
             origins[piece] = saved_range
             return [piece]
     whole = piece.dim is None or piece.stop - piece.start == piece.parameter_shape[piece.dim]
@@ -114,7 +121,7 @@ def _parts(piece: Slice, saved: dict[str, Any], origins: Origins) -> list[Slice]
             runs.append((start, stop, found))
     for _, _, found in runs:
         for key, value in (found["values"] if found else {}).items():
-            if isinstance(value, Tensor) and value.dim() > 0:
+            if isinstance(value, Tensor) and value.dim() > 0 and key not in SCALE_KEYS:
                 raise ValueError(
                     f"state {key!r} of {piece.name!r} has shape {tuple(value.shape)} and cannot be cut for another "
                     "plan; load it with the plan it was saved with"
@@ -170,7 +177,11 @@ def _same_range(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
         return a is b
     if sorted(a["elementwise"]) != sorted(b["elementwise"]) or a["values"].keys() != b["values"].keys():
         return False
-    return all(_same(value, b["values"][key]) for key, value in a["values"].items())
+    return all(_same(value, b["values"][key]) for key, value in a["values"].items() if key not in SCALE_KEYS)
+
+
+def _window_of(saved_range: dict[str, Any]) -> tuple[int | None, int, int]:
+    return saved_range["dim"], saved_range["start"], saved_range["stop"]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -11,11 +11,14 @@ __all__ = ["MemoryPart", "MemoryReport", "human_bytes", "table"]
 
 LABELS = {
     "weights": "weights",
+    "leaves": "active slices beside the weights",
     "gradients": "gradients",
     "state_device": "optimizer state on the device",
     "masters": "master weights on the device",
     "state_new": "state before it has a page",
     "activations": "saved activations",
+    "weights_host": "weights in host memory",
+    "gradients_host": "gradients in host memory",
     "state_host": "state in host memory",
     "state_files": "state in files",
 }
@@ -43,13 +46,16 @@ class MemoryReport:
     """What training holds, by kind; no byte is in two parts, except where ``in_place`` says so.
 
     Attributes:
-        weights: all parameters of the model.
-        gradients: of the active slices.
+        weights: all parameters of the model; if they stream those that stay on the device and the slots for others.
+        leaves: active slices of weights that stream, in copies on the device.
+        gradients: of the active slices, on the device.
         state_device: what the base optimizer keeps, on the device of the parameters: that of the active slices, or
             with paging the slots that it passes through (the masters of paged slices are in them).
         masters: fp32 masters, or residuals, of the active slices outside of slots.
         state_new: state and masters that were made beside the slot of their page, until the page is first written.
         activations: what autograd kept for the backward pass, if ``ChunkOptimizer.saved_activations`` watched it.
+        weights_host: host memory, or the file, of weights that stream.
+        gradients_host: of active slices that are updated in host memory.
         state_host: host memory for state: of all chunks that have been active; with paging of all chunks, with
             ``state_dir`` the buffers before the files.
         state_files: the files of ``state_dir``.
@@ -58,11 +64,14 @@ class MemoryReport:
     """
 
     weights: MemoryPart
+    leaves: MemoryPart
     gradients: MemoryPart
     state_device: MemoryPart
     masters: MemoryPart
     state_new: MemoryPart
     activations: MemoryPart
+    weights_host: MemoryPart
+    gradients_host: MemoryPart
     state_host: MemoryPart
     state_files: MemoryPart
     device: str

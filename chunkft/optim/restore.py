@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
-from chunkft.optim.damage import check_groups, check_structure, check_values
+from chunkft.optim.damage import check_groups, check_structure, check_values, working_dtype
 from chunkft.optim.paging import PagingMeter
 from chunkft.optim.recut import Origins, merged, new_state, recut, renamed
 from chunkft.optim.resident import ChunkResidency
@@ -138,7 +138,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     store = optimizer._store.successor(plan)
     try:
         for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):
-            store.load(partial(_new_states, pieces, saved["state"], origins))
+            store.load(partial(_new_states, optimizer, pieces, saved["state"], origins))
     except BaseException:
         store.clear()
         raise
@@ -146,9 +146,14 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     return Restored(plan, store, groups, index, done, updates, skipped, gradients)
 
 
-def _new_states(pieces: Sequence[Slice], saved: dict[str, Any], origins: Origins) -> dict[Slice, State]:
+def _new_states(
+    optimizer: ChunkOptimizer, pieces: Sequence[Slice], saved: dict[str, Any], origins: Origins
+) -> dict[Slice, State]:
+    bits = optimizer._residency.rule.state_bits
     return {
-        piece: new_state(piece, saved[piece.name], origins[piece]) for piece in pieces if piece in origins
+        piece: new_state(piece, saved[piece.name], origins[piece], bits, working_dtype(optimizer, piece.name))
+        for piece in pieces
+        if piece in origins
     }
 
 

@@ -22,6 +22,7 @@ class UpdateRule:
         group_of: index of each parameter's group, by name.
         modes: master mode of each parameter, by name.
         first_moment: dtype that AdamW keeps its first moment in, or None for that of the update.
+        state_bits: bits of each moment of AdamW: 32, or 8 for codes with scales (``chunkft.kernels.companding``).
     """
 
     base: type[torch.optim.Optimizer]
@@ -30,6 +31,7 @@ class UpdateRule:
     group_of: Mapping[str, int]
     modes: Mapping[str, str]
     first_moment: torch.dtype | None = None
+    state_bits: int = 32
 
     def values(self) -> Groups:
         """The hyper-parameters of every group as they are now, without the parameters."""

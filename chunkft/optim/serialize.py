@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkft.autograd import Slice
+from chunkft.optim.eight_bit import SCALE_KEYS
 from chunkft.optim.state import State, detached
 
 if TYPE_CHECKING:
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 FORMAT = "chunkft-state-1"
 
 
-def is_elementwise(piece: Slice, value: Any) -> bool:
+def is_elementwise(piece: Slice, key: str, value: Any) -> bool:
     """Whether a state value belongs to single elements, so that it can be cut and joined along the parameter."""
-    return isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) == piece.shape
+    tensor = isinstance(value, Tensor) and value.dim() > 0 and tuple(value.shape) == piece.shape
+    return tensor and key not in SCALE_KEYS
 
 
 def optimizer_header(optimizer: ChunkOptimizer) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def states_by_parameter(
 
 def range_entry(piece: Slice, state: State) -> dict[str, Any]:
     """What is saved of one slice beside its elementwise tensors."""
-    elementwise = [key for key, value in state.items() if is_elementwise(piece, value)]
+    elementwise = [key for key, value in state.items() if is_elementwise(piece, key, value)]
     values = {key: value for key, value in state.items() if key not in elementwise}
     return {
         "dim": piece.dim,
@@ -77,7 +79,7 @@ def optimizer_state(optimizer: ChunkOptimizer) -> dict[str, Any]:
         tensors: dict[str, Tensor] = {}
         for piece, values in pieces.items():
             for key, value in values.items():
-                if is_elementwise(piece, value):
+                if is_elementwise(piece, key, value):
                     if key not in tensors:
                         tensors[key] = torch.zeros(shape, dtype=value.dtype)
                     piece.of(tensors[key]).copy_(value.detach())

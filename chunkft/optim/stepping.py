@@ -21,7 +21,7 @@ def take(optimizer: ChunkOptimizer) -> None:
         return
     attachment = optimizer._attachment
     leaves = [leaf for _, leaf in attachment.active()]
-    optimizer._memory.observe_gradients(leaves)
+    optimizer._memory.observe_gradients(optimizer)
     grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
     unscale(grads, getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
     optimizer._replicas.finish(leaves)
@@ -34,6 +34,7 @@ def take(optimizer: ChunkOptimizer) -> None:
             optimizer.grad_norm = clip(leaves, optimizer.max_grad_norm)
         optimizer._residency.step(optimizer._noise_seed())
         _gather(optimizer)
+        attachment.wiring.publish()
         optimizer._residency.show(optimizer.state)
         _count_update(optimizer)
     else:
@@ -55,6 +56,7 @@ def _close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> 
     optimizer._attachment.called = False
     residency.step(optimizer._noise_seed())
     _gather(optimizer)
+    optimizer._attachment.wiring.publish()
     if residency.dropped:
         optimizer.skipped += 1
     else:

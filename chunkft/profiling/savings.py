@@ -255,7 +255,8 @@ def _smaller_state(timeline: Timeline, optimizer: ChunkOptimizer) -> Iterator[Ca
         share = wide_masters / everything / 2
         how = "master='residual': the missing 16 bits of each master instead of all 32; exact (bf16 weights)"
         yield "residual masters", how, (state * share).astype(np.int64)
-    if _is_adamw(optimizer) and rule.first_moment is None and "exp_avg" in bytes_of:
+    wide = rule.first_moment is None and rule.state_bits == 32
+    if _is_adamw(optimizer) and wide and "exp_avg" in bytes_of:
         share = bytes_of["exp_avg"] / everything / 2
         how = "first_moment='bf16': a rounding error of at most 2^-8 in the first moment"
         yield "first moment in bf16", how, (state * share).astype(np.int64)

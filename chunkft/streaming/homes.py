@@ -37,6 +37,7 @@ class Home(Protocol):
     pinned: bool
 
     def host(self, page: int) -> Tensor: ...
+    def span(self, first: int, last: int) -> Tensor: ...
     def read(self, page: int) -> Tensor: ...
     def settle(self) -> None: ...
     def stats(self, device_bytes: int) -> PagerStats: ...
@@ -130,6 +131,15 @@ class MemoryHome:
     def host(self, page: int) -> Tensor:
         return self._memory.arena.tensor(self._memory.offsets[page], self._pages[page], torch.uint8)
 
+    def span(self, first: int, last: int) -> Tensor:
+        sizes = self._pages[first:last]
+        if not sizes or any(size % ALIGNMENT for size in sizes[:-1]):
+            raise ValueError(
+                f"Pager.host_span: pages {first} to {last} do not follow each other without a gap: sizes are {sizes}, "
+                f"all but the last must be multiples of {ALIGNMENT}"
+            )
+        return self._memory.arena.tensor(self._memory.offsets[first], sum(sizes), torch.uint8)
+
     def read(self, page: int) -> Tensor:
         return self.host(page)
 
@@ -184,6 +194,11 @@ class FileHome:
 
     def host(self, page: int) -> Tensor:
         return self._staged.host(page)
+
+    def span(self, first: int, last: int) -> Tensor:
+        raise ValueError(
+            f"Pager.host_span: pages {first} to {last} are in a file, where there are gaps between them"
+        )
 
     def read(self, page: int) -> Tensor:
         return self._staged.read(page)

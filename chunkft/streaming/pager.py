@@ -221,6 +221,16 @@ class Pager:
             )
         return self._home.host(page)
 
+    def host_span(self, first: int, last: int) -> Tensor:
+        """Return the host copies of pages [first, last), one behind the other, as one uint8 CPU tensor.
+
+        Raises ValueError if they do not follow each other without a gap: all but the last must be of a multiple of 256
+        bytes, and in memory. Raises RuntimeError as `host` does.
+        """
+        for page in range(first, last):
+            self.host(page)
+        return self._home.span(first, last)
+
     def read(self, page: int) -> Tensor:
         """Return what `host` does, at any moment at which the page is not acquired: what was changed is written
         back first. The tensor must not be written into; with a `state_dir` its checksum was compared.

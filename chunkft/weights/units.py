@@ -152,8 +152,12 @@ def find_units(model: nn.Module, blocks: Blocks = None, tile_bytes: int | None =
         tile_bytes: most bytes of a tile; by default half of the largest page.
 
     Raises:
-        ValueError: if there are no such blocks, or nothing in them can stream.
+        TypeError: if ``model`` is no module, or ``blocks`` no name nor names.
+        ValueError: if there are no such blocks, or nothing in them can stream, or ``tile_bytes`` is not allowed.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_options(blocks, tile_bytes)
     model = uncompiled(model)
     modules = dict(model.named_modules())
     names = _block_names(model, modules, blocks)
@@ -175,8 +179,8 @@ def find_units(model: nn.Module, blocks: Blocks = None, tile_bytes: int | None =
     found = tuple(_block(model, name, homes[name]) for name in names if homes[name])
     if not found:
         raise ValueError(
-            f"blocks={blocks!r}: no block of {type(model).__name__} has a weight that can stream (of nn.Linear, Conv1D, "
-            "nn.Embedding or experts, read in one block only)"
+            f"blocks={blocks!r}: no block of {type(model).__name__} has a weight that can stream (of nn.Linear, "
+            "Conv1D, nn.Embedding or experts, read in one block only)"
         )
     most = max(block.nbytes for block in found)
     paths = {id(module): path for path, module in modules.items()}
@@ -190,6 +194,17 @@ def find_units(model: nn.Module, blocks: Blocks = None, tile_bytes: int | None =
         else:
             tables.append(table)
     return Units(found, tuple(tables), tuple(rest))
+
+
+def _check_options(blocks: object, tile_bytes: object) -> None:
+    listed = isinstance(blocks, Sequence) and all(isinstance(name, str) for name in blocks)
+    if blocks is not None and not listed:
+        raise TypeError(
+            f"blocks={blocks!r} is not allowed; needs the name of a ModuleList or of a class, a list of module names, "
+            "or None"
+        )
+    if tile_bytes is not None and (type(tile_bytes) is not int or tile_bytes < 1):
+        raise ValueError(f"tile_bytes={tile_bytes!r} is not allowed; needs an integer >= 1, or None")
 
 
 def _reads(module: nn.Module, attribute: str) -> bool:

@@ -38,13 +38,13 @@ KINDS = {
 }
 
 
-def compiled(kind, sm, guarded=True, slots=SLOTS_MIN, moment=tl.float32, tile=VARIANTS[0]):
+def compiled(kind, sm, guarded=True, slots=SLOTS_MIN, moment=tl.float32, tile=VARIANTS[0], second=None):
     parameter, gradient, master = KINDS[kind]
     constexprs = {
         "KIND": parameter,
         "GRAD_KIND": gradient,
         "FIRST_KIND": moment,
-        "SECOND_KIND": moment,
+        "SECOND_KIND": moment if second is None else second,
         "MASTER": master,
         "WATCHED": guarded,
         "SCALED": guarded,
@@ -68,6 +68,22 @@ def test_every_kind_of_master_compiles_for_every_target(kind, sm):
     assert report.registers <= (96 if NEWEST else 137), (
         "fewer than 5 blocks of 128 threads would fit a multiprocessor"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sm"), [*(("bf16-residual", sm) for sm in TARGETS), ("fp32", 90), ("bf16-fp32", 120)]
+)
+def test_moments_of_8_bits_compile_without_spills(kind, sm):
+    report = compiled(kind, sm, moment=tl.int8, second=tl.uint8)
+    check(report)
+    code = report.sass()
+    # eight codes of a moment at a time, of both
+    assert code.count("LDG.E.64") >= 2
+    assert code.count("STG.E.64") >= 2
+    # 16-bit weights are held by the same threads as the codes, which exchange the eight scales of a tile and no element
+    assert report.shared <= (8 * 4 if KINDS[kind][0] == tl.bfloat16 and kind != "bf16-fp32" else 1024 * 4)
+    # 4 blocks of 128 threads a multiprocessor
+    assert report.registers <= (112 if NEWEST else 137)
 
 
 def test_plain_and_crowded_launches_compile_too():

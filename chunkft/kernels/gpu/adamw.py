@@ -14,6 +14,13 @@ from chunkft.kernels import adamw_table, gpu
 from chunkft.kernels.adamw import checked_pieces
 from chunkft.kernels.adamw_table import TABLES, Columns, Scalars, Tile, batches_of
 from chunkft.kernels.gpu.common import rounded
+from chunkft.kernels.gpu.companding import (
+    BLOCK,
+    decode_first,
+    decode_second,
+    encode_first,
+    encode_second,
+)
 from chunkft.kernels.gpu.philox import noise16
 
 # What may be swept on a GPU; the first is taken. The blocks of a program share the search for their slice, once in 4096
@@ -30,6 +37,7 @@ VARIANTS = (
 
 HEADER = tl.constexpr(adamw_table.HEADER)
 FIELDS = tl.constexpr(adamw_table.FIELDS)
+FIELDS_EIGHT = tl.constexpr(adamw_table.FIELDS_EIGHT)
 PARAM = tl.constexpr(adamw_table.PARAM)
 GRAD = tl.constexpr(adamw_table.GRAD)
 EXP_AVG = tl.constexpr(adamw_table.EXP_AVG)
@@ -44,8 +52,16 @@ WIDE = tl.constexpr(adamw_table.WIDE)
 SEED = tl.constexpr(adamw_table.SEED)
 LR = tl.constexpr(adamw_table.LR)
 DECAY = tl.constexpr(adamw_table.DECAY)
+FIRST_SCALE = tl.constexpr(adamw_table.FIRST_SCALE)
+SECOND_SCALE = tl.constexpr(adamw_table.SECOND_SCALE)
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+}
 
 
 @triton.jit
@@ -131,6 +147,7 @@ def _update_block(
     INTERPRETED: tl.constexpr,
 ):
     bits16: tl.constexpr = MASTER == "residual" or MASTER == "stochastic"
+    eight: tl.constexpr = tl.int8 == FIRST_KIND
     param = tl.load(row + PARAM).to(tl.pointer_type(tl.int16 if bits16 else KIND))
     grad = tl.load(row + GRAD).to(tl.pointer_type(GRAD_KIND))
     exp_avg = tl.load(row + EXP_AVG).to(tl.pointer_type(FIRST_KIND))
@@ -169,16 +186,33 @@ def _update_block(
         master = tl.load(extra + at, mask=inside)
         # a weight that was changed by others wins over its master
         value = tl.where(rounded(master, KIND, INTERPRETED).to(tl.float32) == value, master, value)
-    m = _read(exp_avg + at, inside)
-    v = _read(exp_avg_sq + at, inside)
+    if eight:
+        block = begin // BLOCK + tl.arange(0, SIZE // BLOCK)  # [SIZE / BLOCK]
+        first_scale = tl.load(row + FIRST_SCALE).to(tl.pointer_type(tl.float32)) + block
+        second_scale = tl.load(row + SECOND_SCALE).to(tl.pointer_type(tl.float32)) + block
+        begun = None if WHOLE else block * BLOCK < numel
+        m = decode_first(tl.load(exp_avg + at, mask=inside), tl.load(first_scale, mask=begun), SIZE)
+        v = decode_second(tl.load(exp_avg_sq + at, mask=inside), tl.load(second_scale, mask=begun), SIZE)
+    else:
+        m = _read(exp_avg + at, inside)
+        v = _read(exp_avg_sq + at, inside)
     value = value * decay
     # as PyTorch's lerp and addcmul do it on a CPU, so that the bits are the same
     m = _fma(pull, g - m, tl.where(pull > 0, m, g), INTERPRETED)
     v = _fma(keep2 * g, g, v * beta2, INTERPRETED)
-    denominator = tl.math.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root) + eps
+    second_root = tl.sqrt_rn(v)
+    denominator = tl.math.div_rn(second_root, tl.zeros_like(v) + root) + eps
     value = value + tl.math.div_rn(-step_size * m, denominator)
-    tl.store(exp_avg + at, rounded(m, FIRST_KIND, INTERPRETED), mask=inside)
-    tl.store(exp_avg_sq + at, rounded(v, SECOND_KIND, INTERPRETED), mask=inside)
+    if eight:
+        first_code, first_new = encode_first(m, inside, SIZE)
+        second_code, second_new = encode_second(v, second_root, inside, SIZE)
+        tl.store(exp_avg + at, first_code, mask=inside)
+        tl.store(exp_avg_sq + at, second_code, mask=inside)
+        tl.store(first_scale, first_new, mask=begun)
+        tl.store(second_scale, second_new, mask=begun)
+    else:
+        tl.store(exp_avg + at, rounded(m, FIRST_KIND, INTERPRETED), mask=inside)
+        tl.store(exp_avg_sq + at, rounded(v, SECOND_KIND, INTERPRETED), mask=inside)
     if MASTER == "residual":
         upper, lower = _split(value)
         tl.store(param, upper, mask=inside)
@@ -221,7 +255,8 @@ def adamw_kernel(
     ``p' = p (1 - lr wd) - lr / (1 - b1^t) m' / (sqrt(v') / sqrt(1 - b2^t) + eps)`` (arXiv 1711.05101, algorithm 2).
 
     ``table``: of ``adamw_table``; ``starts``: (SLOTS,) int64, first program of every slice, padded with
-    ``adamw_table.LAST``; ``pull``: of ``_pull``. Corrections are computed in fp64, once a program; all else in fp32.
+    ``adamw_table.LAST``; ``pull``: of ``_pull``. With FIRST_KIND int8 and SECOND_KIND uint8 moments are codes,
+    whole blocks a program (``companding``). Corrections are computed in fp64, once a program; all else in fp32.
     """
     if WATCHED:  # noqa: SIM102 - a constexpr decides whether there is anything to load
         if tl.load(found_inf) != 0:
@@ -229,7 +264,7 @@ def adamw_kernel(
     program = tl.program_id(0)
     slots = tl.load(starts + tl.arange(0, SLOTS))  # [SLOTS]
     index = tl.sum((slots <= program).to(tl.int32)) - 1
-    row = table + HEADER + index * FIELDS
+    row = table + HEADER + index * (FIELDS_EIGHT if tl.int8 == FIRST_KIND else FIELDS)
     counter = tl.load(row + COUNTER)
     step = _float64(row + STEP)
     if counter != 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from chunkft.autograd import Slice
+from chunkft.optim.pages import ROW_MULTIPLE
 from chunkft.optim.planner.twin import Shallow
 from chunkft.plan import ChunkPlan, parameter_owners
 
@@ -71,7 +72,7 @@ def windows_of(plan: ChunkPlan, shallow: Shallow, exact: bool) -> list[Window]:
             if block is not None:
                 name = ".".join([shallow.blocks[shallow.kinds[block]], *parts[depth:]])
             seen = piece if name == piece.name else replace(piece, name=name)
-            if piece.dim == 0 and name in even:
+            if piece.dim == 0 and name in even and _whole_groups(piece):
                 # a part of a table selects tokens, which takes memory; otherwise any rows are as good as these
                 rows = piece.parameter_shape[0]
                 partly = even[name] and piece.stop - piece.start < rows
@@ -137,6 +138,12 @@ def deep_name(name: str, block: int, shallow: Shallow) -> str:
     """Name in the deep model of a parameter of the shallow one's block that stands for this one."""
     prefix = shallow.blocks[shallow.kinds[block]]
     return shallow.deep[block] + name[len(prefix) :]
+
+
+def _whole_groups(piece: Slice) -> bool:
+    """Whether a slice of rows is cut where products on a CPU give its gradient without a copy."""
+    ends = piece.stop == piece.parameter_shape[0] or piece.stop % ROW_MULTIPLE == 0
+    return ends and piece.start % ROW_MULTIPLE == 0
 
 
 def _even(model: nn.Module) -> dict[str, bool]:

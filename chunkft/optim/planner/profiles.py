@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,12 @@ from torch.nn.modules import module as module_hooks
 
 from chunkft.attach import attach
 from chunkft.autograd import Slice
+from chunkft.kernels import torch_wgrad
 from chunkft.optim.planner.tape import Tape
 from chunkft.optim.planner.twin import Shallow, Step
 from chunkft.plan import parameter_specs
+
+wgrad = sys.modules["chunkft.kernels.wgrad"]  # the module, which the package's function of that name hides
 
 __all__ = ["Profiles", "Run", "Segment"]
 
@@ -308,7 +312,7 @@ class _Attention(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _on_meta(device: str) -> Iterator[None]:
-    """Attention as on the device, and counts of what depends on data at their largest."""
+    """Attention and gradients of slices as on the device, and counts of what depends on data at their largest."""
     ordinary = torch.nn.functional.scaled_dot_product_attention
 
     def attention(
@@ -318,10 +322,15 @@ def _on_meta(device: str) -> Iterator[None]:
             return ordinary(q, k, v, attn_mask, *args, **options)
         return _Attention.apply(q, k, v, device == "cuda")  # type: ignore[no-any-return, no-untyped-call]
 
+    def in_blocks(matrix: Tensor) -> bool:
+        return device == "cpu" and matrix.dtype == torch.float32
+
     settings = torch.fx.experimental._config
     with (
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(settings, "meta_nonzero_assume_all_nonzero", True),
+        mock.patch.object(torch_wgrad, "needs_blocks", in_blocks),
+        mock.patch.object(wgrad, "needs_blocks", in_blocks),
     ):
         yield
 

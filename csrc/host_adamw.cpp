@@ -15,8 +15,8 @@ namespace chunkft {
 namespace {
 
 // What a thread takes at a time: whole tiles, so that blocks of codes and counters of noise are never divided.
-constexpr std::size_t kPart = 64 * kAdamwTile;
-static_assert(kAdamwTile % kCodeBlock == 0 && kCodeBlock % 8 == 0);
+constexpr std::size_t kPart = 65536;
+static_assert(kPart % kAdamwTile == 0 && kAdamwTile % kCodeBlock == 0 && kCodeBlock % 8 == 0);
 
 std::size_t bytes_of(Format format) {
   return format == Format::kFloat32 ? 4 : format == Format::kCodes ? 1 : 2;
@@ -54,7 +54,7 @@ void for_rows(const HostAdamwSlice& slice, std::size_t first, std::size_t n, Cop
   }
 }
 
-// What a thread works in: a tile of everything fits into the first-level cache.
+// What a thread works in; all of it fits into the first-level cache beside what is read and written.
 struct Buffers {
   alignas(64) std::byte weight[kAdamwTile * sizeof(float)];
   alignas(64) float value[kAdamwTile];

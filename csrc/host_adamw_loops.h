@@ -38,8 +38,8 @@ struct AdamwLoops {
                  const HostAdamwSlice& slice, const HostAdamwOptions& options);
 };
 
-// Elements of a tile at most.
-inline constexpr std::size_t kAdamwTile = 1024;
+// Elements of a tile at most: few, so that loads of one tensor and arithmetic on another are never far apart.
+inline constexpr std::size_t kAdamwTile = 256;
 
 extern const AdamwLoops kPortableAdamwLoops;
 #if defined(__x86_64__)

@@ -2,8 +2,8 @@
 
 python -m bench.host_adamw          4M and 64M parameters, one thread
 
-By turns, in time of the thread, so that other load on the machine does not count but for the memory that it takes. Bytes
-are those that have to be read and written once; what reads them more often gets fewer of them a second.
+By turns, in time of the thread, so that other load on the machine does not count but for the memory that it takes.
+Bytes are those that have to be read and written once; what reads them more often gets fewer of them a second.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ BYTES = {
     "bf16 + residual": 2 * (2 + 2 + 8) + 2,
     "bf16 + residual + 8-bit": 2 * (2 + 2 + 2 + 8 / BLOCK) + 2,
 }
+ALL_BF16, FP32_MOMENTS = "torch fused=True, all bf16", "host, fp32 moments"
+# of variants that keep something else than their setting says
+OTHER_BYTES = {ALL_BF16: 2 * (2 + 4) + 2, FP32_MOMENTS: BYTES["bf16 + residual"]}
 
 Call = Callable[[], Any]
 
@@ -45,9 +48,9 @@ def variants(setting: str, numel: int) -> dict[str, Call]:
         calls["torch fused=True"] = _torch(start.clone(), grad, {"fused": True})
     if setting == "bf16 + residual":
         # without a master, and with moments of bf16: less is computed and kept
-        calls["torch fused=True, all bf16"] = _torch(start.bfloat16(), grad.bfloat16(), {"fused": True})
+        calls[ALL_BF16] = _torch(start.bfloat16(), grad.bfloat16(), {"fused": True})
     if setting == "bf16 + residual + 8-bit":
-        calls["host, fp32 moments"] = _host("bf16 + residual", start, grad)
+        calls[FP32_MOMENTS] = _host("bf16 + residual", start, grad)
     else:
         calls["torch backend"] = _reference(setting, start, grad)
     return calls
@@ -95,9 +98,9 @@ def _reference(setting: str, start: torch.Tensor, grad: torch.Tensor) -> Call:
 def case(setting: str, numel: int, rounds: int) -> dict[str, Any]:
     """Samples of one setting and size, with nanoseconds an element and GB/s of every variant."""
     found = harness.measure(variants(setting, numel), {}, rounds, time.thread_time)
-    for row in found["variants"].values():
+    for name, row in found["variants"].items():
         row["ns_an_element"] = 1e6 * row["median_ms"] / numel
-        row["gb_a_second"] = BYTES[setting] / row["ns_an_element"]
+        row["gb_a_second"] = OTHER_BYTES.get(name, BYTES[setting]) / row["ns_an_element"]
     return {"case": f"{setting}, {numel >> 20}M", "setting": setting, "numel": numel, **found}
 
 

@@ -52,7 +52,7 @@ RESIDENT = [
 ]
 STREAMED = [
     {"weights": "stream", "checkpointing": True, "update_on": on, "offload_inputs": offload, "resident_blocks": stay}
-    for on, offload, stay in (("host", False, 0), ("host", True, 1), ("device", False, 1), ("device", True, 0))
+    for on, offload, stay in (("host", False, 0), ("host", True, 0), ("device", False, 1), ("device", True, 0))
 ]
 SMALL = [{"state_bits": 8, "residency": residency, "checkpointing": True} for residency in ("chunk", "stream")]
 GRID = [

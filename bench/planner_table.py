@@ -22,14 +22,19 @@ GPUS = (8, 12, 16, 24, 48, 80)
 MODELS = tuple(short for short, *_ in PRESETS.values())
 
 
-def cell(model: str, gpu: int, ram: int, tokens: int, link: float, tflops: float) -> dict[str, Any]:
-    """The plan of one model on one card."""
+def cell(
+    model: str, gpu: int, ram: int, disk: int, tokens: int, link: float, tflops: float
+) -> dict[str, Any]:
+    """The plan of one model on one card; with files only where nothing fits without."""
     name = preset_named(model)
     if name is None:
         raise ValueError(f"model={model!r} is not known; allowed are {', '.join(MODELS)}")
-    plan = chunkft.plan_memory(
-        config_of_preset(name), gpu=gpu << 30, host=ram << 30, tokens=tokens, link=link, tflops=tflops
-    )
+    machine = {"gpu": gpu << 30, "host": ram << 30, "link": link}
+    plan = chunkft.plan_memory(config_of_preset(name), **machine, tokens=tokens, tflops=tflops)
+    if not plan.fits and disk:
+        plan = chunkft.plan_memory(
+            config_of_preset(name), **machine, disk=disk << 30, tokens=tokens, tflops=tflops
+        )
     return {
         "model": model,
         "name": name,
@@ -39,6 +44,7 @@ def cell(model: str, gpu: int, ram: int, tokens: int, link: float, tflops: float
         "setting": str(plan.setting),
         "arguments": plan.optimizer_arguments(),
         "checkpointing": plan.setting.checkpointing,
+        "files_bytes": plan.disk,
         "gpu_bytes": plan.gpu.total,
         "host_bytes": plan.host.total,
         "step_seconds": plan.seconds.total,
@@ -69,6 +75,8 @@ def _short(entry: dict[str, Any]) -> str:
         words.append("streamed state")
     if arguments.get("state_bits") == 8:
         words.append("8-bit moments")
+    if entry["files_bytes"]:
+        words.append("state in files")
     if entry["checkpointing"]:
         words.append("recomputed blocks")
     return "; ".join(words)
@@ -79,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), help="GiB")
     parser.add_argument("--ram", type=int, default=256, help="GiB of host memory (default 256)")
+    parser.add_argument(
+        "--disk", type=int, default=1000, help="GiB for files of state (default 1000; 0: none)"
+    )
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--link", type=float, default=25.0, help="GB/s (default 25)")
     parser.add_argument("--tflops", type=float, default=100.0, help="16-bit TFLOP/s (default 100)")
@@ -86,11 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     with quiet_transformers():
         cells = [
-            cell(model, gpu, args.ram, args.tokens, args.link, args.tflops)
+            cell(model, gpu, args.ram, args.disk, args.tokens, args.link, args.tflops)
             for model in args.models
             for gpu in args.gpus
         ]
-    given = {"ram_gib": args.ram, "tokens": args.tokens, "link_gb_s": args.link, "tflops": args.tflops}
+    given = {
+        "ram_gib": args.ram,
+        "disk_gib": args.disk,
+        "tokens": args.tokens,
+        "link_gb_s": args.link,
+        "tflops": args.tflops,
+    }
     header = {**common.header(0), "kind": "predicted", **given}
     common.write_json(args.out, {**header, "cells": cells})
     print(markdown(cells))

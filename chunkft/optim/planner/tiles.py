@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 

@@ -3,7 +3,9 @@
 import math
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -270,21 +272,31 @@ def test_a_saved_weight_that_was_updated_is_noticed():
         loss.backward()
 
 
-def test_other_threads_run_meanwhile():
+def test_other_threads_run_meanwhile(monkeypatch):
+    # a thread gives the lock away by itself only where it is released
+    before = sys.getswitchinterval()
+    running, seen = [], []
+    core = host_adamw.__globals__["_core"].host_adamw
+
+    def watched(*arguments, **options):
+        running.append(True)
+        core(*arguments, **options)
+        running.clear()
+
+    monkeypatch.setattr(host_adamw.__globals__["_core"], "host_adamw", watched)
     chunk = Chunk([(1 << 21,)])
-    done, seen = threading.Event(), []
-
-    def update():
-        for _ in range(3):
-            chunk.update("host")
-        done.set()
-
-    thread = threading.Thread(target=update)
-    thread.start()
-    while not done.is_set():
-        seen.append(len(seen))
-    thread.join()
-    assert chunk.steps.tolist() == [3]
+    thread = threading.Thread(target=lambda: [chunk.update("host") for _ in range(5)])
+    sys.setswitchinterval(60)
+    try:
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0)
+            seen += running
+        thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert chunk.steps.tolist() == [5]
+    assert seen
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -54,7 +54,8 @@ class Ring:
     Attributes:
         moved: told name and address of each parameter whose memory changed.
         homes: the host memory of each parameter by name.
-        overlays: for names of weights, slices with newer values on the device, which are laid over the page.
+        overlays: for names of weights, slices with copies of their own on the device, and what tells whether such a copy
+            is newer than the page, over which it is laid then; else it takes its values from there.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Ring:
     ) -> None:
         self.blocks = tuple(blocks)
         self.moved: Callable[[str, int], None] = lambda name, address: None
-        self.overlays: dict[str, list[tuple[Slice, Tensor]]] = {}
+        self.overlays: dict[str, list[tuple[Slice, Tensor, Callable[[Slice], bool]]]] = {}
         self.lock = threading.RLock()
         self._poison = poison
         self._on_file = directory is not None
@@ -127,6 +128,11 @@ class Ring:
         """Counters of the pager."""
         return self.pager.stats()
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter by name."""
+        number, place = self._found[name]
+        return self._resting[number][place].parameter
+
     def holds(self, number: int) -> bool:
         """Whether a block is on the device for use."""
         return number in self._held
@@ -160,9 +166,12 @@ class Ring:
             for one, view in zip(self._resting[number], views, strict=True):
                 one.parameter.data = view
                 self.moved(one.weight.name, view.data_ptr())
-                for piece, leaf in self.overlays.get(one.weight.name, ()):
-                    # not by way of the parameter, whose count of changes others watch
-                    piece.of(view).copy_(leaf.detach())
+                for piece, leaf, is_newer in self.overlays.get(one.weight.name, ()):
+                    # not by way of parameter and leaf, whose counts of changes others watch
+                    if is_newer(piece):
+                        piece.of(view).copy_(leaf.detach())
+                    else:
+                        leaf.data.copy_(piece.of(view))
             self._torn = False
 
     def leave(self, number: int) -> None:
@@ -318,9 +327,11 @@ class Ring:
 
     def _rest_again(self, number: int) -> None:
         for one in self._resting[number]:
-            if one.parameter.untyped_storage().data_ptr() not in self._owner:
+            address = one.parameter.untyped_storage().data_ptr()
+            if address in self._owner:
+                one.parameter.data = one.home
+            elif address != one.home.untyped_storage().data_ptr():
                 continue  # somebody else moved it, which the next call tells
-            one.parameter.data = one.home
             self.moved(one.weight.name, one.home.data_ptr())
 
 

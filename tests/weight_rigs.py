@@ -66,17 +66,17 @@ def loss_of(model: nn.Module, number: int = 0) -> Tensor:
 
 
 def streamed(
-    model: nn.Module, update: str = "host", *, stream: dict[str, Any] | None = None, **options: Any
+    model: nn.Module, place: str = "host", *, stream: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     """An optimizer of a model whose weights stream, with poisoned pages and a head of one tile, for the sake of bits."""
     weights = WeightStream(model, device="cpu", poison=True, **{"tile_bytes": 1 << 20} | (stream or {}))
     return chunkft.ChunkAdamW(
-        model, **{"lr": 1e-2, "chunks": 3, "interval": 1} | options, weights=weights, update_on=update
+        model, **{"lr": 1e-2, "chunks": 3, "interval": 1} | options, weights=weights, update_on=place
     )
 
 
 def pair(
-    update: str = "host",
+    place: str = "host",
     stream: dict[str, Any] | None = None,
     make: Callable[[], nn.Module] = tower,
     **options: Any,
@@ -84,7 +84,7 @@ def pair(
     """A streamed model with its optimizer, and the same resident."""
     models = make(), make()
     resident = chunkft.ChunkAdamW(models[1], **{"lr": 1e-2, "chunks": 3, "interval": 1} | options)
-    return [(models[0], streamed(models[0], update, stream=stream, **options)), (models[1], resident)]
+    return [(models[0], streamed(models[0], place, stream=stream, **options)), (models[1], resident)]
 
 
 def train(

@@ -165,7 +165,7 @@ class DeviceLeaves:
         }
         if any(self._is_newer(piece) for piece in (tables if tables_only else self._leaves)):
             self.publish()
-        elif tables_only and torch.is_grad_enabled():
+        elif tables_only:
             for piece, leaf in tables.items():
                 leaf.data.copy_(self.values_at_home(piece))
 

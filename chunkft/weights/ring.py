@@ -154,7 +154,7 @@ class Ring:
             self._check_places(number)
             self._follow(number)
             self._make_room(number)
-            self._torn = True
+            torn, self._torn = self._torn, True
             with tracing.span("fetch %s", self.blocks[number].name):
                 slot = self._acquired(number)
             if number in self._ahead:
@@ -172,7 +172,7 @@ class Ring:
                         piece.of(view).copy_(leaf.detach())
                     else:
                         leaf.data.copy_(piece.of(view))
-            self._torn = False
+            self._torn = torn
 
     def leave(self, number: int) -> None:
         """Make the parameters of a held block views of the host page again; the slot may be taken for another.
@@ -184,7 +184,7 @@ class Ring:
             if slot is None:
                 return
             counts = self._count(number)
-            self._torn = True
+            torn, self._torn = self._torn, True
             self._rest_again(number)
             if self._counts[number] != counts:
                 self.pager.release(number)
@@ -197,7 +197,7 @@ class Ring:
                 self.pager.release(number, dirty=False, keep=True)
                 self._kept.add(number)
             del self._held[number]
-            self._torn = False
+            self._torn = torn
             if self._wanted is not None:
                 self.fetch(self._wanted)
 

@@ -69,7 +69,7 @@ def streamed(
     model: nn.Module, place: str = "host", *, stream: dict[str, Any] | None = None, **options: Any
 ) -> Any:
     """An optimizer of a model whose weights stream, with poisoned pages and a head of one tile, for the sake of bits."""
-    weights = WeightStream(model, device="cpu", poison=True, **{"tile_bytes": 1 << 20} | (stream or {}))
+    weights = WeightStream(model, device="cpu", **{"poison": True, "tile_bytes": 1 << 20} | (stream or {}))
     return chunkft.ChunkAdamW(
         model, **{"lr": 1e-2, "chunks": 3, "interval": 1} | options, weights=weights, update_on=place
     )

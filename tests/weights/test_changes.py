@@ -73,7 +73,9 @@ def test_changes_between_backward_and_step_are_seen(change, update):
     assert_same(pairs)
 
 
-@pytest.mark.parametrize("change", [scale_data, scale_in_place, average, load, scale_leaves], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "change", [scale_data, scale_in_place, average, load, scale_leaves], ids=lambda c: c.__name__
+)
 def test_changes_are_seen_with_update_in_backward(change):
     options = {"residency": "stream", "page_bytes": 4096, "update": "backward", "chunks": 2}
     pairs = pair("device", **options)
@@ -209,7 +211,9 @@ def test_a_plain_optimizer_may_train_what_streams():
     models = tower(), tower()
     WeightStream(models[0], device="cpu", poison=True, tile_bytes=1 << 20)
     assert chunkft.weights.stream_of(models[0]) is not None
-    optimizers = [torch.optim.SGD([m.norm.weight, *(b.norm.weight for b in m.blocks)], lr=0.1) for m in models]
+    optimizers = [
+        torch.optim.SGD([m.norm.weight, *(b.norm.weight for b in m.blocks)], lr=0.1) for m in models
+    ]
     for step in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()

@@ -199,6 +199,22 @@ class WeightStream:
         self._active = [reference for reference in self._active if reference() is not None]
         self._active.append(weakref.WeakMethod(names))
 
+    def settle(self) -> None:
+        """Put in order what an interrupt left half done."""
+        if self.ring is not None:
+            self._visits.settle()
+        if self._tables is not None and self._tables.pages is not None:
+            self._tables.pages.settle()
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter that streams."""
+        assert self._tables is not None
+        found = self._tables.parameters.get(name)
+        if found is None:
+            assert self.ring is not None
+            found = self.ring.parameter(name)
+        return found
+
     def ask(self, catch_up: Callable[[bool], None]) -> None:
         """A bound method, which is held weakly, writes newer values of weights into host memory before these are read.
 

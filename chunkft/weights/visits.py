@@ -133,6 +133,12 @@ class Visits:
             )
         return self.ring.view(reference.number, reference.layout)
 
+    def settle(self) -> None:
+        """Put in order what an interrupt left half done."""
+        with self._lock:
+            if not in_backward() and not self._inside():
+                self._close_abandoned()
+
     def _refresh(self) -> None:
         self.ring.refresh()
         self.on_refresh()

@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 from chunkft.activations import saved_activations
 from chunkft.attach import Attachment, attach
 from chunkft.autograd import Slice
-from chunkft.optim import ChunkAdamW, ChunkOptimizer, MemoryReport, load_checkpoint, save_checkpoint
+from chunkft.optim import (
+    ChunkAdamW,
+    ChunkOptimizer,
+    MemoryPlan,
+    MemoryReport,
+    load_checkpoint,
+    plan_memory,
+    save_checkpoint,
+)
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
 from chunkft.weights import WeightStream
@@ -21,6 +29,7 @@ __all__ = [
     "ChunkAdamW",
     "ChunkOptimizer",
     "ChunkPlan",
+    "MemoryPlan",
     "MemoryReport",
     "ParameterSpec",
     "Slice",
@@ -29,6 +38,7 @@ __all__ = [
     "load_checkpoint",
     "load_streamed",
     "partition",
+    "plan_memory",
     "save_checkpoint",
     "save_streamed",
     "saved_activations",

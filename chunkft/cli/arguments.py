@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import chunkft
 from chunkft.cli.bench import BenchSettings, bench_parser, bench_settings
 from chunkft.cli.errors import UserError
+from chunkft.cli.fit_arguments import check_fit, fill_fit
 
 __all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "ProfileSettings", "parse"]
 
@@ -92,6 +93,16 @@ class PlanSettings:
     slice_dim: int = 0
     always_active: str = "none"
     save: str | None = None
+    gpu: str | None = None
+    ram: str | None = None
+    disk: str | None = None
+    tokens: int = 1024
+    batch: int = 1
+    link: float = 25.0
+    tflops: float = 100.0
+    world: int = 1
+    dtype: str = "bf16"
+    json: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,9 +335,13 @@ def _profile_parser(parser: argparse.ArgumentParser) -> None:
 
 def _plan_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR|ID", help="model directory or hub id (only its config is read)"
+        "--model",
+        required=True,
+        metavar="DIR|ID|SIZE",
+        help="model directory or hub id (only its config is read), or with --gpu one of 1B, 3B, 8B, 14B, 32B, 70B",
     )
     _add_plan_options(parser)
+    fill_fit(parser)
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -445,7 +460,8 @@ def parse(argv: Sequence[str]) -> Command:
     name = values.pop("command")
     values.pop("debug", None)
     if name == "plan":
-        return Command(name=name, plan=PlanSettings(**values))
+        check_fit(values)
+        return Command(name=name, plan=PlanSettings(**values), given=frozenset(values))
     if name == "bench":
         return Command(name=name, bench=bench_settings(values))
     if name == "doctor":

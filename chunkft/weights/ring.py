@@ -55,8 +55,8 @@ class Ring:
     Attributes:
         moved: told name and address of each parameter whose memory changed.
         homes: the host memory of each parameter by name.
-        overlays: for names of weights, slices with copies of their own on the device, and what tells whether such a copy
-            is newer than the page, over which it is laid then; else it takes its values from there.
+        overlays: for names of weights, slices with copies of their own on the device, and what tells whether such a
+            copy is newer than the page, over which it is laid then; else it takes its values from there.
         lay_over_backward: whether that is done in the backward pass too: not where it updates them.
     """
 

@@ -78,6 +78,7 @@ class Visits:
         with self._lock:
             if self._inside():
                 return
+            drop_left_hooks()
             self._close_abandoned()
             self._refresh()
             self._passes[threading.get_ident()] = frame

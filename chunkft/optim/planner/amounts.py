@@ -52,13 +52,15 @@ class HostBytes:
         weights: pages and tables of streamed weights.
         state: optimizer state, or the buffers before its files.
         gradients: of streamed weights that are updated on the host.
+        activations: inputs of blocks.
     """
 
     weights: int
     state: int
     gradients: int
+    activations: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.state + self.gradients
+        return self.weights + self.state + self.gradients + self.activations

@@ -70,7 +70,7 @@ class Model:
         self._always, self._slice_dim = always_active, slice_dim
         self.parameters: dict[str, Tensor] = dict(deep.named_parameters())
         self.specs: list[ParameterSpec] = parameter_specs(deep)
-        self._profiles: dict[bool | None, Profiles] = {}
+        self._profiles: dict[tuple[bool | None, bool], Profiles] = {}
         self._moments: dict[Any, Moment] = {}
         self._windows: dict[int, list[Window]] = {}
         self._kept: list[PagedState] = []
@@ -91,13 +91,16 @@ class Model:
         """Whether activation checkpointing can be turned on and off."""
         return bool(getattr(self.deep, "supports_gradient_checkpointing", False))
 
-    def profiles(self, checkpointing: bool | None) -> Profiles:
+    def profiles(self, setting: Setting) -> Profiles:
         """Of the parts of a step."""
-        if checkpointing not in self._profiles:
-            self._profiles[checkpointing] = Profiles(
-                self.shallow, self.step, self.batch, self.tokens, checkpointing, self.device
+        # on the meta device what parks its inputs is checkpointed by the model
+        key = setting.checkpointing, setting.weights == "stream"
+        if key not in self._profiles:
+            tables = self.units.tables if key[1] and self.units is not None else ()
+            self._profiles[key] = Profiles(
+                self.shallow, self.step, self.batch, self.tokens, setting.checkpointing, self.device, tables
             )
-        return self._profiles[checkpointing]
+        return self._profiles[key]
 
     @functools.cache  # noqa: B019
     def plan(self, chunks: int) -> ChunkPlan:
@@ -144,19 +147,20 @@ class Model:
         )
 
     @functools.cache  # noqa: B019
-    def rule(self, master: str) -> UpdateRule:
+    def rule(self, master: str, state_bits: int) -> UpdateRule:
         """How slices are updated."""
         sample = nn.Parameter(torch.zeros(1))
         values = self._base([sample], **self._options).defaults
         groups: Groups = [{**values, "params": []}]
         modes = {spec.name: resolve_master(master, self.parameters[spec.name].dtype) for spec in self.specs}
         make = functools.partial(_built, self._base, self._options)
-        return UpdateRule(self._base, make, groups, {spec.name: 0 for spec in self.specs}, modes)
+        group_of = {spec.name: 0 for spec in self.specs}
+        return UpdateRule(self._base, make, groups, group_of, modes, state_bits=state_bits)
 
     @functools.cache  # noqa: B019
     def probe(self, master: str, state_bits: int, counts: bool) -> LayoutOfState:
         """What state is kept for each slice."""
-        return LayoutOfState(self.rule(master), self.parameters.__getitem__, state_bits, counts)
+        return LayoutOfState(self.rule(master, state_bits), self.parameters.__getitem__, counts)
 
     def state(self, setting: Setting) -> PagedState:
         """Where state lies."""
@@ -263,8 +267,8 @@ class Model:
         away = sum(self.parameters[n].numel() * self.parameters[n].element_size() for n in names)
         ring = self.units.ring_nbytes(setting.resident_blocks) + self.units.tile_nbytes()
         leaves = 0
-        if setting.update_on == "host":
-            slots = self._state_beside(setting, streams)
+        if setting.update_on == "host":  # state is used in place in host memory, on a CPU all of it
+            slots = self._state_beside(setting) if self.device == "cuda" else 0
         else:
             leaves = max(_leaf_nbytes(w, self.parameters, streams) for w in self.windows(setting))
         return self.weights + self.buffers - away, ring, leaves, slots
@@ -282,7 +286,10 @@ class Model:
                     sum(size for name, size in w.gradients.items() if streams(name))
                     for w in self.windows(setting)
                 )
-        return HostBytes(weights=weights, state=state.host, gradients=gradients)
+        inputs = 0
+        if setting.offload_inputs:
+            inputs = len(self.shallow.deep) * self.profiles(setting).run(feed=True).input_nbytes
+        return HostBytes(weights=weights, state=state.host, gradients=gradients, activations=inputs)
 
     def _covering(self, setting: Setting) -> list[Window]:
         windows = self.windows(setting)
@@ -294,11 +301,12 @@ class Model:
 
     def _moment(self, setting: Setting, state: PagedState, window: Window, exact: bool) -> Moment:
         held, policy = self._held(setting, state, window)
-        key = (policy, id(window), setting.checkpointing, exact)
+        # beside the input of a block the one before it is on its way already
+        parked = (2 if self.device == "cuda" else 1) if setting.offload_inputs else 0
+        profiles = self.profiles(setting)
+        key = (policy, id(window), id(profiles), parked, exact)
         if key not in self._moments:
-            self._moments[key] = peak_of(
-                self.profiles(setting.checkpointing), window, held, exact or window.uneven
-            )
+            self._moments[key] = peak_of(profiles, window, held, exact or window.uneven, parked)
         return max(self._moments[key], self._in_step(setting, state, window), key=lambda moment: moment.total)
 
     def _in_step(self, setting: Setting, state: PagedState, window: Window) -> Moment:
@@ -308,17 +316,20 @@ class Model:
         down = setting.weights == "stream" and setting.update_on == "host"
         gradients = sum(size for name, size in window.gradients.items() if not (down and streams(name)))
         update = 0
-        if self.device == "cpu":
+        if self.device == "cpu" and not down:
             units: list[tuple[Slice, ...]] = [window.pieces]
             if state.pages is not None and setting.residency == "stream":
                 own = set(window.pieces)
                 units = [tuple(p for p in page.pieces if p in own) for page in state.pages]
-            update = max(self._update_nbytes(setting.master, unit) for unit in units)
+            update = max(self._update_nbytes(setting.master, setting.state_bits, unit) for unit in units)
         return Moment(gradients=gradients, update=update)
 
     def _held(self, setting: Setting, state: PagedState, window: Window) -> tuple[Held, Any]:
         if setting.weights == "stream" and setting.update_on == "host":
-            return SentDown(window, self.streams(setting)), ("down", setting.resident_blocks)
+            assert self.units is not None
+            gathered = [table.name for table in self.units.tables if table.gathers and not table.multiplies]
+            down = SentDown(window, self.streams(setting), self.device == "cpu", gathered)
+            return down, ("down", setting.resident_blocks)
         if setting.update != "backward":
             return Kept(window), "kept"
         if state.pages is None:
@@ -326,15 +337,19 @@ class Model:
             return SpentInBulk(window, share), ("bulk", setting.master, setting.state_bits)
 
         def update(pieces: tuple[Slice, ...]) -> int:
-            return self._update_nbytes(setting.master, pieces) if self.device == "cpu" else 0
+            return (
+                self._update_nbytes(setting.master, setting.state_bits, pieces) if self.device == "cpu" else 0
+            )
 
         held = SpentByPage(window, state.pages, lambda name: self.parameters[name].element_size(), update)
         return held, ("pages", setting.master, setting.state_bits)
 
     @functools.cache  # noqa: B019
-    def _update_nbytes(self, master: str, pieces: tuple[Slice, ...]) -> int:
-        probe = self.probe(master, 32, False)
-        return update_nbytes(pieces, probe, self.rule(master), lambda name: self.parameters[name].dtype)
+    def _update_nbytes(self, master: str, state_bits: int, pieces: tuple[Slice, ...]) -> int:
+        probe = self.probe(master, state_bits, False)
+        return update_nbytes(
+            pieces, probe, self.rule(master, state_bits), lambda name: self.parameters[name].dtype
+        )
 
     @functools.cache  # noqa: B019
     def _beside(self, chunks: int, resident_blocks: int, master: str, bits: int) -> int:
@@ -347,10 +362,10 @@ class Model:
         ]
         used = [size for size in sizes if size]
         always = sum(probe.nbytes(piece) for piece in plan.always if piece.name not in stay)
-        return min(2, len(used)) * max(used, default=0) + always
+        return max(used, default=0) + always
 
-    def _state_beside(self, setting: Setting, streams: Callable[[str], bool]) -> int:
-        """Slots for the state of what stays on the device, where the rest is updated on the host."""
+    def _state_beside(self, setting: Setting) -> int:
+        """The state of what stays on the device, where the rest is updated on the host."""
         return self._beside(setting.chunks, setting.resident_blocks, setting.master, setting.state_bits)
 
 

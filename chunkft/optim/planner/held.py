@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from chunkft.autograd import Slice
 from chunkft.optim.pages import Page
@@ -77,11 +77,23 @@ class SentDown(Held):
     Args:
         window: what is active.
         goes: whether that of a parameter does.
+        at_once: whether it is gone then. On a GPU the copy takes its time: in the worst case, which is taken here, all
+            of them wait for the link.
+        never: those that are computed in host memory.
     """
 
-    def __init__(self, window: Window, goes: Callable[[str], bool]) -> None:
+    def __init__(
+        self, window: Window, goes: Callable[[str], bool], at_once: bool, never: Collection[str]
+    ) -> None:
         super().__init__(window)
         self._goes = goes
+        self._at_once = at_once
+        self._never = never
+
+    def arrive(self, name: str) -> None:
+        if name not in self._never:
+            super().arrive(name)
 
     def complete(self, name: str) -> tuple[int, int]:
-        return 0, self.window.gradients.get(name, 0) if self._goes(name) else 0
+        gone = self._at_once and self._goes(name) and name not in self._never
+        return 0, self.window.gradients.get(name, 0) if gone else 0

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "update_on": ("device", "host"),
     "state_bits": (32, 8),
     "checkpointing": (False, True),
+    "offload_inputs": (False, True),
     "master": ("auto", "fp32", "residual", "stochastic", "none"),
 }
 
@@ -82,7 +83,7 @@ def plan_memory(
         slice_dim: likewise.
         device: ``"cuda"``; ``"cpu"`` for a model that is trained there, whose updates take memory of their own.
         **fixed: ``chunks``, ``residency``, ``update``, ``weights``, ``update_on``, ``resident_blocks``, ``state_bits``,
-            ``checkpointing`` or ``master``: a value, or a list of those that may be chosen.
+            ``checkpointing``, ``offload_inputs`` or ``master``: a value, or a list of those that may be chosen.
 
     Returns:
         The plan; where nothing fits its ``fits`` is False and ``change`` names the smallest change that would help.

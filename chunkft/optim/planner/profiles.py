@@ -17,12 +17,14 @@ from torch.nn.modules import module as module_hooks
 
 from chunkft.attach import attach
 from chunkft.autograd import Slice
-from chunkft.kernels import torch_wgrad
 from chunkft.optim.planner.tape import Tape
+from chunkft.optim.planner.tiles import tiled
 from chunkft.optim.planner.twin import Shallow, Step
 from chunkft.plan import parameter_specs
+from chunkft.weights import Table
 
-wgrad = sys.modules["chunkft.kernels.wgrad"]  # the module, which the package's function of that name hides
+# The modules: the package has a function of the name of one of them.
+USERS_OF_BLOCKS = tuple(sys.modules[f"chunkft.kernels.{name}"] for name in ("torch_wgrad", "wgrad"))
 
 __all__ = ["Profiles", "Run", "Segment"]
 
@@ -56,10 +58,12 @@ class Run:
     Attributes:
         forward: what each part holds in the forward pass.
         backward: likewise in the backward pass; parts that it does not reach are not in it.
+        input_nbytes: of the input of a block.
     """
 
     forward: Parts
     backward: Parts
+    input_nbytes: int
 
 
 class Profiles:
@@ -72,11 +76,20 @@ class Profiles:
         tokens: of each.
         checkpointing: whether blocks are recomputed in the backward pass; None leaves that as the model has it.
         device: ``"cuda"`` or ``"cpu"``: where attention will run.
+        tables: matrices that layers multiply with by tiles.
     """
 
     def __init__(
-        self, shallow: Shallow, step: Step, batch: int, tokens: int, checkpointing: bool | None, device: str
+        self,
+        shallow: Shallow,
+        step: Step,
+        batch: int,
+        tokens: int,
+        checkpointing: bool | None,
+        device: str,
+        tables: Sequence[Table] = (),
     ) -> None:
+        self._tables = tables
         self.shallow = shallow
         self._step = step
         self._sizes = (batch, tokens)
@@ -119,11 +132,20 @@ class Profiles:
     def _run(self, slices: Sequence[Slice], feed: bool, grad: bool) -> Run:
         model = self.shallow.model
         set_checkpointing(model, self._checkpointing)
+        with contextlib.ExitStack() as stack:
+            slots = [stack.enter_context(tiled(model, table)) for table in self._tables if table.multiplies]
+            return self._attached(model, slots, slices, feed, grad)
+
+    def _attached(
+        self, model: nn.Module, slots: Sequence[Tensor], slices: Sequence[Slice], feed: bool, grad: bool
+    ) -> Run:
         attachment = attach(model)
         try:
             attachment.freeze()
             attachment.activate(tuple(slices))
             recorder = _Recorder(self.shallow, feed)
+            for slot in slots:
+                recorder.tape.given(slot)
             for piece, leaf in attachment.active():
                 recorder.watch(piece.name, leaf)
             with contextlib.ExitStack() as stack:
@@ -136,7 +158,7 @@ class Profiles:
                     loss.backward()  # type: ignore[no-untyped-call]
                 recorder.tape.mark("end")
                 del loss
-            return Run(*recorder.parts())
+            return Run(*recorder.parts(), recorder.input_nbytes)
         finally:
             attachment.detach()
             for parameter in model.parameters():
@@ -176,6 +198,7 @@ class _Recorder:
         self._tail_begun = False
         self._hooks: list[Any] = []
         self._turned = 0
+        self.input_nbytes = 0
 
     def watch(self, name: str, leaf: Tensor) -> None:
         """Note the gradient of a leaf."""
@@ -231,6 +254,8 @@ class _Recorder:
             self._inside = True
             self.tape.mark(str(number))
             x = _first_tensor(args, kwargs)
+            if x is not None:
+                self.input_nbytes = x.numel() * x.element_size()
             if x is not None and x.requires_grad:
                 before = "pre" if number == 0 else str(number - 1)
                 x.register_hook(lambda gradient: self.tape.mark(before))  # type: ignore[no-untyped-call]
@@ -329,9 +354,10 @@ def _on_meta(device: str) -> Iterator[None]:
     with (
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
         mock.patch.object(settings, "meta_nonzero_assume_all_nonzero", True),
-        mock.patch.object(torch_wgrad, "needs_blocks", in_blocks),
-        mock.patch.object(wgrad, "needs_blocks", in_blocks),
+        contextlib.ExitStack() as stack,
     ):
+        for module in USERS_OF_BLOCKS:
+            stack.enter_context(mock.patch.object(module, "needs_blocks", in_blocks))
         yield
 
 

@@ -36,6 +36,7 @@ class Space:
     checkpointing: Sequence[bool | None] = (False, True)
     master: Sequence[str] = ("auto",)
     in_files: Sequence[bool] = (False,)
+    offload_inputs: Sequence[bool] = (False, True)
 
     def settings(self, blocks: int, can_stream: bool) -> Iterator[Setting]:
         """Every combination that makes sense, for a model of so many blocks."""
@@ -59,10 +60,12 @@ class Space:
                     yield Setting(**common, **choice)
             if "stream" not in self.weights or not can_stream or checkpointing is False:
                 continue  # blocks whose weights come and go are recomputed
-            for count in resident:
+            for count, offload in itertools.product(resident, self.offload_inputs):
                 if count >= blocks:
                     continue
-                streamed: dict[str, Any] = {"weights": "stream", "resident_blocks": count}
+                streamed: dict[str, Any] = {
+                    "weights": "stream", "resident_blocks": count, "offload_inputs": offload,
+                }  # fmt: skip
                 if "device" in self.update_on:
                     for choice in paged:
                         yield Setting(**common, **choice, **streamed, update_on="device")

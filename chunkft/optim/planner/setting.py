@@ -23,6 +23,8 @@ class Setting:
         checkpointing: whether blocks are recomputed in the backward pass; None: as the model has it.
         master: as for ``ChunkOptimizer``.
         in_files: whether files hold the state in place of host memory.
+        offload_inputs: whether inputs of blocks of streamed weights wait in host memory; the blocks are recomputed then
+            without the model's own checkpointing.
     """
 
     chunks: int = 32
@@ -35,6 +37,7 @@ class Setting:
     checkpointing: bool | None = None
     master: str = "auto"
     in_files: bool = False
+    offload_inputs: bool = False
 
     @property
     def arrangement(self) -> tuple[Any, ...]:
@@ -78,6 +81,7 @@ DEFAULTS = {
     "update": "step",
     "weights": "resident",
     "resident_blocks": 0,
+    "offload_inputs": False,
     "state_bits": 32,
     "master": "auto",
 }

@@ -20,7 +20,6 @@ from chunkft.streaming import file_tier_nbytes
 
 __all__ = ["LayoutOfState", "PagedState", "paged_state", "update_nbytes"]
 
-BLOCK = 128  # elements that share a scale where moments have 8 bits
 MANY = 512  # pages from which on their sizes are not laid out one by one
 META = torch.device("meta")
 
@@ -31,7 +30,6 @@ class LayoutOfState(StateProbe):
     Args:
         rule: how slices are updated.
         parameter_of: the full parameter of a name.
-        state_bits: of each moment of AdamW, 32 or 8.
         counts_on_pages: as for ``StateProbe``.
     """
 
@@ -39,22 +37,11 @@ class LayoutOfState(StateProbe):
         self,
         rule: UpdateRule,
         parameter_of: Callable[[str], Tensor],
-        state_bits: int = 32,
         counts_on_pages: bool = False,
     ) -> None:
         super().__init__(rule, parameter_of, counts_on_pages)
-        self._bits = state_bits
         self._sizes: dict[Any, int] = {}
         self._patterns: dict[tuple[int, torch.dtype, int], dict[str, tuple[bool, torch.dtype]] | None] = {}
-
-    def layout(self, piece: Slice) -> Layout:
-        """Shape and dtype of each tensor that is kept for a slice, masters included, by state key."""
-        found = super().layout(piece)
-        if self._bits == 8 and "exp_avg" in found and found["exp_avg"][1].itemsize > 1:
-            blocks = (-(-math.prod(piece.shape) // BLOCK),)
-            found |= {"exp_avg": (piece.shape, torch.int8), "exp_avg_sq": (piece.shape, torch.uint8)}
-            found |= {"exp_avg_scale": (blocks, torch.float32), "exp_avg_sq_scale": (blocks, torch.float32)}
-        return found
 
     def nbytes(self, piece: Slice) -> int:
         """Bytes of a slice's state on a page."""

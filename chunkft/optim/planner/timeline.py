@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chunkft.optim.planner.profiles import NOTHING, Profiles, Run, Segment
 from chunkft.optim.planner.windows import Window, deep_name
@@ -48,7 +48,7 @@ class Kept(Held):
     """Gradients stay until the step."""
 
 
-def peak_of(profiles: Profiles, window: Window, held: Held, exact: bool) -> Moment:
+def peak_of(profiles: Profiles, window: Window, held: Held, exact: bool, parked: int = 0) -> Moment:
     """The moment of a step's forward and backward pass that holds the most.
 
     Args:
@@ -57,9 +57,11 @@ def peak_of(profiles: Profiles, window: Window, held: Held, exact: bool) -> Mome
         held: what becomes of gradients.
         exact: False takes a block of which a part is active for one that is active as a whole, which needs fewer
             runs and is never less.
+        parked: of the inputs of blocks, which wait in host memory, how many are on the device in the backward pass;
+            0: they do not wait there.
     """
     walk = _Walk(held)
-    parts = _Parts(profiles, window, exact)
+    parts = _Parts(profiles, window, exact, parked)
     ends = parts.ends()
     walk.visit(ends.forward.get("pre", NOTHING), None)
     for segment, count, block in parts.blocks("forward"):
@@ -109,7 +111,8 @@ class _Walk:
 class _Parts:
     """Which run tells of which part of a step."""
 
-    def __init__(self, profiles: Profiles, window: Window, exact: bool) -> None:
+    def __init__(self, profiles: Profiles, window: Window, exact: bool, parked: int) -> None:
+        self._parked = parked
         self._profiles = profiles
         self._window = window
         self._exact = exact
@@ -134,12 +137,14 @@ class _Parts:
         beyond those of the blocks below in the run that tells of the end.
         """
         lowest, kinds = self._window.lowest, self._shallow.kinds
+        # the model itself keeps the first input until then
+        first = self.ends().input_nbytes if self._parked and (self._pre or lowest == 0) else 0
         if self._pre or not kinds or not (self._exact or lowest is None):
-            return 0
+            return first
         left = self._profiles.idle().forward
         deep = kinds if lowest is None else kinds[:lowest]
         told = range(len(self._shallow.blocks) if lowest is None else kinds[lowest])
-        return sum(left[kind].delta for kind in deep) - sum(left[kind].delta for kind in told)
+        return first + sum(left[kind].delta for kind in deep) - sum(left[kind].delta for kind in told)
 
     def blocks(self, side: str) -> Iterator[tuple[Segment, int, Callable[[str], str] | None]]:
         """Segments of the blocks in the order in which they run, how often each, and how to name its parameters."""
@@ -177,7 +182,7 @@ class _Parts:
             run = self._profiles.idle()
         else:
             run = self._profiles.run(self._window.outside) if self._pre else self._profiles.run(feed=True)
-        return (run.forward if side == "forward" else run.backward).get(kind, NOTHING)
+        return self._with_input(run, kind, side, above)
 
     def _active(self, block: int, above: bool, side: str) -> Segment:
         slices = self._window.inside[block]
@@ -186,4 +191,20 @@ class _Parts:
         elif block == 0 and above:  # its input is what comes from below, not one that was made for it
             slices, above = (*self._window.outside, *slices), False
         run = self._profiles.run(slices, feed=above)
-        return (run.forward if side == "forward" else run.backward).get(self._shallow.kinds[block], NOTHING)
+        return self._with_input(run, self._shallow.kinds[block], side, True)
+
+    def _with_input(self, run: Run, kind: int, side: str, kept: bool) -> Segment:
+        """A block, whose input is in host memory between the passes if it is parked there."""
+        found = (run.forward if side == "forward" else run.backward).get(kind, NOTHING)
+        if not self._parked or not kept:
+            return found
+        size = run.input_nbytes
+        if side == "forward":
+            return found if kind == 0 else replace(found, delta=found.delta - size)
+        more = size * self._parked
+        return replace(
+            found,
+            peaks=tuple(peak + more for peak in found.peaks),
+            levels=tuple(level + more for level in found.levels),
+            delta=found.delta + size,
+        )

@@ -20,12 +20,14 @@ class Traffic:
     """Bytes of a step over the link, on average over a sweep.
 
     Attributes:
+        inputs: of blocks, to host memory and back.
         weights_in: weights to the device.
         weights_out: weights back.
         state_in, state_out: optimizer state.
         gradients_out: gradients of weights that are updated on the host.
     """
 
+    inputs: int
     weights_in: int
     weights_out: int
     state_in: int
@@ -35,12 +37,12 @@ class Traffic:
     @property
     def to_device(self) -> int:
         """All that goes to the device."""
-        return self.weights_in + self.state_in
+        return self.inputs + self.weights_in + self.state_in
 
     @property
     def to_host(self) -> int:
         """All that goes to the host."""
-        return self.weights_out + self.state_out + self.gradients_out
+        return self.inputs + self.weights_out + self.state_out + self.gradients_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,9 @@ class Clock:
         if on_host:
             each = 0.0  # that of what stays on the device is left out: norms and biases, as a rule
         per_step = each if setting.residency == "stream" else each / interval
+        inputs = self._model.host(setting).activations
         return Traffic(
+            inputs=inputs,
             weights_in=int(weights_in),
             weights_out=int(weights_out),
             state_in=int(per_step),
@@ -134,7 +138,8 @@ class Clock:
             elements += work.recomputed
         compute = 2 * tokens * elements / machine.flops
         backward = 2 * tokens * (work.flow + work.active) / machine.flops
-        weights = max(moved.weights_in, moved.weights_out + moved.gradients_out) / machine.link
+        one_way = max(moved.weights_in, moved.weights_out + moved.gradients_out) + moved.inputs
+        weights = one_way / machine.link
         exposed = max(0.0, weights - compute)
         speed = machine.link if not setting.in_files else min(machine.link, machine.disk_bandwidth)
         state = max(moved.state_in, moved.state_out) / speed

@@ -54,8 +54,8 @@ class Ring:
     Attributes:
         moved: told name and address of each parameter whose memory changed.
         homes: the host memory of each parameter by name.
-        overlays: for names of weights, slices with copies of their own on the device, and what tells whether such a copy
-            is newer than the page, over which it is laid then; else it takes its values from there.
+        overlays: for names of weights, slices with copies of their own on the device, and what tells whether a copy is
+            newer than the page, over which it is laid then; else it takes its values from there.
     """
 
     def __init__(
@@ -349,5 +349,7 @@ def settle(parameter: nn.Parameter, home: Tensor, holders: Sequence[Holder]) -> 
 
 
 def _placed(weight: PlacedWeight, page: Tensor) -> Tensor:
-    part = page[weight.offset : weight.offset + weight.nbytes]
-    return part.view(weight.dtype).view(weight.shape)
+    # A view in another dtype that is made in evaluation would not be fit for training.
+    with torch.inference_mode(False):
+        part = page[weight.offset : weight.offset + weight.nbytes]
+        return part.view(weight.dtype).view(weight.shape)

@@ -68,7 +68,7 @@ def loss_of(model: nn.Module, number: int = 0) -> Tensor:
 def streamed(
     model: nn.Module, place: str = "host", *, stream: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    """An optimizer of a model whose weights stream, with poisoned pages and, for the sake of bits, a head of one tile."""
+    """An optimizer of a model whose weights stream, with poisoned pages and, for its bits, one tile."""
     weights = WeightStream(model, device="cpu", **{"poison": True, "tile_bytes": 1 << 20} | (stream or {}))
     return chunkft.ChunkAdamW(
         model, **{"lr": 1e-2, "chunks": 3, "interval": 1} | options, weights=weights, update_on=place

@@ -51,14 +51,29 @@ RESIDENT = [
     for (residency, update), checkpointing in itertools.product(PLACES, (False, True))
 ]
 STREAMED = [
-    {"weights": "stream", "checkpointing": True, "update_on": on, "offload_inputs": offload, "resident_blocks": stay}
-    for on, offload, stay in (("host", False, 0), ("host", True, 1), ("device", False, 1), ("device", True, 0))
+    {
+        "weights": "stream",
+        "checkpointing": True,
+        "update_on": on,
+        "offload_inputs": offload,
+        "resident_blocks": stay,
+    }
+    for on, offload, stay in (
+        ("host", False, 0),
+        ("host", True, 1),
+        ("device", False, 1),
+        ("device", True, 0),
+    )
 ]
-SMALL = [{"state_bits": 8, "residency": residency, "checkpointing": True} for residency in ("chunk", "stream")]
+SMALL = [
+    {"state_bits": 8, "residency": residency, "checkpointing": True} for residency in ("chunk", "stream")
+]
 GRID = [
     *itertools.product(SHAPES, (torch.float32,), (1, 2, 5), RESIDENT),
     *itertools.product(("llama, 3 blocks", "gpt2, 2 blocks"), (torch.float32,), (1, 4), STREAMED),
-    *itertools.product(("llama, 3 blocks",), (torch.bfloat16,), (3,), [*RESIDENT[1::2], *STREAMED[1:3], *SMALL]),
+    *itertools.product(
+        ("llama, 3 blocks",), (torch.bfloat16,), (3,), [*RESIDENT[1::2], *STREAMED[1:3], *SMALL]
+    ),
 ]
 
 

@@ -19,8 +19,8 @@ class Block(nn.Module):
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 24)
-        self.down = nn.Linear(24, width)
+        self.up = nn.Linear(width, 48)
+        self.down = nn.Linear(48, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
@@ -68,7 +68,7 @@ def loss_of(model: nn.Module, number: int = 0) -> Tensor:
 def streamed(
     model: nn.Module, place: str = "host", *, stream: dict[str, Any] | None = None, **options: Any
 ) -> Any:
-    """An optimizer of a model whose weights stream, with poisoned pages and a head of one tile, for the sake of bits."""
+    """An optimizer of a model whose weights stream, with poisoned pages and, for its bits, one tile."""
     weights = WeightStream(model, device="cpu", **{"poison": True, "tile_bytes": 1 << 20} | (stream or {}))
     return chunkft.ChunkAdamW(
         model, **{"lr": 1e-2, "chunks": 3, "interval": 1} | options, weights=weights, update_on=place
@@ -120,21 +120,18 @@ def assert_same_state(mine: nn.Module, theirs: nn.Module) -> None:
 def assert_at_rest(model: nn.Module) -> None:
     """No block is held, by the ring or by anybody's visit, and every slot can be had."""
     stream = stream_of(model)
-    assert stream is not None and stream.ring is not None
+    assert stream is not None
+    assert stream.ring is not None
     ring = stream.ring
-    assert (
-        not ring._held
-        and not stream._visits._users
-        and not stream._visits._tasks
-        and not stream._visits._passes
-    )
+    visits = stream._visits
+    assert not any((ring._held, visits._users, visits._tasks, visits._passes))
     states = [ring.pager.state(number) for number in range(len(ring.blocks))]
     assert "IN_USE" not in states, states
     for name, home in ring.homes.items():
         assert model.get_parameter(name).data_ptr() == home.data_ptr(), name
     pages = stream._tables.pages
     if pages is not None:
-        assert not pages._slots and not pages._users
+        assert not any((pages._slots, pages._users))
 
 
 def places(model: nn.Module) -> dict[str, Any]:

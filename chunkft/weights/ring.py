@@ -353,5 +353,7 @@ def settle(parameter: nn.Parameter, home: Tensor, holders: Sequence[Holder]) -> 
 
 
 def _placed(weight: PlacedWeight, page: Tensor) -> Tensor:
-    part = page[weight.offset : weight.offset + weight.nbytes]
-    return part.view(weight.dtype).view(weight.shape)
+    # A view in another dtype that is made in evaluation would not be fit for training.
+    with torch.inference_mode(False):
+        part = page[weight.offset : weight.offset + weight.nbytes]
+        return part.view(weight.dtype).view(weight.shape)

@@ -50,7 +50,8 @@ class TilePages:
         """The host memory of a table: its tiles one behind the other."""
         first = self.first[table.name]
         span = self.pager.host_span(first, first + len(table.tiles))
-        return span[: table.nbytes].view(table.dtype).view(table.shape)
+        with torch.inference_mode(False):
+            return span[: table.nbytes].view(table.dtype).view(table.shape)
 
     def refresh(self) -> None:
         """Forget what is on the device: tables may have been changed since."""

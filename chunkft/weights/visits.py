@@ -161,8 +161,8 @@ class Visits:
         """Whatever happens, the visit is over at the end of the backward pass that runs."""
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
-            self._tasks[task] = []
             at_end_of_backward(lambda failed: self._end(task, failed))
+            self._tasks[task] = []
         self._tasks[task].append(visit)
 
     def _end(self, task: int, failed: bool) -> None:

@@ -138,7 +138,7 @@ class Sharpened(nn.Linear):
 def test_a_layer_that_changes_its_own_weight_keeps_the_change():
     def make():
         model = tower()
-        layer = nn.Linear(16, 24)
+        layer = nn.Linear(16, 48)
         torch.manual_seed(5)
         nn.init.normal_(layer.weight)
         model.blocks[1].up = layer
@@ -166,7 +166,7 @@ def test_step_between_forward_and_backward_is_refused(update):
     loss_of(model).backward()
     late = loss_of(model)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="call step\\(\\) only after backward|modified by an inplace"):
+    with pytest.raises(RuntimeError, match=r"call step\(\) only after backward|modified by an inplace"):
         late.backward()
     train([(model, optimizer)], range(2))
 

@@ -1,6 +1,7 @@
 """After an error or an interrupt anywhere in a step weights are at rest, and the next step is that of resident ones."""
 
 import itertools
+import linecache
 import sys
 import threading
 
@@ -81,11 +82,16 @@ class Interrupts:
         return self.line
 
     def line(self, frame, event, argument):
-        if event == "line":
+        # At the end of a "with" that line is traced before __exit__, where no signal comes.
+        if event == "line" and not source(frame).startswith("with "):
             self.count += 1
             if self.count == self.number:
                 raise KeyboardInterrupt
         return self.line
+
+
+def source(frame):
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
 
 
 def lines_of(call):
@@ -106,7 +112,7 @@ def test_an_interrupt_at_any_line_leaves_weights_that_train_on(update):
     reference = gradients_of(model, optimizer)
     total = lines_of(lambda: loss_of(model).backward())
     assert total > 300
-    for number in range(1, total, 17 if update == "host" else 29):
+    for number in range(1, total, 37 if update == "host" else 53):
         optimizer.zero_grad()
         interrupts, before = Interrupts(number), sys.gettrace()
         sys.settrace(interrupts)

@@ -193,7 +193,7 @@ class Elsewhere:
 def test_the_checker_sees_a_ring_that_does_not_wait(rig, monkeypatch, method):
     """A control: the computation reads before the copy is done, or the slot is taken before the computation is."""
     with declared(rig, monkeypatch):
-        model, optimizer = build("host", chunks=1)
+        model, _ = build("host", chunks=1)
         Elsewhere(rig, method)(monkeypatch)
         rig.driver.fakecuda_policy(1)  # nothing runs before somebody waits for it
         with torch.no_grad():
@@ -204,7 +204,7 @@ def test_the_checker_sees_a_ring_that_does_not_wait(rig, monkeypatch, method):
 
 def test_the_checker_sees_a_release_before_the_work(rig, monkeypatch):
     with declared(rig, monkeypatch):
-        model, optimizer = build("host", chunks=1)
+        model, _ = build("host", chunks=1)
         leave = Ring.leave
 
         def early(ring, number):

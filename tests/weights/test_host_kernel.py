@@ -15,7 +15,7 @@ from chunkft.kernels import host_adamw
 def run(dtype: torch.dtype, *, native: bool, **options: object) -> tuple[Run, int]:
     net = model_of("llama", True).to(dtype)
     core = mock.Mock(wraps=host_adamw._core.host_adamw)
-    with mock.patch.object(chunk_optimizer, "_beside_gpu", lambda attachment: native):
+    with mock.patch.object(chunk_optimizer, "_beside_gpu", return_value=native):
         optimizer = optimizer_of(net, "host", {}, chunks=3, interval=2, **options)
     with mock.patch.object(host_adamw._core, "host_adamw", core):
         result = train(Run(), net, optimizer, "llama", range(7))

@@ -44,8 +44,9 @@ def counted_peak(model, arguments, step, **batch):
         sweep()
         ledger = Ledger(model, torch.device("cpu"), lambda: 0, lambda: None)
         with ledger:
-            for copy in getattr(attachment.wiring.residence, "_copies", {}).values():
-                ledger.present(copy, "leaves")
+            copies = getattr(attachment.wiring.residence, "_copies", {})
+            for piece in copies:
+                ledger.present(copies[piece], "leaves")
             ledger.phase = "forward"
             sweep()
         blocks = [block for block in ledger.blocks if HOST not in (block.category, block.phase)]

@@ -60,7 +60,7 @@ STREAMED = [
     }
     for on, offload, stay in (
         ("host", False, 0),
-        ("host", True, 1),
+        ("host", True, 0),
         ("device", False, 1),
         ("device", True, 0),
     )

@@ -70,7 +70,7 @@ class Model:
         self._always, self._slice_dim = always_active, slice_dim
         self.parameters: dict[str, Tensor] = dict(deep.named_parameters())
         self.specs: list[ParameterSpec] = parameter_specs(deep)
-        self._profiles: dict[tuple[bool | None, bool], Profiles] = {}
+        self._profiles: dict[tuple[bool | None, bool, bool], Profiles] = {}
         self._moments: dict[Any, Moment] = {}
         self._windows: dict[int, list[Window]] = {}
         self._kept: list[PagedState] = []
@@ -93,12 +93,15 @@ class Model:
 
     def profiles(self, setting: Setting) -> Profiles:
         """Of the parts of a step."""
-        # on the meta device what parks its inputs is checkpointed by the model
-        key = setting.checkpointing, setting.weights == "stream"
+        streams, parks = setting.weights == "stream", setting.offload_inputs
+        own = (
+            setting.checkpointing and not parks
+        )  # blocks that park their inputs are recomputed without the model
+        key = own, streams, parks
         if key not in self._profiles:
-            tables = self.units.tables if key[1] and self.units is not None else ()
+            tables = self.units.tables if streams and self.units is not None else ()
             self._profiles[key] = Profiles(
-                self.shallow, self.step, self.batch, self.tokens, setting.checkpointing, self.device, tables
+                self.shallow, self.step, self.batch, self.tokens, own, self.device, tables, parks
             )
         return self._profiles[key]
 

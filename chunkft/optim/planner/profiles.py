@@ -18,7 +18,7 @@ from torch.nn.modules import module as module_hooks
 from chunkft.attach import attach
 from chunkft.autograd import Slice
 from chunkft.optim.planner.tape import Tape
-from chunkft.optim.planner.tiles import tiled
+from chunkft.optim.planner.tiles import parked, tiled
 from chunkft.optim.planner.twin import Shallow, Step
 from chunkft.plan import parameter_specs
 from chunkft.weights import Table
@@ -77,6 +77,7 @@ class Profiles:
         checkpointing: whether blocks are recomputed in the backward pass; None leaves that as the model has it.
         device: ``"cuda"`` or ``"cpu"``: where attention will run.
         tables: matrices that layers multiply with by tiles.
+        parks: whether blocks are recomputed as those are whose input is parked in host memory.
     """
 
     def __init__(
@@ -88,8 +89,10 @@ class Profiles:
         checkpointing: bool | None,
         device: str,
         tables: Sequence[Table] = (),
+        parks: bool = False,
     ) -> None:
         self._tables = tables
+        self._parks = parks
         self.shallow = shallow
         self._step = step
         self._sizes = (batch, tokens)
@@ -134,6 +137,8 @@ class Profiles:
         set_checkpointing(model, self._checkpointing)
         with contextlib.ExitStack() as stack:
             slots = [stack.enter_context(tiled(model, table)) for table in self._tables if table.multiplies]
+            if self._parks:
+                stack.enter_context(parked(model, self.shallow.blocks))
             return self._attached(model, slots, slices, feed, grad)
 
     def _attached(

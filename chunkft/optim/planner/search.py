@@ -61,7 +61,7 @@ class Space:
             if "stream" not in self.weights or not can_stream or checkpointing is False:
                 continue  # blocks whose weights come and go are recomputed
             for count, offload in itertools.product(resident, self.offload_inputs):
-                if count >= blocks:
+                if count >= blocks or (offload and count):  # blocks that stay are not recomputed there
                     continue
                 streamed: dict[str, Any] = {
                     "weights": "stream", "resident_blocks": count, "offload_inputs": offload,

@@ -1,17 +1,22 @@
-"""Layers of a model on the meta device that multiply by tiles, as they do where the weight streams."""
+"""What a model on the meta device does as models do whose weights stream: products by tiles, parked inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from chunkft.autograd import TiledForward, put_tiles
 from chunkft.weights import Table
 
-__all__ = ["tiled"]
+__all__ = ["parked", "tiled"]
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # that parked blocks are called without
 
 
 class _EmptyTiles:
@@ -55,3 +60,31 @@ def tiled(model: nn.Module, table: Table) -> Iterator[Tensor]:
         put_tiles(weight, None)
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def parked(model: nn.Module, blocks: tuple[str, ...]) -> Iterator[None]:
+    """Inside of it blocks are recomputed in the backward pass if a gradient flows through their input, as where that is
+    parked; the input itself stays here.
+    """
+    layers = [model.get_submodule(name) for name in blocks]
+    for layer in layers:
+        layer.__dict__["forward"] = _recomputed(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _recomputed(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        flows = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
+        if not flows or not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+
+    return forward

@@ -138,7 +138,7 @@ class _Parts:
         """
         lowest, kinds = self._window.lowest, self._shallow.kinds
         # the model itself keeps the first input until then
-        first = self.ends().input_nbytes if self._parked and (self._pre or lowest == 0) else 0
+        first = self.ends().input_nbytes if self._parked and self._pre else 0
         if self._pre or not kinds or not (self._exact or lowest is None):
             return first
         left = self._profiles.idle().forward
@@ -185,13 +185,14 @@ class _Parts:
         return self._with_input(run, kind, side, above)
 
     def _active(self, block: int, above: bool, side: str) -> Segment:
-        slices = self._window.inside[block]
+        slices, flows = self._window.inside[block], above
         if not self._exact:
-            slices, above = self._profiles.whole(self._shallow.kinds[block]), True
+            # a block whose input gets no gradient is not recomputed where others park theirs
+            slices, above = self._profiles.whole(self._shallow.kinds[block]), above or not self._parked
         elif block == 0 and above:  # its input is what comes from below, not one that was made for it
             slices, above = (*self._window.outside, *slices), False
         run = self._profiles.run(slices, feed=above)
-        return self._with_input(run, self._shallow.kinds[block], side, True)
+        return self._with_input(run, self._shallow.kinds[block], side, flows)
 
     def _with_input(self, run: Run, kind: int, side: str, kept: bool) -> Segment:
         """A block, whose input is in host memory between the passes if it is parked there."""

@@ -28,6 +28,7 @@ PAGES = (
             "comparison",
             "embedded-model",
             "kernels",
+            "larger-than-gpu",
             "method",
             "models",
             "profiling",
@@ -189,6 +190,7 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
         ("scaling", "scaling-cpu", bench_tables.scaling),
         ("peers", "peers-cpu", bench_tables.peers),
         ("residency", "residency-cpu", bench_tables.residency),
+        ("streamed", "streamed-cpu", bench_tables.streamed),
         ("cross-entropy", "cross-entropy-cpu", bench_tables.cross_entropy),
     )
     for name, file, make in single:

@@ -5,9 +5,18 @@ from typing import TYPE_CHECKING, Any
 from chunkft.activations import saved_activations
 from chunkft.attach import Attachment, attach
 from chunkft.autograd import Slice
-from chunkft.optim import ChunkAdamW, ChunkOptimizer, MemoryReport, load_checkpoint, save_checkpoint
+from chunkft.optim import (
+    ChunkAdamW,
+    ChunkOptimizer,
+    MemoryPlan,
+    MemoryReport,
+    load_checkpoint,
+    plan_memory,
+    save_checkpoint,
+)
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
+from chunkft.weights import WeightStream
 
 if TYPE_CHECKING:
     from chunkft.integrations.streamed import load_streamed, save_streamed
@@ -20,13 +29,16 @@ __all__ = [
     "ChunkAdamW",
     "ChunkOptimizer",
     "ChunkPlan",
+    "MemoryPlan",
     "MemoryReport",
     "ParameterSpec",
     "Slice",
+    "WeightStream",
     "attach",
     "load_checkpoint",
     "load_streamed",
     "partition",
+    "plan_memory",
     "save_checkpoint",
     "save_streamed",
     "saved_activations",

@@ -65,6 +65,30 @@ class MemoryBudget(TypedDict):
 def cuda_info() -> CudaInfo: ...
 def memory_budget() -> MemoryBudget | None: ...
 
+# addresses of weight, gradient, first and second moment, master or residual, and scales of the moments (0: none);
+# elements, those of a row of the weight, and those from row to row; formats of the first four ("fp32", "bf16", "fp16",
+# moments also "codes"); seed; 1 - lr weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t)
+HostAdamwSlice = tuple[
+    tuple[int, int, int, int, int, int, int],
+    tuple[int, int, int],
+    tuple[str, str, str, str],
+    int,
+    tuple[float, float, float],
+]
+
+def host_adamw(
+    slices: Sequence[HostAdamwSlice],
+    *,
+    master: str,
+    pull: float,
+    beta2: float,
+    keep2: float,
+    eps: float,
+    grad_factor: float,
+    clip_factor: float,
+    threads: SupportsIndex,
+) -> None: ...
+
 class Transfers(TypedDict):
     copies: int
     bytes: int

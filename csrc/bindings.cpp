@@ -122,6 +122,7 @@ PYBIND11_MODULE(_core, m) {
           py::arg("offset"), py::arg("nbytes"))
       .def_static("live_bytes", &HostArena::live_bytes);
 
+  bind_adamw(m);
   bind_pager(m);
   bind_cuda(m);
 }

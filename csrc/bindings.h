@@ -11,6 +11,7 @@ namespace chunkft {
 
 namespace py = pybind11;
 
+void bind_adamw(py::module_& m);
 void bind_pager(py::module_& m);
 void bind_cuda(py::module_& m);  // after HostArena, to which it adds
 

@@ -241,11 +241,105 @@ def accuracy(out: Path) -> None:
     picture.save(out)
 
 
+def streamed_step(out: Path) -> None:
+    """A recorded step of streamed training on a time axis: what computes, and what comes up and goes down meanwhile."""
+    found = json.loads((RESULTS / "streamed-step.json").read_text())
+    lanes: dict[str, list[tuple[str, float, float]]] = {}
+    for lane, label, start, size in found["spans"]:
+        lanes.setdefault(lane, []).append((label, start / 1e3, size / 1e3))
+    total = lanes["step"][0][2]
+    left, right = 120.0, 740.0
+    scale = (right - left) / total
+    picture = svg.Picture(
+        760, 262, "A step of streamed training in time: computation, copies up, copies down"
+    )
+    picture.text(20, 28, "One step: blocks visit the device while others compute", bold=True)
+    x = 20.0
+    legend = (("forward", svg.BLUE), ("head", svg.OLIVE), ("recompute and backward", svg.ORANGE))
+    legend += (("weights", svg.TEAL), ("gradients", svg.ROSE), ("update, in host memory", svg.SOFT))
+    for label, colour in legend:
+        picture.box(x, 42, 11, 11, colour)
+        picture.text(x + 15, 52, label, fill=svg.SOFT, size=11.5)
+        x += 38 + 6.1 * len(label)
+    rows = (("compute", 76.0), ("copies up", 124.0), ("copies down", 166.0))
+    for name, y in rows:
+        picture.text(left - 12, y + 20, name, "end", size=12.5)
+        picture.line(left, y + 34, right, y + 34)
+
+    def spans(lane: str, y: float, colour: str, numbers: bool, least: float = 0.8) -> None:
+        before = 0.0
+        for label, start, size in lanes.get(lane, ()):
+            begin, end = max(start, before), start + size  # one is let go when the next one has begun
+            before = end if numbers else before
+            width = max(scale * (end - begin), least)
+            picture.box(left + scale * begin, y, width, 30, colour, svg.PAPER if width > 4 else "none", 1)
+            if numbers and width > 9:
+                middle = left + scale * (begin + end) / 2
+                picture.text(middle, y + 20, label, "middle", "#ffffff", 11.5, bold=True)
+
+    spans("forward", 78, svg.BLUE, True)
+    spans("backward", 78, svg.ORANGE, True)
+    last, first = lanes["forward"][-1], lanes["backward"][0]
+    begin, end = last[1] + last[2], first[1]
+    picture.box(left + scale * begin, 78, scale * (end - begin), 30, svg.OLIVE, svg.PAPER, 1)
+    for _, start, size in lanes["update"]:
+        picture.box(left + scale * start, 78, scale * size, 30, svg.SOFT, svg.PAPER, 1)
+    spans("up, blocks", 126, svg.TEAL, False)
+    spans("up, tiles", 126, svg.OLIVE, False)
+    spans("down", 168, svg.ROSE, False)
+    for label, start, size in lanes["up, blocks"]:
+        picture.text(left + scale * (start + size / 2), 122, label, "middle", svg.SOFT, 10)
+    mark = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if total / step <= 9)
+    for tick in range(0, int(total) + 1, mark):
+        picture.line(left + scale * tick, 200, left + scale * tick, 205, svg.SOFT)
+        picture.text(left + scale * tick, 218, str(tick), "middle", svg.SOFT, 11)
+    picture.text(right, 236, "ms", "end", svg.SOFT, 11)
+    note = f"{found['model']} Llama of {found['blocks']} blocks, {found['tokens']} tokens; trained: {found['trained']}"
+    picture.text(20, 250, f"{note}; one thread computes, one copies", fill=svg.SOFT, size=11)
+    picture.save(out)
+
+
+def streamed_depth(out: Path) -> None:
+    """Counted bytes of weights on the device over the number of layers, resident and streamed."""
+    cases = json.loads((RESULTS / "streamed-depth.json").read_text())["cases"]
+    picture = svg.Picture(
+        760, 84 + 56 * len(cases), "Device bytes of weights over depth, resident and streamed"
+    )
+    picture.text(
+        20, 28, "Weights on the device, MiB, counted while a model of so many layers trains", bold=True
+    )
+    parts = (
+        ("blocks", svg.TEAL, "three slots for blocks"),
+        ("tiles", svg.OLIVE, "two for tiles of the head"),
+    )
+    x = 20.0
+    for label, colour in (("resident", svg.SOFT), *((words, colour) for _, colour, words in parts)):
+        picture.box(x, 42, 11, 11, colour)
+        picture.text(x + 16, 52, label, fill=svg.SOFT, size=12)
+        x += 40 + 6.6 * len(label)
+    left, right = 110.0, 680.0
+    scale = (right - left) / max(case["resident"] for case in cases)
+    for i, case in enumerate(cases):
+        y = 72 + 56 * i
+        picture.text(left - 12, y + 25, f"{case['layers']} layers", "end")
+        picture.box(left, y, scale * case["resident"], 18, svg.SOFT)
+        picture.text(left + scale * case["resident"] + 6, y + 14, f"{case['resident'] / 2**20:.1f}", size=12)
+        x = left
+        for kind, colour, _ in parts:
+            picture.box(x, y + 20, scale * case["streamed"][kind], 18, colour)
+            x += scale * case["streamed"][kind]
+        total = sum(case["streamed"].values())  # norms are too few to be seen
+        picture.text(x + 6, y + 34, f"{total / 2**20:.1f}", size=12, bold=True)
+    picture.save(out)
+
+
 PICTURES: dict[str, Callable[[Path], None]] = {
     "stream.svg": stream,
     "page-states.svg": states,
     "card-24gb.svg": card,
     "equal-time.svg": accuracy,
+    "streamed-step.svg": streamed_step,
+    "streamed-depth.svg": streamed_depth,
 }
 
 

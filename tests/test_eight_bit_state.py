@@ -298,6 +298,17 @@ def test_what_excludes_it_is_said_before_anything_is_attached(options, words):
     chunkft.ChunkAdamW(model, chunks=2)
 
 
+@pytest.mark.parametrize("options", [{"state_bits": 8}, {"first_moment": "bf16"}], ids=str)
+def test_a_checkpoint_does_not_bring_an_update_that_cannot_be_done(options):
+    saved = chunkft.ChunkAdamW(mlp(), chunks=1).state_dict()
+    saved["param_groups"][0]["amsgrad"] = True
+    optimizer = chunkft.ChunkAdamW(mlp(), chunks=1, **options)
+    with pytest.raises(
+        ValueError, match=r"state_dict has amsgrad=True in parameter group 0, which .* cannot do"
+    ):
+        optimizer.load_state_dict(saved)
+
+
 def saved_state():
     model = mlp()
     optimizer = chunkft.ChunkAdamW(model, chunks=1, state_bits=8)

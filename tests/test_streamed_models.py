@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 import chunkft
 from chunkft.integrations import streamed
 from chunkft.integrations.streamed import load_streamed, save_streamed
+from chunkft.weights import WeightStream, stream_of
 from chunkft.weights.reading import open_weights
 
 PAGE_FILL = 77
@@ -271,22 +274,37 @@ def test_conversion_that_does_not_work_out_is_refused_by_name(tmp_path, pages):
     assert not pages.models
 
 
+def test_unexpected_tensors_are_told_but_those_that_the_model_ignores(tmp_path, pages, caplog):
+    make("llama", tmp_path)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6), "other.weight": torch.ones(2)}
+    rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.update(more))
+    _, told = load_streamed(tmp_path, place=pages, output_loading_info=True)
+    assert told["unexpected_keys"] == {"other.weight"}
+    assert "other.weight" in caplog.text
+
+
 def test_from_pretrained_is_left_as_it_was(tmp_path, pages):
     kind = make("llama", tmp_path)
 
     def place(model):
-        # another thread, and a model that is built on the way
-        from concurrent.futures import ThreadPoolExecutor
-
         assert len(list(kind.from_pretrained(tmp_path).parameters())) > 5
-        with ThreadPoolExecutor(1) as pool:
-            assert len(list(pool.submit(kind.from_pretrained, tmp_path).result().parameters())) > 5
         pages(model)
 
     model = load_streamed(tmp_path, place=place)
     assert len(pages.models) == 1
     assert_same(model, kind.from_pretrained(tmp_path))
     assert len(pages.models) == 1
+
+
+def test_other_threads_load_as_ever_meanwhile(tmp_path, pages):
+    kind = make("llama", tmp_path)
+    with streamed._loading_by(streamed._Loader(pages)):
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(kind.from_pretrained, tmp_path).result()
+        model = kind.from_pretrained(tmp_path)
+    assert len(pages.models) == 1
+    assert pages.models[0] is model
+    assert_same(model, other)
 
 
 def test_model_whose_class_loads_by_itself_is_refused(tmp_path, pages, monkeypatch):
@@ -357,8 +375,55 @@ def test_import_of_chunkft_needs_no_transformers():
     assert chunkft.load_streamed is streamed.load_streamed
 
 
-def test_buffers_go_to_the_device(tmp_path, pages):
+STREAMS = [
+    *(("llama", {}), ("mixtral", {}), ("llama-tied", {"resident_blocks": 1})),
+    *(("gpt2", {"weights_dir": "file"}), ("llama-tied", {"weights_dir": "file"})),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), STREAMS, ids=str)
+def test_weights_that_stream_are_loaded_trained_and_saved(tmp_path, family, options):
+    kind = make(family, tmp_path / "model")
+    if "weights_dir" in options:
+        options = {"weights_dir": tmp_path / "file"}
+    expected = kind.from_pretrained(tmp_path / "model")
+    place = partial(WeightStream, device="cpu", **options)
+    model = load_streamed(tmp_path / "model", task=kind, place=place)
+    assert stream_of(model) is not None
+    assert_same(model, expected)
+    for each in (model, expected):
+        optimizer = chunkft.ChunkAdamW(each, chunks=3, lr=1e-2, interval=1)
+        for number in range(4):
+            each(**batch(family, number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    save_streamed(model, tmp_path / "ours")
+    expected.save_pretrained(tmp_path / "theirs")
+    ours, theirs = open_weights(tmp_path / "ours"), open_weights(tmp_path / "theirs")
+    assert set(ours.entries) == set(theirs.entries)
+    original = open_weights(tmp_path / "model")
+    assert not all(torch.equal(ours.read(name), original.read(name)) for name in ours.entries)
+    for name in ours.entries:
+        assert torch.equal(ours.read(name), theirs.read(name)), name
+
+
+def test_weights_stream_by_default(tmp_path):
+    kind = make("qwen3", tmp_path)
+    model = load_streamed(tmp_path, device="cpu", attn_implementation="sdpa")
+    assert stream_of(model).streamed
+    assert model.config._attn_implementation == "sdpa"
+    assert_same(model, kind.from_pretrained(tmp_path, attn_implementation="sdpa"))
+
+
+def test_new_head_of_streamed_weights_is_initialised(tmp_path):
     make("llama", tmp_path)
-    model = load_streamed(tmp_path, place=pages, device="meta")
-    assert all(buffer.is_meta for buffer in model.buffers())
-    assert pages.holds(model)
+    torch.manual_seed(4)
+    expected = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    torch.manual_seed(4)
+    assert_same(load_streamed(tmp_path, task="sequence-classification", device="cpu"), expected)
+
+
+def test_device_belongs_to_the_default_place(tmp_path, pages):
+    make("llama", tmp_path)
+    with pytest.raises(ValueError, match=r"device='cpu' is for the default of place"):
+        load_streamed(tmp_path, place=pages, device="cpu")

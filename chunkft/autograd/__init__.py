@@ -20,7 +20,7 @@ from chunkft.autograd.passes import Passes, is_transformed
 from chunkft.autograd.reentrant import ReentrantGuard
 from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
-from chunkft.autograd.stand_ins import put_stand_in, stand_in_of
+from chunkft.autograd.stand_ins import put_early_stand_in, put_stand_in, stand_in_of
 from chunkft.autograd.tiled import TiledForward, Tiles, copied_forward, put_tiles, tiled_linear, tiles_of
 from chunkft.autograd.trained import disown, own, record, records
 
@@ -43,6 +43,7 @@ __all__ = [
     "joint_norm",
     "operator_for",
     "own",
+    "put_early_stand_in",
     "put_forward",
     "put_stand_in",
     "put_tiles",

@@ -136,9 +136,11 @@ class GradientView(Tensor):
         elif isinstance(subject, list | tuple):
             beside = {id(one) for one in subject}
             if func in _FOREACH and _numbers(args[1:]) and not any(_is_part(one) for one in subject):
-                expanded = list(_expanded(subject, func, args[1:], beside))
-                if expanded:
-                    func(expanded, *args[1:], **kwargs)
+                by_device: dict[torch.device, list[Tensor]] = {}
+                for one in _expanded(subject, func, args[1:], beside):
+                    by_device.setdefault(one.device, []).append(one)
+                for device, ones in by_device.items():
+                    func(ones, *_on(device, args[1:]), **kwargs)
                 return None
             if func is _aten._foreach_norm.Scalar:
                 order, dtype = args[1] if len(args) > 1 else 2.0, (args[2] if len(args) > 2 else None)
@@ -225,7 +227,7 @@ def _directly(view: GradientView, func: Any, args: Sequence[Any], kwargs: dict[s
         beside = _handled_by(sys._getframe(2))
         for gradient in view.gradients.tensors(func, args[1:]):
             if id(gradient) not in beside:
-                func(gradient, *args[1:], **kwargs)
+                func(gradient, *_on(gradient.device, args[1:]), **kwargs)
         return view
     if func is _aten.linalg_vector_norm.default and not any(args[2:]):
         order = args[1] if len(args) > 1 else 2.0
@@ -387,6 +389,13 @@ def _numbers(arguments: Iterable[Any]) -> bool:
         not isinstance(argument, Tensor) or (argument.dim() == 0 and not isinstance(argument, GradientView))
         for argument in arguments
     )
+
+
+def _on(device: torch.device, arguments: Iterable[Any]) -> list[Any]:
+    """Numbers that are tensors where the gradients are, which may be elsewhere than their weight."""
+    return [
+        one.to(device) if isinstance(one, Tensor) and one.device.type != "cpu" else one for one in arguments
+    ]
 
 
 def _refuse(operation: str) -> NoReturn:

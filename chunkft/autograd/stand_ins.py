@@ -59,6 +59,25 @@ class _StandIns(dict[torch.device, "weakref.ref[Tensor]"]):
         return dict, ()  # of a leaf that is pickled: nothing stands for it
 
 
+def put_early_stand_in(leaf: Tensor, device: torch.device, deliver: Callable[[Tensor], None]) -> Tensor:
+    """The same for who gives the leaf its gradient by itself: called as soon as the gradients of all uses are summed.
+
+    A node that leads on to the leaf is older than the forward pass, and autograd comes to it last, when all other work
+    of the backward pass is done; a leaf of the graph it comes to at once.
+    """
+    with torch.inference_mode(False):
+        stand_in = torch.empty((), dtype=leaf.dtype, device=device).expand(leaf.shape).requires_grad_()
+
+    def at_gradient(stand_in: Tensor) -> None:
+        gradient, stand_in.grad = stand_in.grad, None
+        if gradient is not None:
+            deliver(gradient)
+
+    stand_in.register_post_accumulate_grad_hook(at_gradient)  # type: ignore[no-untyped-call]
+    leaf.__dict__.setdefault(_ATTRIBUTE, _StandIns())[device] = weakref.ref(stand_in)
+    return stand_in
+
+
 class _StandIn(Function):
     @staticmethod
     def forward(

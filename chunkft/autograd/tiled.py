@@ -142,7 +142,8 @@ def tiled_linear(x: Tensor, tiles: Tiles, bias: Tensor | None, active: Active) -
         (..., V) tensor.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else None
     if dtype is not None and x.dtype != torch.float64:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     if not torch.is_grad_enabled():

@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = parse(arguments)
         if command.name == "plan":
+            if command.plan is not None and command.plan.gpu is not None:
+                from chunkft.cli.fit import show_fit
+
+                return show_fit(command.plan, command.given)
             from chunkft.cli.plan import show_plan
 
             return show_plan(command.plan)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import chunkft
 from chunkft.cli.bench import BenchSettings, bench_parser, bench_settings
 from chunkft.cli.errors import UserError
+from chunkft.cli.fit_arguments import check_fit, fill_fit
 
 __all__ = ["Command", "DoctorSettings", "FinetuneSettings", "PlanSettings", "ProfileSettings", "parse"]
 
@@ -20,6 +21,8 @@ LR_SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("chunkadamw", "adamw")
 RESIDENCIES = ("chunk", "stream")
 UPDATES = ("step", "backward")
+WEIGHTS = ("resident", "stream")
+UPDATE_PLACES = ("auto", "host", "device")
 STATE_BITS = (8, 32)
 MAX_SEED = 2**32 - 1  # of numpy, which transformers seeds
 
@@ -40,6 +43,11 @@ class FinetuneSettings:
     residency: str = "chunk"
     update: str = "step"
     page_mib: int = 64
+    weights: str = "resident"
+    update_on: str = "auto"
+    resident_blocks: int = 0
+    weights_dir: str | None = None
+    offload_inputs: bool = False
     state_dir: str | None = None
     state_bits: int = 32
     optimizer: str = "chunkadamw"
@@ -85,6 +93,16 @@ class PlanSettings:
     slice_dim: int = 0
     always_active: str = "none"
     save: str | None = None
+    gpu: str | None = None
+    ram: str | None = None
+    disk: str | None = None
+    tokens: int = 1024
+    batch: int = 1
+    link: float = 25.0
+    tflops: float = 100.0
+    world: int = 1
+    dtype: str = "bf16"
+    json: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +226,33 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         help="parameters in the optimizer step (step, default), or as soon as their gradient is complete (backward;"
         " needs --residency stream)",
     )
+    add(
+        "--weights",
+        choices=WEIGHTS,
+        help="on the device (resident, default), or in host memory, from where each block comes to the device when it"
+        " computes (stream): for models larger than the GPU",
+    )
+    add(
+        "--update-on",
+        choices=UPDATE_PLACES,
+        help="where weights that stream are updated: host, device, or auto (default)",
+    )
+    add(
+        "--resident-blocks",
+        type=_integer(0),
+        metavar="N",
+        help="blocks of --weights stream that stay on the device (default 0)",
+    )
+    add(
+        "--weights-dir",
+        metavar="DIR",
+        help="keep weights that stream in a file of DIR instead of host memory",
+    )
+    add(
+        "--offload-inputs",
+        action="store_true",
+        help="recompute the blocks of --weights stream in the backward pass, from inputs kept in host memory",
+    )
     add("--page-mib", type=_integer(1), metavar="MIB", help="page size of --residency stream (default 64)")
     add("--state-dir", metavar="DIR", help="keep the optimizer state in files of DIR instead of host memory")
     add(
@@ -290,9 +335,13 @@ def _profile_parser(parser: argparse.ArgumentParser) -> None:
 
 def _plan_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", required=True, metavar="DIR|ID", help="model directory or hub id (only its config is read)"
+        "--model",
+        required=True,
+        metavar="DIR|ID|SIZE",
+        help="model directory or hub id (only its config is read), or with --gpu one of 1B, 3B, 8B, 14B, 32B, 70B",
     )
     _add_plan_options(parser)
+    fill_fit(parser)
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -361,11 +410,23 @@ def _check(values: dict[str, Any]) -> None:
             f" one of them"
         )
     if values.get("optimizer") == "adamw":
-        for name in ("residency", "update", "page_mib", "state_dir", "state_bits"):
+        for name in ("residency", "update", "page_mib", "state_dir", "state_bits", "weights"):
             if name in values:
                 raise UserError(f"--{name.replace('_', '-')} {values[name]} needs --optimizer chunkadamw")
     if values.get("update") == "backward":
         _check_backward(values)
+    if values.get("weights") != "stream":
+        for name in ("update_on", "resident_blocks", "weights_dir", "offload_inputs"):
+            if name in values:
+                raise UserError(f"--{name.replace('_', '-')} needs --weights stream")
+    elif "resize_embeddings" in values:
+        raise UserError(
+            "--resize-embeddings and --weights stream exclude each other: resize the model once with --weights resident"
+        )
+    elif "offload_inputs" in values and "gradient_checkpointing" in values:
+        raise UserError(
+            "--offload-inputs recomputes the blocks by itself: leave --gradient-checkpointing out"
+        )
     if "page_mib" in values and values.get("residency") != "stream":
         raise UserError(f"--page-mib {values['page_mib']} needs --residency stream")
     if values.get("always_active") == "":
@@ -399,7 +460,8 @@ def parse(argv: Sequence[str]) -> Command:
     name = values.pop("command")
     values.pop("debug", None)
     if name == "plan":
-        return Command(name=name, plan=PlanSettings(**values))
+        check_fit(values)
+        return Command(name=name, plan=PlanSettings(**values), given=frozenset(values))
     if name == "bench":
         return Command(name=name, bench=bench_settings(values))
     if name == "doctor":

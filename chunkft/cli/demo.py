@@ -8,7 +8,7 @@ import torch
 from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.data import Collator, pairs_dataset
 from chunkft.cli.errors import UserError
-from chunkft.cli.job import Job
+from chunkft.cli.job import Job, place_of
 from chunkft.cli.models import enable_gradient_checkpointing, load_causal, load_tokenizer, resolve_dtype
 from chunkft.cli.outputs import RunDirectory
 from chunkft.cli.problems import Problem, answer_of, embedded_model_dir, exact_match, generate
@@ -60,7 +60,9 @@ def demo_job(
     """The embedded model with `count` problems to train on."""
     source = str(embedded_model_dir())
     tokenizer = load_tokenizer(source)
-    model: Any = load_causal(source, resolve_dtype(settings.dtype, None, device), device)
+    model: Any = load_causal(
+        source, resolve_dtype(settings.dtype, None, device), device, place_of(settings, device)
+    )
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     problems = generate(count, settings.seed, "train")

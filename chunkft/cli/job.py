@@ -22,6 +22,7 @@ from chunkft.cli.data import (
 )
 from chunkft.cli.errors import UserError
 from chunkft.cli.models import (
+    Place,
     check_positions,
     config_of,
     enable_gradient_checkpointing,
@@ -42,6 +43,7 @@ __all__ = [
     "load_job",
     "matthews",
     "patterns_of",
+    "place_of",
     "prefer_class",
 ]
 
@@ -103,7 +105,7 @@ def _causal_job(
     if settings.eval_data is not None:
         evaluation, report = causal_dataset(settings.eval_data, tokenizer, settings.seq_len)
         reports.append(report)
-    model = load_causal(settings.model, dtype, device)
+    model = load_causal(settings.model, dtype, device, place_of(settings, device))
     return Job(
         settings.model, model, tokenizer, train, Collator(pad, settings.seq_len), evaluation, reports=reports
     )
@@ -132,13 +134,38 @@ def _classification_job(
         )
         reports.append(report)
     torch.manual_seed(settings.seed)
-    model, new_head = load_classifier(settings.model, dtype, device, labels, pad)
+    model, new_head = load_classifier(settings.model, dtype, device, labels, pad, place_of(settings, device))
     notes = [f"labels: {', '.join(labels)}"]
     if new_head:
         notes.append("the classification head is new (random)")
     collator = Collator(pad, settings.seq_len, left=tokenizer.padding_side == "left")
     metrics = partial(classification_metrics, classes=len(labels))
     return Job(settings.model, model, tokenizer, train, collator, evaluation, metrics, reports, notes)
+
+
+def place_of(settings: FinetuneSettings, device: torch.device) -> Place | None:
+    """What gives the weights of a model their place while it is loaded; None: they go to the device as a whole.
+
+    Raises UserError if there is no place.
+    """
+    if settings.weights != "stream":
+        return None
+
+    def place(model: torch.nn.Module) -> chunkft.WeightStream:
+        try:
+            return chunkft.WeightStream(
+                model,
+                device=device,
+                resident_blocks=settings.resident_blocks,
+                weights_dir=settings.weights_dir,
+                offload_inputs=settings.offload_inputs,
+            )
+        except ValueError as error:
+            raise UserError(f"--weights stream: {error}") from error
+        except OSError as error:
+            raise UserError(f"--weights stream: there is no place for the weights: {error}") from error
+
+    return place
 
 
 def prefer_class(logits: Any, labels: Any) -> torch.Tensor:
@@ -226,6 +253,7 @@ def build_optimizer(
             always_active=patterns_of(settings.always_active, settings.task),
             residency=settings.residency,
             update=settings.update,
+            update_on=settings.update_on,
             page_bytes=settings.page_mib << 20,
             state_dir=settings.state_dir,
             state_bits=settings.state_bits,

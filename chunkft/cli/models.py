@@ -3,13 +3,14 @@
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import chunkft
 from chunkft.cli.errors import UserError
 
 __all__ = [
@@ -35,6 +36,7 @@ WEIGHT_FILES = (
 )
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CAUSALITY_PROBE = 8
+Place = Callable[[torch.nn.Module], object]
 
 
 @contextmanager
@@ -142,8 +144,12 @@ def resolve_dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half and device.type == "cuda" else torch.float32
 
 
-def _load(auto_class: Any, model: str, task: str, dtype: torch.dtype, **options: Any) -> Any:
+def _load(
+    auto_class: Any, model: str, task: str, dtype: torch.dtype, place: Place | None = None, **options: Any
+) -> Any:
     try:
+        if place is not None:
+            return chunkft.load_streamed(model, dtype=dtype, task=auto_class, place=place, **options)
         return auto_class.from_pretrained(model, dtype=dtype, **options)
     except UserError:
         raise
@@ -158,8 +164,12 @@ def _load(auto_class: Any, model: str, task: str, dtype: torch.dtype, **options:
         raise UserError(f"--model {model}: its weights cannot be loaded: {_reason(error)}") from error
 
 
-def load_causal(model: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
-    """Loads a causal language model; raises UserError if the logits of a position depend on later tokens."""
+def load_causal(
+    model: str, dtype: torch.dtype, device: torch.device, place: Place | None = None
+) -> torch.nn.Module:
+    """Loads a causal language model, by ``place`` into host pages that its weights stream from; raises UserError if the
+    logits of a position depend on later tokens.
+    """
     from transformers import AutoModelForCausalLM
 
     config = config_of(model)
@@ -167,8 +177,8 @@ def load_causal(model: str, dtype: torch.dtype, device: torch.device) -> torch.n
         raise UserError(
             f"--model {model}: model type {config.model_type!r} is an encoder-decoder, not a causal model"
         )
-    loaded: torch.nn.Module = _load(AutoModelForCausalLM, model, "causal-lm", dtype).to(device)
-    if not is_causal(loaded):
+    loaded: torch.nn.Module = _load(AutoModelForCausalLM, model, "causal-lm", dtype, place).to(device)
+    if not is_causal(loaded, device):
         raise UserError(
             f"--model {model}: {type(loaded).__name__} is not causal (its predictions look at later tokens);"
             " --task causal-lm needs a decoder"
@@ -177,11 +187,10 @@ def load_causal(model: str, dtype: torch.dtype, device: torch.device) -> torch.n
 
 
 @torch.no_grad()
-def is_causal(model: torch.nn.Module) -> bool:
+def is_causal(model: torch.nn.Module, device: torch.device) -> bool:
     """Tells by two forward passes whether changing the last token leaves the logits before it alone."""
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
     ids = torch.ones(2, CAUSALITY_PROBE, dtype=torch.int64, device=device)
     ids[1, -1] = 2
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1].float()
@@ -191,7 +200,12 @@ def is_causal(model: torch.nn.Module) -> bool:
 
 
 def load_classifier(
-    model: str, dtype: torch.dtype, device: torch.device, labels: dict[str, int], pad: int
+    model: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    labels: dict[str, int],
+    pad: int,
+    place: Place | None = None,
 ) -> tuple[torch.nn.Module, bool]:
     """Loads a sequence classifier for `labels`; the second value tells whether its head is new (random)."""
     from transformers import AutoModelForSequenceClassification
@@ -202,6 +216,7 @@ def load_classifier(
         model,
         "sequence-classification",
         dtype,
+        place,
         num_labels=len(labels),
         id2label=names,
         label2id=dict(labels),

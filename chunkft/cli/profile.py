@@ -20,6 +20,7 @@ from chunkft.cli.outputs import EMBEDDED_NAME, unused, usable
 from chunkft.cli.problems import generate
 from chunkft.integrations.transformers import GracefulStop
 from chunkft.profiling import Profile, profile
+from chunkft.weights import stream_of
 
 __all__ = ["show_profile"]
 
@@ -72,7 +73,8 @@ def _carry_out(
     settings: ProfileSettings,
     directory: Path,
 ) -> int:
-    device = next(job.model.parameters()).device
+    stream = stream_of(job.model)
+    device = next(job.model.parameters()).device if stream is None else stream.device
     count = sum(weight.numel() for weight in job.model.parameters())
     print(f"chunkft {chunkft.__version__}  {job.name}: {count:,} parameters, on {device}")
     if isinstance(optimizer, chunkft.ChunkOptimizer):

@@ -229,7 +229,8 @@ class Finetuning:
         else:
             self.memory.observe(self.chunk_optimizer.memory_report())
             self.chunk_optimizer.detach()
-            if trainer.peak_batch is not None:
+            # that of full training would need all weights on the device
+            if trainer.peak_batch is not None and self.settings.weights == "resident":
                 full = activations_of_full_training(self.job.model, trainer.peak_batch)
                 self.memory.full["saved activations"] = full
                 self.memory.run["saved activations"] = trainer.saved_peak

@@ -19,6 +19,7 @@ from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_
 
 from chunkft.integrations.conversions import LoadPlan, original_format, plan_load
 from chunkft.plan import uncompiled
+from chunkft.weights import WeightStream
 from chunkft.weights.reading import WeightFiles, check, open_weights, weights_of
 from chunkft.weights.writing import SHARD_BYTES, Deferred, write_weights
 
@@ -45,7 +46,7 @@ def load_streamed(
     directory: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "auto",
     task: str | type = "causal-lm",
     place: Place | None = None,
     **options: Any,
@@ -59,10 +60,11 @@ def load_streamed(
     Args:
         directory: a model directory with safetensors files, or the name of a model on the hub.
         dtype: of the weights; by default what the config says.
-        device: where the model computes; buffers go there.
+        device: where the model computes, for the default of ``place``; ``"auto"`` is the first GPU, or the CPU.
         task: a key of ``TASKS``, or a model class of transformers (``AutoModel...`` too).
-        place: gives every parameter of the model, which is on the meta device, memory to be filled; by default
-            ``chunkft.weights.WeightStream(model, device=device)``.
+        place: gives every parameter of the model, which is on the meta device, memory to be filled; by default it is
+            ``chunkft.weights.WeightStream(model, device=device)``. For more of its options:
+            ``place=functools.partial(WeightStream, device="cuda", resident_blocks=4)``.
         options: passed to ``from_pretrained``: ``attn_implementation=``, ``num_labels=``, ``config=``, ...
 
     Returns:
@@ -87,8 +89,12 @@ def load_streamed(
     if dtype is not None:
         options["dtype"] = dtype
     if place is None:
-        place = _stream_on(device)
-    with _loading_by(_Loader(place, None if device is None else torch.device(device))):
+        place = partial(WeightStream, device=device)
+    elif device != "auto":
+        raise ValueError(
+            f"device={device!r} is for the default of place, and place={place!r} was given; tell it that"
+        )
+    with _loading_by(_Loader(place)):
         return kind.from_pretrained(os.fspath(directory), use_safetensors=True, **options)
 
 
@@ -165,18 +171,11 @@ def _class_of(task: str | type) -> Any:
     return getattr(transformers, TASKS[task])
 
 
-def _stream_on(device: torch.device | str | None) -> Place:
-    from chunkft.weights import WeightStream  # type: ignore[attr-defined]
-
-    return lambda model: WeightStream(model, device=device)
-
-
 class _Loader:
     """Does what from_pretrained leaves to `_load_pretrained_model` and `_finalize_model_loading`."""
 
-    def __init__(self, place: Place, device: torch.device | None) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
-        self._device = device
 
     def load(self, model: PreTrainedModel, checkpoint: list[str] | None, config: Any) -> LoadStateDictInfo:
         """Fill a model that from_pretrained has built on the meta device."""
@@ -212,10 +211,6 @@ class _Loader:
         _fill(model, plan, files)
         if new:
             _initialise(model, new)
-        if self._device is not None:
-            for module in model.modules():
-                for name, buffer in module._buffers.items():
-                    module._buffers[name] = None if buffer is None else buffer.to(self._device)
         return info
 
     def _check(self, model: PreTrainedModel, checkpoint: list[str] | None, config: Any) -> WeightFiles:

@@ -101,15 +101,18 @@ def adamw(
             parameters' device, or ``found_inf`` is read on the host (CPU parameters).
         seed: of stochastic rounding, 0 <= seed < 2^63: one each, or one from which slice j takes
             ``(seed + j * 0x9E3779B97F4A7C15) mod 2^63``.
-        backend: ``"auto"``, ``"triton"`` or ``"torch"``. Auto is Triton on a GPU, except for fp64. The torch backend
-            reads ``steps`` and ``found_inf`` on the host.
+        backend: ``"auto"``, ``"triton"``, ``"torch"`` or ``"host"``. Auto is Triton on a GPU, except for fp64, and
+            torch elsewhere. The torch backend reads ``steps`` and ``found_inf`` on the host. Host is one pass over
+            memory by the native core, for CPU tensors of 16 or 32 bits (``host_adamw``).
 
     Raises:
         ValueError: if lengths, shapes, dtypes, devices or values do not fit; nothing is changed then.
         RuntimeError: while the current stream is captured into a CUDA graph.
     """
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"backend={backend!r} is not known; allowed are 'auto', 'triton' and 'torch'")
+    if backend not in ("auto", "triton", "torch", "host"):
+        raise ValueError(
+            f"backend={backend!r} is not known; allowed are 'auto', 'triton', 'torch' and 'host'"
+        )
     if master not in MASTERS:
         raise ValueError(f"master={master!r} is not known; allowed are {', '.join(map(repr, MASTERS))}")
     if params:
@@ -154,6 +157,10 @@ def adamw(
     pieces = checked_pieces(columns, grads, scalars, master)
     if found_inf is not None and bool(found_inf != 0):
         return
+    if backend == "host":
+        _update_on_host(pieces, betas, eps, master, grad_scale, clip_factor)
+        _count(counters, None)
+        return
     _count(counters, None)
     for piece in pieces:
         adamw_reference(piece, betas, eps, master, grad_scale, clip_factor)
@@ -185,6 +192,30 @@ def adamw_reference(
     value.addcdiv_(m, (v.sqrt() / root).add_(eps), value=-(piece.lr / (1 - beta1**step)))
     keep_moments(piece, m, v)
     _close(piece, master, value)
+
+
+def _update_on_host(
+    pieces: list[Piece],
+    betas: tuple[float, float],
+    eps: float,
+    master: str,
+    grad_scale: Tensor | None,
+    clip_factor: Tensor | None,
+) -> None:
+    # Imported here: it needs the native core, which the other backends do without.
+    from chunkft.kernels.host_adamw import HostSlice, host_adamw
+
+    slices = [
+        HostSlice(
+            *(piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq),
+            *(piece.step, piece.lr, piece.weight_decay),
+            extra=piece.extra,
+            scales=piece.scales,
+            seed=piece.seed,
+        )
+        for piece in pieces
+    ]
+    host_adamw(slices, betas=betas, eps=eps, master=master, grad_scale=grad_scale, clip_factor=clip_factor)
 
 
 def _open(piece: Piece, master: str, exact: torch.dtype) -> Tensor:

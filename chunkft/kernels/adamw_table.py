@@ -185,7 +185,7 @@ def _batch(pieces: list[Piece], places: list[int], dtypes: tuple[torch.dtype, ..
     for j, piece in enumerate(pieces):
         tensors = [piece.param, piece.exp_avg, piece.exp_avg_sq]
         extra = 0 if piece.extra is None else piece.extra.data_ptr()
-        columns, stride = _rows(piece.param)
+        columns, stride = rows_of(piece.param)
         addresses = [tensor.data_ptr() for tensor in tensors]
         wide[j] = columns == CONTIGUOUS and all(address % 16 == 0 for address in (*addresses, extra))
         rows[j, [PARAM, EXP_AVG, EXP_AVG_SQ]] = addresses
@@ -225,8 +225,12 @@ def _count(batches: list[Batch]) -> int:
     return 1 + sum(len(batch.places) for batch in batches)
 
 
-def _rows(param: Tensor) -> tuple[int, int]:
-    """Elements of a row and elements from row to row, for a parameter whose rows are contiguous."""
+def rows_of(param: Tensor) -> tuple[int, int]:
+    """Elements of a row and elements from row to row, for a parameter whose rows are contiguous.
+
+    Raises:
+        ValueError: for other strides, or rows of more than 2^30 elements.
+    """
     if param.is_contiguous():
         return CONTIGUOUS, CONTIGUOUS
     columns = 1

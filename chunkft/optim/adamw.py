@@ -14,6 +14,7 @@ from chunkft.optim.arguments import ModelOrGroups, check_adamw
 from chunkft.optim.chunk_optimizer import ChunkOptimizer
 from chunkft.optim.kernel_slices import special_options
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES
+from chunkft.optim.planner.budget import DEFAULT_CHUNKS
 from chunkft.optim.rule import UpdateRule
 from chunkft.partitions import Partition
 from chunkft.schedule import Schedule
@@ -58,7 +59,9 @@ class ChunkAdamW(ChunkOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        chunks: int | None = 32,
+        chunks: int | None = DEFAULT_CHUNKS,
+        memory_budget: int | str | None = None,
+        memory_tokens: int = 1024,
         interval: int = 50,
         partition: Partition = "bytes",
         schedule: Schedule = "cyclic",
@@ -101,6 +104,8 @@ class ChunkAdamW(ChunkOptimizer):
             model,
             torch.optim.AdamW,
             chunks=chunks,
+            memory_budget=memory_budget,
+            memory_tokens=memory_tokens,
             interval=interval,
             partition=partition,
             schedule=schedule,

@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkft import tracing
 from chunkft.activations import saved_activations
+from chunkft.attach import Attachment
 from chunkft.autograd import Slice
 from chunkft.optim.accounting import MemoryMeter
 from chunkft.optim.arguments import (
@@ -34,6 +36,7 @@ from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.paging import PagingMeter, PagingReport
+from chunkft.optim.planner.budget import DEFAULT_CHUNKS, choose
 from chunkft.optim.report import MemoryReport
 from chunkft.optim.restore import read_state, restore
 from chunkft.optim.rule import Groups, UpdateRule
@@ -67,6 +70,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
             a switch.
         base: class of the optimizer that updates the active slices.
         chunks: K; see ``chunkft.partition``, also for ``partition``, ``slice_dim`` and ``always_active``.
+        memory_budget: instead of ``chunks``, the memory of the device that training may take, such as ``"8GiB"``:
+            ``chunkft.plan_memory`` chooses ``chunks``, and ``residency`` if it is not ``"stream"`` already, so that a
+            causal language model fits, everything else as it is given here. Not for parameter groups.
+        memory_tokens: tokens of a forward pass that ``memory_budget`` has to hold.
         interval: T, optimizer steps (not micro-batches) before the next chunk becomes active.
         partition: how to cut; ``"bytes"``, ``"layers"``, ``"interleaved"``, a plan, or one's own.
         schedule: ``"cyclic"``, ``"reverse"``, ``"random"`` or a callable; see ``chunkft.schedule.active_chunk``.
@@ -127,7 +134,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
         model: ModelOrGroups,
         base: type[torch.optim.Optimizer],
         *,
-        chunks: int | None = 32,
+        chunks: int | None = DEFAULT_CHUNKS,
+        memory_budget: int | str | None = None,
+        memory_tokens: int = 1024,
         interval: int = 50,
         partition: Partition = "bytes",
         schedule: Schedule = "cyclic",
@@ -155,6 +164,13 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_choices(interval, max_grad_norm, keep_state, seed)
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
+        if memory_budget is not None:
+            chunks, residency = choose(
+                model, base, base_kwargs, memory_budget, memory_tokens,
+                chunks=chunks, residency=residency, update=update, partition=partition, slice_dim=slice_dim,
+                always_active=always_active, state_device=state_device, state_dir=state_dir, master=master,
+                interval=interval, page_bytes=page_bytes,
+            )  # fmt: skip
         group = resolve_group(process_group)
         where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir, offload_inputs)
         check_weights(where, residency, update, state_device, group)
@@ -203,6 +219,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             rule = self._rule()
             self._stream = build_weights(where, attachment, residency, update, state_device, group)
             on_host = isinstance(attachment.wiring.residence, HostLeaves)
+            rule = replace(rule, host_kernel=rule.state_bits == 8 or (on_host and _beside_gpu(attachment)))
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
@@ -468,6 +485,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""
         return self._residency.states()
+
+
+def _beside_gpu(attachment: Attachment) -> bool:
+    return attachment.device.type == "cuda"
 
 
 def _base_of(

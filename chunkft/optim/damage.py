@@ -68,6 +68,13 @@ def check_groups(optimizer: ChunkOptimizer, groups: list[dict[str, Any]]) -> Non
                     f"state_dict has {key}={value!r} in parameter group {number}; needs a value like "
                     f"{ours.get(key)!r}, which this optimizer has"
                 )
+        rule = optimizer._residency.rule
+        changing = [key for key in ("amsgrad", "maximize") if theirs.get(key)]
+        if changing and (rule.state_bits == 8 or rule.first_moment is not None):
+            raise ValueError(
+                f"state_dict has {changing[0]}=True in parameter group {number}, which an optimizer with state_bits=8 "
+                "or first_moment='bf16' cannot do; load it into one without them"
+            )
         placed = {parameter.device.type for parameter in ours["params"]}
         if theirs.get("capturable") and "cpu" in placed:
             raise ValueError(

@@ -126,7 +126,10 @@ def build_weights(
             choice.update_on == "auto"
             and (residency == "stream" or update == "backward" or state_device in ("paged", "device"))
         )
-        attachment.reside(DeviceLeaves(present) if on_device else HostLeaves(present))
+        if on_device:
+            attachment.reside(DeviceLeaves(present, updated_in_backward=update == "backward"))
+        else:
+            attachment.reside(HostLeaves(present))
     except BaseException:
         if made is not None:
             made.detach()

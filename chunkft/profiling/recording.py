@@ -18,6 +18,7 @@ from chunkft.optim.resident import ChunkResidency
 from chunkft.profiling.ledger import GRADIENTS, STATE, Ledger
 from chunkft.profiling.timeline import Phase, Timeline
 from chunkft.profiling.trace import Clock
+from chunkft.weights import stream_of
 
 __all__ = ["Batches", "Loss", "Recorder"]
 
@@ -40,7 +41,8 @@ class Recorder:
         self.model = model
         self.optimizer = optimizer
         self.chunked = optimizer if isinstance(optimizer, ChunkOptimizer) else None
-        self.device = next(model.parameters()).device
+        stream = stream_of(model)
+        self.device = next(model.parameters()).device if stream is None else stream.device
         self.phases: list[Phase] = []
         self.memory_phases: list[Phase] = []
         self.process: list[tuple[int, int]] = []
@@ -106,7 +108,14 @@ class Recorder:
 
     def timeline(self) -> Timeline:
         """Memory over time."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        stream = stream_of(self.model)
+        if stream is None:
+            weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        else:
+            places = stream.memory()
+            kinds = ["resident", "ring", "tiles"]
+            # on a CPU that is the memory of the host pages as well
+            weights = sum(places[kind] for kind in (*kinds, *(["host"] if self.device.type == "cpu" else [])))
         return Timeline(self.ledger.blocks, self.ledger.polls, weights, self.memory_phases)
 
     def _train(self, phases: list[Phase], sample: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from chunkft.optim import ChunkOptimizer
 from chunkft.optim.paged import PagedStore
 from chunkft.profiling.ledger import CATEGORIES
 from chunkft.profiling.timeline import Phase, Timeline
+from chunkft.streaming import Pager
+from chunkft.weights import stream_of
 
 __all__ = ["Clock", "combined_trace"]
 
@@ -133,14 +135,32 @@ def _active(first: Phase, end: int) -> dict[str, Any]:
 
 
 def _copies(optimizer: ChunkOptimizer | None, started: int) -> list[dict[str, Any]]:
-    if optimizer is None or not isinstance(optimizer._store, PagedStore):
-        return []
+    """A track for each pager: of state, and of weights that stream, whose copies have the name of their block."""
     events = []
-    for number, pager in enumerate(optimizer._store.pagers.values()):
+    for number, (title, pager, names) in enumerate(_pagers(optimizer)):
         for event in pager.trace()["traceEvents"]:
-            if event["ph"] == "M" or event["ts"] * 1e3 >= started:
-                events.append({**event, "pid": COPIES + number})
+            if event["ph"] == "M":
+                named = {"name": title} if title and event["name"] == "process_name" else event["args"]
+                events.append({**event, "pid": COPIES + number, "args": named})
+            elif event["ts"] * 1e3 >= started:
+                name = f"{event['cat']} {names[event['args']['page']]}" if names else event["name"]
+                events.append({**event, "pid": COPIES + number, "name": name})
     return events
+
+
+def _pagers(optimizer: ChunkOptimizer | None) -> Iterator[tuple[str, Pager, Sequence[str]]]:
+    """What a track is called, its pager, and the names of pages that have some."""
+    if optimizer is None:
+        return
+    if isinstance(optimizer._store, PagedStore):
+        for pager in optimizer._store.pagers.values():
+            yield "", pager, ()
+    stream = stream_of(optimizer._attachment.model)
+    if stream is None:
+        return
+    for kind, pager in stream.pagers.items():
+        names = [block.name for block in stream.streamed] if kind == "blocks" else ()
+        yield f"chunkft weights, {kind}, to {stream.device}", pager, names
 
 
 def _memory(timeline: Timeline) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from chunkft.autograd import put_stand_in
+from chunkft.autograd import put_early_stand_in
 from chunkft.streaming import host_memory, place_of
 from chunkft.weights.endings import at_end_of_backward
 
@@ -85,7 +85,7 @@ class Inbox:
             if inbox is not None and owner is not None:
                 inbox._receive(owner, None if seen is None else seen(), gradient, key)
 
-        self._stand_ins.append(put_stand_in(leaf, self.device, deliver))
+        self._stand_ins.append(put_early_stand_in(leaf, self.device, deliver))
 
     def _receive(self, leaf: Tensor, watcher: Watcher | None, gradient: Tensor, key: int) -> None:
         if torch.is_grad_enabled():

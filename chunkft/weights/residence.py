@@ -76,15 +76,21 @@ class DeviceLeaves:
 
     Args:
         stream: of the model.
+        updated_in_backward: whether the backward pass changes leaves: recomputes in it still need the values that the
+            forward pass had.
     """
 
     on_device = True
 
-    def __init__(self, stream: WeightStream) -> None:
+    def __init__(self, stream: WeightStream, updated_in_backward: bool = False) -> None:
         self.stream = stream
         self.device = stream.device
         self._copies: dict[Slice, Tensor] = {}
         self._leaves: dict[Slice, nn.Parameter] = {}
+        # Then all of them are written back before a pass begins, and its recomputes see their page as it was.
+        self._in_backward = updated_in_backward
+        if updated_in_backward and stream.ring is not None:
+            stream.ring.lay_over_backward = False
         # Counts of changes of leaves and weights when both had the same values, and whether these can tell.
         self._versions: dict[Slice, tuple[int, int]] = {}
         self._updating = False
@@ -163,7 +169,8 @@ class DeviceLeaves:
         tables = {
             piece: leaf for piece, leaf in self._leaves.items() if self.stream.block_of(piece.name) is None
         }
-        if any(self._is_newer(piece) for piece in (tables if tables_only else self._leaves)):
+        some = tables_only and not self._in_backward
+        if any(self._is_newer(piece) for piece in (tables if some else self._leaves)):
             self.publish()
         elif tables_only:
             for piece, leaf in tables.items():

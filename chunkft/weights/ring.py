@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from chunkft import tracing
 from chunkft.autograd import Slice
 from chunkft.streaming import CorruptPageError, Pager, PagerStats, place_of
+from chunkft.weights.endings import in_backward
 from chunkft.weights.units import Block, PlacedWeight
 
 POISON = 0xFF  # of these bytes every floating-point number is NaN
@@ -54,8 +55,9 @@ class Ring:
     Attributes:
         moved: told name and address of each parameter whose memory changed.
         homes: the host memory of each parameter by name.
-        overlays: for names of weights, slices with copies of their own on the device, and what tells whether a copy is
-            newer than the page, over which it is laid then; else it takes its values from there.
+        overlays: for names of weights, slices with copies of their own on the device, and what tells whether such a
+            copy is newer than the page, over which it is laid then; else it takes its values from there.
+        lay_over_backward: whether that is done in the backward pass too: not where it updates them.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Ring:
         self.blocks = tuple(blocks)
         self.moved: Callable[[str, int], None] = lambda name, address: None
         self.overlays: dict[str, list[tuple[Slice, Tensor, Callable[[Slice], bool]]]] = {}
+        self.lay_over_backward = True
         self.lock = threading.RLock()
         self._poison = poison
         self._on_file = directory is not None
@@ -163,10 +166,11 @@ class Ring:
             self._held[number] = slot
             self._owner[slot.untyped_storage().data_ptr()] = number
             views = self._views_of(number, slot)
+            overlays = self.overlays if self.lay_over_backward or not in_backward() else {}
             for one, view in zip(self._resting[number], views, strict=True):
                 one.parameter.data = view
                 self.moved(one.weight.name, view.data_ptr())
-                for piece, leaf, is_newer in self.overlays.get(one.weight.name, ()):
+                for piece, leaf, is_newer in overlays.get(one.weight.name, ()):
                     # not by way of parameter and leaf, whose counts of changes others watch
                     if is_newer(piece):
                         piece.of(view).copy_(leaf.detach())

@@ -13,12 +13,13 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd import TiledForward, put_tiles
 from chunkft.plan import parameter_owners, uncompiled
+from chunkft.streaming import Pager
 from chunkft.weights.arguments import check_count, check_options, resolved_device
 from chunkft.weights.forwards import Begin, Finish, StreamedForward, ToDevice, ToHost
 from chunkft.weights.guard import Loading, Saving, StreamedApply, check_free
 from chunkft.weights.parking import ParkingLot
 from chunkft.weights.ring import Holder, Ring
-from chunkft.weights.tables import Tables
+from chunkft.weights.tables import StreamedTiles, Tables, TilePages
 from chunkft.weights.units import SLOTS, Block, Blocks, Units, find_units
 from chunkft.weights.visits import Visits
 
@@ -147,6 +148,24 @@ class WeightStream:
     def block_of(self, name: str) -> int | None:
         """Number in the ring of the block of a weight; None for others."""
         return self._number.get(name)
+
+    @property
+    def pagers(self) -> dict[str, Pager]:
+        """The pagers of what streams: ``blocks``, and ``tiles`` of tables; only those that there are."""
+        found = {} if self.ring is None else {"blocks": self.ring.pager}
+        if self.tile_pages is not None:
+            found["tiles"] = self.tile_pages.pager
+        return found
+
+    @property
+    def tile_pages(self) -> TilePages | None:
+        """The tiles of all tables, or None if nothing multiplies with one."""
+        return None if self._tables is None else self._tables.pages
+
+    @property
+    def tiles(self) -> dict[str, StreamedTiles]:
+        """The tiles of each table that layers multiply with, by its name."""
+        return {} if self._tables is None else self._tables.tiles
 
     def memory(self) -> dict[str, int]:
         """Bytes by place.

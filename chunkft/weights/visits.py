@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from chunkft.weights.endings import at_end_of_backward, in_backward
 from chunkft.weights.ring import Ring
 
+_OURS = "_chunkft"
 Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -77,6 +78,7 @@ class Visits:
         with self._lock:
             if self._inside():
                 return
+            drop_left_hooks()
             self._close_abandoned()
             self._refresh()
             self._passes[threading.get_ident()] = frame
@@ -215,8 +217,16 @@ def kept_as_references(visits: Visits) -> Iterator[None]:
         tensor: Tensor = kept.unpack(kept.value)
         return tensor
 
+    pack.__dict__[_OURS] = True
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def drop_left_hooks() -> None:
+    """Take out what an interrupt left of ``kept_as_references``, where no block is being called in this thread."""
+    autograd = torch._C._autograd
+    while (top := autograd._top_saved_tensors_default_hooks(False)) and getattr(top[0], _OURS, False):
+        autograd._pop_saved_tensors_default_hooks()
 
 
 class _Kept(NamedTuple):

@@ -226,7 +226,7 @@ def test_no_slices_is_nothing_to_do():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "cuda"}, r"backend='cuda' is not known; allowed are 'auto', 'triton' and 'torch'"),
+        ({"backend": "cuda"}, r"backend='cuda' is not known; allowed are 'auto', 'triton', 'torch' and 'host'"),
         ({"backend": "triton"}, r"on a CPU it works only with TRITON_INTERPRET=1"),
         ({"master": "fp16"}, r"master='fp16' is not known"),
         ({"master": "residual"}, r"master='residual' needs residuals"),

@@ -104,8 +104,8 @@ def test_strided_values_are_taken_in_the_order_of_their_shape():
     values = torch.randn(70, 40).t()
     for encode, decode in WAYS.values():
         codes, scales = encode(values.abs())
-        plain, same = encode(values.abs().contiguous())
-        assert torch.equal(codes, plain)
+        plain, same = encode(values.abs().flatten())
+        assert torch.equal(codes.flatten(), plain)
         assert torch.equal(scales, same)
         assert torch.equal(decode(codes, scales), decode(codes.t().contiguous().t(), scales))
 

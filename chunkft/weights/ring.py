@@ -190,7 +190,9 @@ class Ring:
             counts = self._count(number)
             torn, self._torn = self._torn, True
             self._rest_again(number)
-            if self._counts[number] != counts:
+            if torn and self.pager.state(number) != "IN_USE":
+                self._kept.add(number)  # it was given back, and an interrupt came behind that
+            elif self._counts[number] != counts:
                 self.pager.release(number)
                 self.pager.flush()
                 self._counts[number] = counts
@@ -214,6 +216,7 @@ class Ring:
                     if in_use and number not in self._held:
                         self.pager.discard(number)
                     elif number in self._held and not in_use:
+                        self._kept.add(number)
                         del self._held[number]
                     if number not in self._held:
                         self._rest_again(number)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from weight_rigs import assert_at_rest, assert_same, loss_of, pair, tower, train
 
+from chunkft.streaming import Pager
+
 UPDATES = ("host", "device")
 MODES = ("none", "non-reentrant", "reentrant")
 
@@ -126,6 +128,31 @@ def test_an_interrupt_at_any_line_leaves_weights_that_train_on(update):
         for name, gradient in reference.items():
             assert torch.equal(found[name], gradient), (number, name)
         assert_at_rest(model)
+
+
+@pytest.mark.parametrize("method", ["acquire", "release", "prefetch"])
+def test_an_interrupt_behind_a_call_of_the_pager(method, monkeypatch):
+    """What the pager has done is undone, though nobody could note it."""
+    pairs = pair("host", {"poison": False}, chunks=1)
+    model, _ = pairs[0]
+    original = getattr(Pager, method)
+    for place in range(4):
+        calls = itertools.count()
+
+        def interrupted(pager, *args, calls=calls, place=place, **kwargs):
+            result = original(pager, *args, **kwargs)
+            if next(calls) == place:
+                raise KeyboardInterrupt
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Pager, method, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                loss_of(model).backward()
+    pairs[0][1].zero_grad()
+    train(pairs, range(2))
+    assert_same(pairs)
+    assert_at_rest(model)
 
 
 def gradients_of(model, optimizer):

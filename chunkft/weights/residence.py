@@ -158,7 +158,7 @@ class DeviceLeaves:
         """Leaves are about to be changed: what was done to their weights in host memory counts before."""
         for piece, leaf in self._leaves.items():
             if not self._is_newer(piece) and self._versions[piece][1] != self._counts(piece)[1]:
-                leaf.data.copy_(self.values_at_home(piece))
+                leaf.data.copy_(self.values_at_home(piece), non_blocking=True)
         self._updating = True
 
     @torch.no_grad()
@@ -174,7 +174,7 @@ class DeviceLeaves:
             self.publish()
         elif tables_only:
             for piece, leaf in tables.items():
-                leaf.data.copy_(self.values_at_home(piece))
+                leaf.data.copy_(self.values_at_home(piece), non_blocking=True)
 
     def _is_newer(self, piece: Slice) -> bool:
         """Whether a leaf may have been changed since it had the values of its weight."""

@@ -138,16 +138,20 @@ class DeviceLeaves:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Write the leaves back into host memory; it is complete when this returns."""
-        if not self._leaves:
+        """Write leaves that were changed back into host memory; it is complete when this returns.
+
+        The others may be older than their weights, into which somebody loaded others.
+        """
+        changed = [piece for piece in self._leaves if self._is_newer(piece)]
+        self._updating = False
+        if not changed:
             return
-        for piece, leaf in self._leaves.items():
-            self.values_at_home(piece).copy_(leaf.detach(), non_blocking=True)
+        for piece in changed:
+            self.values_at_home(piece).copy_(self._leaves[piece].detach(), non_blocking=True)
             self._note(piece)
         self._fence.record()
         self._fence.synchronize()
-        self._updating = False
-        self.stream.written(sorted({piece.name for piece in self._leaves}))
+        self.stream.written(sorted({piece.name for piece in changed}))
 
     def settle(self) -> None:
         """Put in order where weights are that an interrupt left half moved."""

@@ -78,13 +78,21 @@ class Ring:
         self._poison = poison
         self._on_file = directory is not None
         self._place = place_of(device)
-        self.pager = Pager(
-            [block.nbytes for block in blocks],
-            device=device,
-            slots=min(slots, len(self.blocks)),
-            pin=pin,
-            state_dir=directory,
-        )
+        try:
+            self.pager = Pager(
+                [block.nbytes for block in blocks],
+                device=device,
+                slots=min(slots, len(self.blocks)),
+                pin=pin,
+                state_dir=directory,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            told = [
+                part.replace("state_dir", "weights_dir") if isinstance(part, str) else part
+                for part in error.args
+            ]
+            error.args = tuple(told)
+            raise
         self.homes: dict[str, Tensor] = {}
         self._resting: list[list[Resting]] = []
         self._held: dict[int, Tensor] = {}

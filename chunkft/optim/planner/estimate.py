@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -239,7 +240,7 @@ class Model:
         )
         if len(windows) > EXACT or (not exact and (limit is None or rough.total <= limit)):
             return rough
-        found = [whole(self._moment(setting, state, window, window.uneven)) for window in windows]
+        found = [whole(self._moment(setting, state, window, False)) for window in windows]
         best: GpuBytes | None = None
         for number in sorted(range(len(windows)), key=lambda n: -found[n].total):
             if best is not None and found[number].total <= best.total:
@@ -309,7 +310,12 @@ class Model:
         profiles = self.profiles(setting)
         key = (policy, id(window), id(profiles), parked, exact)
         if key not in self._moments:
-            self._moments[key] = peak_of(profiles, window, held, exact or window.uneven, parked)
+            moment = peak_of(profiles, window, held, exact, parked)
+            if self.device == "cpu" and window.uneven and not exact:
+                # what is computed there for rows that are no whole groups is cut out of more rows, and copied
+                beside = 2 * max(window.gradients.values()) + profiles.run(feed=True).input_nbytes
+                moment = replace(moment, working=moment.working + beside)
+            self._moments[key] = moment
         return max(self._moments[key], self._in_step(setting, state, window), key=lambda moment: moment.total)
 
     def _in_step(self, setting: Setting, state: PagedState, window: Window) -> Moment:

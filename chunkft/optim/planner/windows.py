@@ -109,7 +109,7 @@ def covering(windows: list[Window], shallow: Shallow) -> list[Window]:
             if other is None or other.gradient_nbytes < window.gradient_nbytes:
                 found[key] = window
             continue
-        if alike and not window.outside and not window.uneven and window.lowest != 0:
+        if alike and not window.outside and window.lowest != 0:
             key = len(window.inside)
         other = found.get(key)
         found[key] = window if other is None else _over(*_ordered(other, window), shallow)
@@ -131,7 +131,8 @@ def _over(low: Window, high: Window, shallow: Shallow) -> Window:
         block = number.get(".".join(parts[:depth]))
         moved = name if block is None else ".".join([shallow.deep[block - shift], *parts[depth:]])
         gradients[moved] = max(gradients.get(moved, 0), size)
-    return replace(low, gradients=gradients, most=max(low.gradient_nbytes, high.gradient_nbytes))
+    most = max(low.gradient_nbytes, high.gradient_nbytes)
+    return replace(low, gradients=gradients, most=most, uneven=low.uneven or high.uneven)
 
 
 def deep_name(name: str, block: int, shallow: Shallow) -> str:

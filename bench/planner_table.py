@@ -22,13 +22,21 @@ GPUS = (8, 12, 16, 24, 48, 80)
 MODELS = tuple(short for short, *_ in PRESETS.values())
 
 
-def cell(model: str, gpu: int, ram: int, tokens: int, link: float, tflops: float) -> dict[str, Any]:
+def cell(
+    model: str, gpu: int, ram: int, disk: int, tokens: int, link: float, tflops: float
+) -> dict[str, Any]:
     """The plan of one model on one card."""
     name = preset_named(model)
     if name is None:
         raise ValueError(f"model={model!r} is not known; allowed are {', '.join(MODELS)}")
     plan = chunkft.plan_memory(
-        config_of_preset(name), gpu=gpu << 30, host=ram << 30, tokens=tokens, link=link, tflops=tflops
+        config_of_preset(name),
+        gpu=gpu << 30,
+        host=ram << 30,
+        disk=disk << 30,
+        tokens=tokens,
+        link=link,
+        tflops=tflops,
     )
     return {
         "model": model,
@@ -39,6 +47,7 @@ def cell(model: str, gpu: int, ram: int, tokens: int, link: float, tflops: float
         "setting": str(plan.setting),
         "arguments": plan.optimizer_arguments(),
         "checkpointing": plan.setting.checkpointing,
+        "in_files": plan.setting.in_files,
         "gpu_bytes": plan.gpu.total,
         "host_bytes": plan.host.total,
         "step_seconds": plan.seconds.total,
@@ -67,6 +76,8 @@ def _short(entry: dict[str, Any]) -> str:
         words.append("streamed weights" + (f", {stay} blocks stay" if stay else ""))
     if arguments.get("residency") == "stream":
         words.append("streamed state")
+    if entry["in_files"]:
+        words.append("state in files")
     if arguments.get("state_bits") == 8:
         words.append("8-bit moments")
     if entry["checkpointing"]:
@@ -79,18 +90,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), help="GiB")
     parser.add_argument("--ram", type=int, default=256, help="GiB of host memory (default 256)")
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--disk", type=int, default=1000, help="GiB for files of state (default 1000)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step (default 4096)")
     parser.add_argument("--link", type=float, default=25.0, help="GB/s (default 25)")
     parser.add_argument("--tflops", type=float, default=100.0, help="16-bit TFLOP/s (default 100)")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args(arguments)
     with quiet_transformers():
         cells = [
-            cell(model, gpu, args.ram, args.tokens, args.link, args.tflops)
+            cell(model, gpu, args.ram, args.disk, args.tokens, args.link, args.tflops)
             for model in args.models
             for gpu in args.gpus
         ]
-    given = {"ram_gib": args.ram, "tokens": args.tokens, "link_gb_s": args.link, "tflops": args.tflops}
+    given = {
+        "ram_gib": args.ram,
+        "disk_gib": args.disk,
+        "tokens": args.tokens,
+        "link_gb_s": args.link,
+        "tflops": args.tflops,
+    }
     header = {**common.header(0), "kind": "predicted", **given}
     common.write_json(args.out, {**header, "cells": cells})
     print(markdown(cells))

@@ -6,10 +6,13 @@ import pytest
 import torch
 from planner_rigs import counted_peak
 
+import chunkft
 from chunkft.optim.planner.estimate import Model
-from chunkft.optim.planner.profiles import set_checkpointing
+from chunkft.optim.planner.profiles import _on_meta, set_checkpointing
 from chunkft.optim.planner.setting import Setting
-from chunkft.optim.planner.twin import language_model_step
+from chunkft.optim.planner.tape import Tape
+from chunkft.optim.planner.timeline import Kept, peak_of
+from chunkft.optim.planner.twin import language_model_step, meta_twin
 
 transformers = pytest.importorskip("transformers")
 
@@ -129,3 +132,38 @@ def test_many_chunks_are_promised_no_less(models, chunks):
     set_checkpointing(model, True)
     ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
     assert planned.gpu(setting).total >= counted_peak(model, {"chunks": chunks}, loss_of, input_ids=ids)
+
+
+def deep_peak(model, slices):
+    """The most bytes at a time that a step of all blocks makes on the meta device."""
+    twin = meta_twin(model)
+    attachment = chunkft.attach(twin)
+    attachment.freeze()
+    attachment.activate(slices)
+    tape = Tape()
+    for tensor in [*twin.parameters(), *twin.buffers()]:
+        tape.given(tensor)
+    with _on_meta("cpu"), tape:
+        language_model_step(twin, BATCH, TOKENS).backward()
+    live = most = 0
+    freed = [(made.freed, -made.nbytes) for made in tape.allocations if made.freed is not None]
+    for _, change in sorted([(made.born, made.nbytes) for made in tape.allocations] + freed):
+        live += change
+        most = max(most, live)
+    return most
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shallow_model_tells_to_the_byte_what_the_deep_one_takes(shape, checkpointing):
+    config = SHAPES[shape]()
+    config.num_hidden_layers = 5
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    set_checkpointing(model, checkpointing)
+    planned = Model(
+        model, language_model_step, BATCH, TOKENS, torch.optim.AdamW, {}, PAGE_BYTES, device="cpu"
+    )
+    setting = Setting(chunks=6, checkpointing=checkpointing)
+    for window, chunk in zip(planned.windows(setting), planned.plan(6), strict=True):
+        composed = peak_of(planned.profiles(setting), window, Kept(window), exact=True)
+        assert composed.total == pytest.approx(deep_peak(model, chunk.slices), rel=2e-3)

@@ -292,8 +292,9 @@ def _with_files(work: _Search, space: Space) -> list[tuple[float, _Candidate, st
     found = []
     boundless = replace(work.machine, disk=1 << 62)
     other = _Search(work.model, boundless, replace(space, in_files=(True,)), work.interval)
-    best = other.best()
-    if best is not None:
-        size = work.model.state(best.setting).files * work.machine.processes
-        found.append((0.05, best, f"needs a disk for {written(size)} of optimizer state"))
+    by_size = sorted(other.candidates, key=lambda c: (work.model.state(c.setting).files, c.seconds))
+    least = next((c for c in by_size if other.fits(c.setting)), None)
+    if least is not None:
+        size = work.model.state(least.setting).files * work.machine.processes
+        found.append((0.05, least, f"needs a disk for {written(size)} of optimizer state"))
     return found

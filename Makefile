@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 ID := $(shell pwd -P | cksum | cut -d ' ' -f 1)
 RUN_STAMP := $(VENV)/.chunkft-run-$(ID)
 TEST_STAMP := $(VENV)/.chunkft-test-$(ID)
-SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp)
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*.h csrc/*.inc csrc/*.cpp)
 
 # Without a constraint, torch brings gigabytes of CUDA libraries to a machine that has no use for them.
 GPU := $(shell if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null 2>&1; then echo yes; fi)

@@ -82,3 +82,41 @@ def residency(result: dict[str, Any]) -> str:
         )
     head = ("state", "mean step / AdamW's (quartiles)", "gradients, MiB", "state, MiB", "exposed, %")
     return markdown(head, body)
+
+
+def streamed(result: dict[str, Any]) -> str:
+    """Step of each place of weights and update, what its copies cost, and the weights' bytes."""
+    body = []
+    for record in result["cases"].values():
+        for place in ("resident", "host", "device"):
+            if place not in record["variants"]:
+                continue
+            row, exposed = record["variants"][place], record["exposed"].get(place)
+            kinds = record["bytes"][place]["device"].items()
+            weights = sum(size for kind, size in kinds if kind.startswith(("weights", "leaves")))
+            alone = record["variants"]["no compute"]["step_ms"]
+            name = place if place == "resident" else f"streamed, update on the {place}"
+            blocks = record["resident_blocks"]
+            body.append(
+                [
+                    str(record["tokens"]),
+                    name + (f", {blocks} blocks stay" if blocks and exposed else ""),
+                    f"{row['step_ms']:.0f}",
+                    f"{row['update_ms']:.0f}",
+                    "-" if exposed is None else f"{row['moved_bytes'] / 2**20:.1f}",
+                    "-" if exposed is None else f"{alone:.0f}",
+                    "-" if exposed is None else f"{exposed['ms']:.0f}",
+                    f"{weights / 2**20:.1f}",
+                ]
+            )
+    head = (
+        "tokens",
+        "weights",
+        "step, ms",
+        "of it the update",
+        "MiB up",
+        "ms alone",
+        "ms exposed",
+        "weights on the device, MiB",
+    )
+    return markdown(head, body)

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from chunkft.kernels import adamw, split_residual
-from chunkft.kernels.host_adamw import BLOCK, HostSlice, host_adamw
+from chunkft.kernels.companding import BLOCK
+from chunkft.kernels.host_adamw import HostSlice, host_adamw
 
 from . import common, harness
 

@@ -25,16 +25,19 @@ MODELS = tuple(short for short, *_ in PRESETS.values())
 def cell(
     model: str, gpu: int, ram: int, disk: int, tokens: int, link: float, tflops: float
 ) -> dict[str, Any]:
-    """The plan of one model on one card; with files only where nothing fits without."""
+    """The plan of one model on one card."""
     name = preset_named(model)
     if name is None:
         raise ValueError(f"model={model!r} is not known; allowed are {', '.join(MODELS)}")
-    machine = {"gpu": gpu << 30, "host": ram << 30, "link": link}
-    plan = chunkft.plan_memory(config_of_preset(name), **machine, tokens=tokens, tflops=tflops)
-    if not plan.fits and disk:
-        plan = chunkft.plan_memory(
-            config_of_preset(name), **machine, disk=disk << 30, tokens=tokens, tflops=tflops
-        )
+    plan = chunkft.plan_memory(
+        config_of_preset(name),
+        gpu=gpu << 30,
+        host=ram << 30,
+        disk=disk << 30,
+        tokens=tokens,
+        link=link,
+        tflops=tflops,
+    )
     return {
         "model": model,
         "name": name,
@@ -44,7 +47,7 @@ def cell(
         "setting": str(plan.setting),
         "arguments": plan.optimizer_arguments(),
         "checkpointing": plan.setting.checkpointing,
-        "files_bytes": plan.disk,
+        "in_files": plan.setting.in_files,
         "gpu_bytes": plan.gpu.total,
         "host_bytes": plan.host.total,
         "step_seconds": plan.seconds.total,
@@ -73,10 +76,10 @@ def _short(entry: dict[str, Any]) -> str:
         words.append("streamed weights" + (f", {stay} blocks stay" if stay else ""))
     if arguments.get("residency") == "stream":
         words.append("streamed state")
+    if entry["in_files"]:
+        words.append("state in files")
     if arguments.get("state_bits") == 8:
         words.append("8-bit moments")
-    if entry["files_bytes"]:
-        words.append("state in files")
     if entry["checkpointing"]:
         words.append("recomputed blocks")
     return "; ".join(words)
@@ -87,10 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--gpus", nargs="+", type=int, default=list(GPUS), help="GiB")
     parser.add_argument("--ram", type=int, default=256, help="GiB of host memory (default 256)")
-    parser.add_argument(
-        "--disk", type=int, default=1000, help="GiB for files of state (default 1000; 0: none)"
-    )
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--disk", type=int, default=1000, help="GiB for files of state (default 1000)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a step (default 4096)")
     parser.add_argument("--link", type=float, default=25.0, help="GB/s (default 25)")
     parser.add_argument("--tflops", type=float, default=100.0, help="16-bit TFLOP/s (default 100)")
     parser.add_argument("--out", type=Path, default=OUT)

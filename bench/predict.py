@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import chunkft
+from chunkft.weights import find_units
 
 from . import common, plain_llama
 
@@ -164,6 +165,38 @@ def held(model: plain_llama.PlainLlama, batch: int, tokens: int) -> list[dict[st
         rows.append(row("chunkft, stream", chunks, 2 * elements_of_chunk, PAGES * PAGE_BYTES, saved))
     rows.append(row("chunkft, stream, update in backward", 1, largest, PAGES * PAGE_BYTES, everything))
     return rows
+
+
+def streamed(
+    model: plain_llama.PlainLlama, batch: int, tokens: int, chunks: int, *, on_host: bool, resident: int = 0
+) -> dict[str, int]:
+    """Bytes on the device by kind, their sum as `peak`, and those of weights in host memory, for weights that stream
+    and a head without logits.
+
+    `on_host` says where the update runs; on the device, state passes through pages. Gradients are taken to be there
+    until the last of the chunk has come down.
+    """
+    units = find_units(model)
+    named, plan = dict(model.named_parameters()), chunkft.partition(model, chunks)
+    wide = next(iter(named.values())).element_size()
+    ids = torch.zeros(batch, tokens + 1, dtype=torch.long, device="meta")
+    run = functools.partial(model, ids)
+    saved = max(saved_bytes(model, chunk.slices, run) for chunk in plan.chunks[:: max(1, chunks // 8)])
+    states = batch * tokens * model.table.embedding_dim * wide
+    intermediate = batch * tokens * model.blocks[0].down.in_features * wide
+    chunk = wide * max(chunk.numel for chunk in plan.chunks)
+    rest = sum(named[name].numel() * named[name].element_size() for name in units.rest)
+    parts = {
+        "weights": rest + units.resident_nbytes(resident) + units.ring_nbytes(resident) + units.tile_nbytes(),
+        "leaves": 0 if on_host else chunk,
+        "gradients": chunk,
+        "state": 0 if on_host else PAGES * PAGE_BYTES,
+        # of the loss its gradient is kept in place of the logits
+        "activations": saved - 4 * batch * tokens * model.lm_head.out_features + states,
+        # and of a block what passes through it on the way back, of which three of its widest are there at a time
+        "backward": recomputed_block(model, batch, tokens) + 3 * intermediate + 2 * states,
+    }
+    return parts | {"peak": sum(parts.values()), "host": units.host_nbytes(resident)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

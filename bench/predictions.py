@@ -10,6 +10,10 @@ python -m bench.predictions --gpu a100
   slice, dW of the chunk, at 65 % of the 16-bit peak; the update at the rate of a copy; with K=1 in backward at least
   what loading the state of all parameters takes.
 - `llama-2-7b/PLACE/exposed`: what paging takes longer than a step, as a share of it.
+- `streamed/llama-2-7b/TOKENS/resident0/PLACE/peak`: GiB by bench.predict, for chunks of one block.
+- `.../no compute/step`: milliseconds in which the pages of a step cross the link; `.../PLACE/step`: of that and of
+  the FLOP the longer one, with the update, which is on the host at 40 GB/s of its memory; `.../exposed`: what the
+  pages take longer than the FLOP, as a share of it.
 - `ceiling/...`: copies at 90 % of the memory speed, a product at 80 % of the peak, a link of 16 lanes.
 """
 
@@ -24,6 +28,8 @@ import torch
 
 import chunkft
 from chunkft.kernels.targets import TARGETS, Target
+from chunkft.weights import find_units
+from chunkft.weights.units import SLOTS
 
 from . import common, plain_llama, predict
 from .kernel_cases import cases
@@ -38,6 +44,7 @@ SHARE = 0.85  # of the memory speed of the data sheet that a copy reaches
 FLOPS = 0.65  # of the 16-bit peak that a step reaches
 PRODUCT = 0.8  # and a large product alone
 LINK = {8: 25.0, 9: 50.0, 10: 50.0, 12: 50.0}  # GB/s that pinned copies reach, by major compute capability
+HOST_RATE = 40e9  # bytes a second that AdamW on the host reads and writes
 CONTEXT = 0.6  # GiB of context, modules and libraries' work space
 CHUNKS, TOKENS, INTERVAL = 32, 1024, 4  # of the suite's cases of the paper
 
@@ -105,6 +112,32 @@ def paper_figures(target: Target) -> dict[str, float]:
     return found
 
 
+def streamed_figures(target: Target) -> dict[str, float]:
+    """Peak, step and exposed copies of Llama-2-7B whose weights stream, for the mean of a sweep over its blocks."""
+    model, shape = predict.shape_of("llama-2-7b"), plain_llama.SHAPES["llama-2-7b"]
+    units = find_units(model)
+    page = units.slot_nbytes()
+    kept = (shape.layers - SLOTS) ** 2 / (
+        2 * shape.layers
+    )  # of blocks that come back, on average over the depth
+    nbytes = page * (shape.layers + kept) + 2 * sum(sum(table.tiles) for table in units.tables)
+    link = 1e3 * nbytes / (LINK[target.capability // 10] * 1e9)
+    elements = sum(p.numel() for p in model.parameters())
+    found: dict[str, float] = {}
+    for tokens in (1024, 4096):
+        base = f"streamed/llama-2-7b/T{tokens}/resident0"
+        compute = step_ms(target, elements - model.table.weight.numel(), elements, False, tokens)
+        found[f"{base}/no compute/step"] = link
+        found[f"{base}/resident/step"] = compute
+        for place, update in (("host", 1e3 * elements / CHUNKS * 26 / HOST_RATE), ("device", 0.0)):
+            peak = predict.streamed(model, 1, tokens, CHUNKS, on_host=place == "host")["peak"] / 2**30
+            step = max(compute, link) + update
+            found[f"{base}/{place}/peak"] = peak
+            found[f"{base}/{place}/step"] = step
+            found[f"{base}/{place}/exposed"] = max(0.0, link - compute) / step
+    return found
+
+
 def lean_peak(model: plain_llama.PlainLlama) -> float:
     """Bytes with 128 chunks, three pages of 16 MiB and no logits: those that are saved are left out, in fp32."""
     plan = chunkft.partition(model, 4 * CHUNKS)
@@ -116,17 +149,18 @@ def lean_peak(model: plain_llama.PlainLlama) -> float:
     return weights + gradients + 3 * (16 << 20) + saved + predict.recomputed_block(model, 1, TOKENS)
 
 
-def step_ms(target: Target, multiplied: int, elements: int, full: bool) -> float:
+def step_ms(target: Target, multiplied: int, elements: int, full: bool, tokens: int = TOKENS) -> float:
     """Milliseconds of a step: `multiplied` parameters are in products; of a chunk half of the depth is recomputed."""
     depth = 1.0 if full else 0.5
-    products = 2 * TOKENS * multiplied * (1 + 2 * depth + (1.0 if full else 1 / CHUNKS))
+    products = 2 * tokens * multiplied * (1 + 2 * depth + (1.0 if full else 1 / CHUNKS))
     update = elements * 14 / (1 if full else CHUNKS) / (SHARE * target.bandwidth * 1e9)
     return 1e3 * (products / (FLOPS * target.tflops_16bit * 1e12) + update)
 
 
 def predicted(target: Target) -> dict[str, Any]:
     """Every figure of a GPU by key."""
-    every = ceiling_figures(target) | kernel_figures(target) | paper_figures(target)
+    every = ceiling_figures(target) | kernel_figures(target)
+    every |= paper_figures(target) | streamed_figures(target)
     return {key: {"value": round(value, 4)} for key, value in every.items()}
 
 

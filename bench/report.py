@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_tables, common, doc_numbers, doc_tables, quality
+from . import bench_tables, common, doc_numbers, doc_tables, planner_table, quality
 from .doc_tables import markdown
 
 DOC = common.REPO / "docs" / "quality.md"
@@ -28,6 +28,7 @@ PAGES = (
             "comparison",
             "embedded-model",
             "kernels",
+            "larger-than-gpu",
             "method",
             "models",
             "profiling",
@@ -189,6 +190,8 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
         ("scaling", "scaling-cpu", bench_tables.scaling),
         ("peers", "peers-cpu", bench_tables.peers),
         ("residency", "residency-cpu", bench_tables.residency),
+        ("streamed", "streamed-cpu", bench_tables.streamed),
+        ("planner", "planner-table", lambda found: planner_table.markdown(found["cells"]) + "\n"),
         ("cross-entropy", "cross-entropy-cpu", bench_tables.cross_entropy),
     )
     for name, file, make in single:

@@ -274,7 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--places", nargs="+", choices=PLACES, help="of weights and update (default: all)")
     parser.add_argument("--positions", type=int, help="blocks that are trained in turn (default 4)")
     parser.add_argument("--rounds", type=int, help="timed ones at each position (default 5; 4 on a GPU)")
-    parser.add_argument("--threads", type=int, default=1, help="of the computation; copies have one more")
+    threads = torch.get_num_threads() if gpu else 1
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=threads,
+        help="default 1 on a CPU, where copies have one more; else all",
+    )
     parser.add_argument("--quick", action="store_true", help="a small model and few rounds")
     parser.add_argument("--resume", action="store_true", help="keep what --out holds and go on behind it")
     parser.add_argument(

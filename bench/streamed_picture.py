@@ -26,7 +26,7 @@ from . import common, plain_llama
 from .streamed_setup import Setting, Trial
 
 STEP, DEPTH = "streamed-step.json", "streamed-depth.json"
-STEPS = 24
+STEPS = 80
 LAYERS = (4, 8, 16, 32)
 Span = tuple[str, str, int, int]  # lane, label, start and end in nanoseconds
 
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.streamed_picture", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=("step", "depth"), help="one of the two records")
     parser.add_argument("--model", choices=plain_llama.SHAPES, default="28M")
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument(
         "--steps", type=int, default=STEPS, help="of which the fastest is kept (default %(default)s)"
     )

@@ -14,8 +14,9 @@ SLOTS = {
     "b": "correctness: kernels against fp64, paging against bytes, training bit by bit",
     "c": "kernels against cuBLAS and against a copy",
     "d": "the paper's case: Llama-2-7B, bf16, 1,024 tokens",
-    "e": "other methods side by side",
-    "f": "tuning of the shapes that are furthest behind, and compute-sanitizer",
+    "e": "streamed weights: Llama-2-7B in a few GiB, against resident ones and without copies",
+    "f": "other methods side by side",
+    "g": "tuning of the shapes that are furthest behind, and compute-sanitizer",
 }
 
 # On the CPU even where there is a GPU: a rehearsal spends none of its time.
@@ -52,7 +53,7 @@ def kernel_calls() -> list[str]:
 
 def all_cases() -> list[Case]:
     """Every case of the suite, names unique, neighbours of a slot together."""
-    return [*_contact(), *_correctness(), *_kernels(), *_paper(), *_peers(), *_tuning()]
+    return [*_contact(), *_correctness(), *_kernels(), *_paper(), *_streamed(), *_peers(), *_tuning()]
 
 
 def _case(
@@ -188,6 +189,24 @@ def _paper() -> Iterator[Case]:
         )  # fmt: skip
 
 
+def _streamed() -> Iterator[Case]:
+    words = ("-m", "bench.streamed", "--out", "{out}")
+    small = ("--model", "tiny", "--tokens", "8", "--positions", "2", "--rounds", "2")
+    # seconds: each model is filled and page-locked, then 4 positions of 6 rounds
+    lengths = {1024: 90.0, 4096: 130.0}
+    for tokens, expect in lengths.items():
+        yield _case(
+            f"streamed/{tokens}", "e", f"Llama-2-7B, weights streamed, {tokens:,} tokens",
+            (*words, "--model", "llama-2-7b", "--tokens", str(tokens)),
+            (*words, *small) if tokens == 1024 else (), expect, 2.5 * expect, restarts=1, needs="contact/build",
+        )  # fmt: skip
+    yield _case(
+        "streamed/resident", "e", "the same, 8 and 16 blocks resident",
+        (*words, "--model", "llama-2-7b", "--tokens", "1024", "--resident", "8", "16", "--places", "resident", "host"),
+        (), 110, 275, restarts=1, needs="contact/build",
+    )  # fmt: skip
+
+
 def _peers() -> Iterator[Case]:
     words = ("-m", "bench.peer_bench", "--out", "{out}")
     real = ("--only", *PEERS, "--steps", "16", "--rounds", "3", "--per-sample", "4", "--limit", "30")
@@ -208,7 +227,7 @@ def _peers() -> Iterator[Case]:
         *("--rates", "3e-3", "--rounds", "2", "--per-sample", "4"),
     )
     yield _case(
-        "peers/1b", "e", "1B parameters: memory, step time, loss", (*words, *real), (*words, *tiny), 100, 200,
+        "peers/1b", "f", "1B parameters: memory, step time, loss", (*words, *real), (*words, *tiny), 100, 200,
         needs="contact/build",
     )  # fmt: skip
 
@@ -218,11 +237,11 @@ def _tuning() -> Iterator[Case]:
     real = ("--worst", "8", "--suite", "{suite}", "--tune", "12")
     small = ("--worst", "1", "--suite", "{suite}", "--tune", "2", "--rehearse", "--rounds", "1")
     yield _case(
-        "tuning/worst", "f", "twelve tiles for each of the worst shapes", (*words, *real), (*words, *small),
+        "tuning/worst", "g", "twelve tiles for each of the worst shapes", (*words, *real), (*words, *small),
         90, 240, restarts=3, needs="contact/build",
     )  # fmt: skip
     sanitized = ("tests/gpu", "--marks", "slow", "--workers", "3", "--out", "{out}")
     yield _case(
-        "tuning/sanitizer", "f", "every kernel under compute-sanitizer", ("-m", "bench.suite_tests", *sanitized),
+        "tuning/sanitizer", "g", "every kernel under compute-sanitizer", ("-m", "bench.suite_tests", *sanitized),
         (), 120, 300, needs="contact/build",
     )  # fmt: skip

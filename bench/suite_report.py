@@ -88,6 +88,12 @@ def _values(name: str, row: dict[str, Any]) -> list[tuple[str, float, str]]:
             if "exposed_share" in record:
                 values.append((f"{base}/exposed", record["exposed_share"], ""))
         return values
+    if name.startswith("streamed/"):
+        return [
+            value
+            for key, record in result.get("cases", {}).items()
+            for value in _streamed_values(key, record)
+        ]
     values = []
     for record in records_of(row):
         for field, side in (
@@ -98,6 +104,18 @@ def _values(name: str, row: dict[str, Any]) -> list[tuple[str, float, str]]:
         ):
             if field in record:
                 values.append((f"{record['key']}/{side}", record[field], "us"))
+    return values
+
+
+def _streamed_values(key: str, record: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """Peak and step of every place of a case of `bench.streamed`, and what its copies cost."""
+    values = []
+    for place, figures in record.get("variants", {}).items():
+        if figures.get("peak_bytes"):
+            values.append((f"streamed/{key}/{place}/peak", figures["peak_bytes"] / 2**30, "GiB"))
+        values.append((f"streamed/{key}/{place}/step", figures["step_ms"], "ms"))
+    for place, exposed in record.get("exposed", {}).items():
+        values.append((f"streamed/{key}/{place}/exposed", exposed["share_of_step"], ""))
     return values
 
 
@@ -136,6 +154,13 @@ def targets(suite: dict[str, Any]) -> list[Target]:
     if paged is not None and "adamw" in places:
         ratio = paged["mean_ms"] / places["adamw"]["mean_ms"]
         found.append(Target("step over full AdamW's", ratio, 0.5, at_most=True))
+    for name, row in suite["cases"].items():
+        for key, record in (
+            (row.get("result") or {}).get("cases", {}).items() if name.startswith("streamed/") else ()
+        ):
+            for one in record.get("targets", ()):
+                at_most = one["name"].startswith("peak")
+                found.append(Target(f"streamed {key}, {one['name']}", one["value"], one["bound"], at_most))
     return found
 
 

@@ -53,6 +53,12 @@ class Residence(Protocol):
     def made(self, piece: Slice, leaf: nn.Parameter, watcher: SliceGradients | None) -> None:
         """There is a leaf with this memory; its gradients are to be shown by ``watcher``."""
 
+    def settle(self) -> None:
+        """Put in order where weights are that an interrupt left half moved."""
+
+    def updating(self) -> None:
+        """Leaves are about to be changed."""
+
     def publish(self) -> None:
         """Leaves were changed."""
 
@@ -127,6 +133,11 @@ class Wiring:
     def names(self) -> Collection[str]:
         """Names of the parameters with active slices."""
         return list(self.bound)
+
+    def updating(self) -> None:
+        """Leaves are about to be updated."""
+        if self.residence is not None:
+            self.residence.updating()
 
     def publish(self) -> None:
         """Leaves were updated: let weights that live elsewhere have it."""
@@ -233,6 +244,8 @@ class Wiring:
         if not replaced and bound.is_in_place():
             return
         bound.gradients.settle()
+        if bound.memory is not None and self.residence is not None:
+            self.residence.settle()
         if bound.memory is not None and (replaced or parameter.data_ptr() != bound.address):
             raise RuntimeError(
                 f"parameter {name!r} was moved or replaced while its weights stream; detach() the optimizer first, "

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from clitools import assert_same_weights, needs_datasets, save_tiny_llama, sums
+from clitools import assert_same_weights, needs_datasets, save_tiny_llama, sums, weights_of
 
 from chunkft.cli import main
 
@@ -43,7 +43,7 @@ def finetune(place, out, *options):
     ids=["stream", "backward", "files"],
 )
 def test_the_weights_are_those_of_a_run_in_memory_and_of_a_resumed_one(place, tmp_path, options):
-    options = [tmp_path / "state" if word == "DIR" else word for word in options]
+    options = [tmp_path / "files" if word == "DIR" else word for word in options]
     clip = [] if "backward" in options else ["--max-grad-norm", "0"]
     plain, paged, resumed = tmp_path / "plain", tmp_path / "paged", tmp_path / "resumed"
     assert finetune(place, plain, "--max-grad-norm", "0") == 0
@@ -54,6 +54,46 @@ def test_the_weights_are_those_of_a_run_in_memory_and_of_a_resumed_one(place, tm
     assert kept.is_dir()
     assert main(["finetune", "--resume", "--out", str(resumed)]) == 0
     assert_same_weights(plain, resumed)
+
+
+@needs_datasets
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--update-on", "device", "--weights-dir", "DIR"], ["--offload-inputs", "--resident-blocks", "1"]],
+    ids=["host", "device, in a file", "inputs on the host"],
+)
+def test_weights_that_stream_train_as_resident_ones_and_resume(place, tmp_path, options):
+    options = ["--weights", "stream", *(tmp_path / "files" if word == "DIR" else word for word in options)]
+    plain, streamed, resumed = tmp_path / "plain", tmp_path / "streamed", tmp_path / "resumed"
+    assert finetune(place, plain) == 0
+    assert finetune(place, streamed, *options) == 0
+    found = weights_of(streamed)
+    for name, weight in weights_of(plain).items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)  # the head comes in two tiles
+    assert finetune(place, resumed, *options, "--save-every", "3") == 0
+    assert (resumed / "checkpoints" / "checkpoint-3").is_dir()
+    assert main(["finetune", "--resume", "--out", str(resumed)]) == 0
+    assert_same_weights(streamed, resumed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--update-on", "host"],
+        ["--resident-blocks", "1"],
+        ["--weights", "stream", "--resize-embeddings"],
+        ["--weights", "stream", "--offload-inputs", "--gradient-checkpointing"],
+        ["--weights", "stream", "--update-on", "host", "--residency", "stream"],
+        ["--weights", "stream", "--resident-blocks", "9"],
+        ["--weights", "stream", "--optimizer", "adamw"],
+    ],
+    ids=" ".join,
+)
+def test_options_of_weights_that_do_not_fit_are_named(place, tmp_path, capsys, options):
+    assert finetune(place, tmp_path / "out", *options) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert any(word.lstrip("-").replace("-", "_") in said[0].replace("-", "_") for word in options)
 
 
 @needs_datasets

@@ -1,7 +1,9 @@
 """The planner: what it chooses, refuses and says, and the optimizers that are built from it."""
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -330,3 +332,12 @@ def test_the_table_of_models_and_cards(tmp_path, capsys):
     assert all(cell["fits"] for cell in cells)
     assert cells[1]["step_seconds"] <= 1.05 * cells[0]["step_seconds"]
     assert "| 1B |" in capsys.readouterr().out
+
+
+def test_a_model_that_was_planned_for_can_be_let_go():
+    model = transformers.LlamaForCausalLM(llama(num_hidden_layers=3))
+    chunkft.plan_memory(model, gpu="1GiB", host="8GiB", tokens=16)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

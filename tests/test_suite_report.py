@@ -80,6 +80,35 @@ def test_targets_are_reached_or_missed_by_the_worst_figure(suite):
     assert last.startswith("worst: exposed paging, share of a step 0.030; auto against cuBLAS")
 
 
+def test_streamed_weights_have_figures_and_targets():
+    """Under the keys of the committed predictions; a target is the one that the benchmark held its figures against."""
+    variants = {
+        "host": {"peak_bytes": 3 << 30, "step_ms": 500.0},
+        "no compute": {"step_ms": 400.0, "peak_bytes": None},
+    }
+    case = {
+        "variants": variants,
+        "exposed": {"host": {"share_of_step": 0.25}},
+        "targets": [
+            {"name": "peak, GiB", "value": 3.0, "bound": 4.5, "reached": True},
+            {"name": "speed of resident", "value": 0.5, "bound": 0.9, "reached": False},
+        ],
+    }
+    key = "llama-2-7b/T4096/resident0"
+    suite = {"cases": {"streamed/4096": {"verdict": "ok", "result": {"cases": {key: case}}}}}
+    told = json.loads((predictions.FOLDER / "h200.json").read_text())
+    found = {figure.key: figure for figure in suite_report.figures(suite, told)}
+    assert set(found) == {
+        f"streamed/{key}/{part}" for part in ("host/peak", "host/step", "no compute/step", "host/exposed")
+    }
+    assert all(figure.ratio for figure in found.values())
+    assert found[f"streamed/{key}/host/peak"].measured == 3.0
+    peak, speed = suite_report.targets(suite)
+    assert peak.reached
+    assert not speed.reached
+    assert speed.shortfall == pytest.approx(0.8)
+
+
 def test_figures_of_a_rehearsal_are_held_against_nothing(suite):
     shown = suite_report.lines(suite | {"kind": "rehearsed"}, {})
     assert "5 of 6 cases ended well" in shown

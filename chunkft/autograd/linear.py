@@ -13,8 +13,8 @@ from torch.autograd.function import Function
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
 from chunkft.autograd.stand_ins import stand_in_of
-from chunkft.kernels import wgrad
 from chunkft.kernels.torch_wgrad import saved_columns
+from chunkft.kernels.wgrad import wgrad
 
 Active = Sequence[tuple[Slice, Tensor]]
 Window = tuple[int, int, int]  # dim, start, stop

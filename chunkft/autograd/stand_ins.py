@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
+FIRST = 1 << 62
 _ATTRIBUTE = "_chunkft_stand_in"
 
 
@@ -45,6 +46,8 @@ def put_stand_in(leaf: Tensor, device: torch.device, deliver: Callable[[Tensor],
     with torch.enable_grad(), torch.inference_mode(False):
         leaf.requires_grad = True
         stand_in = _StandIn.apply(leaf, device, deliver)  # type: ignore[no-untyped-call]
+    # Before all else that is ready: made before every layer, it would come last, and all gradients would wait for it.
+    stand_in.grad_fn._set_sequence_nr(FIRST)
     leaf.__dict__.setdefault(_ATTRIBUTE, _StandIns())[device] = weakref.ref(stand_in)
     leaf.requires_grad = trained
     result: Tensor = stand_in

@@ -88,6 +88,14 @@ def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.
     job = demo_job(settings, device, held_out)
     before = exact_match(job.model, job.tokenizer, held_out)
     run = Finetuning(directory, settings, device, job, resume)
+    try:
+        return _carried_out(run, held_out, before)
+    finally:
+        run.let_go()
+
+
+def _carried_out(run: Finetuning, held_out: list[Problem], before: float) -> int:
+    job = run.job
     run.introduce()
     print(f"exact match before: {before:.1%}", flush=True)
     if not run.train():
@@ -95,7 +103,7 @@ def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.
     run.save()
     after = exact_match(job.model, job.tokenizer, held_out)
     scores = {"problems": len(held_out), "before": before, "after": after}
-    write_json(directory.path / "exact_match.json", scores)
+    write_json(run.directory.path / "exact_match.json", scores)
     examples = [line for problem in held_out[:SHOWN] for line in _example(job, problem)]
     run.summarise(
         f"exact match on {len(held_out)} held-out problems: {before:.1%} before, {after:.1%} after",

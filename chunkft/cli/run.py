@@ -25,6 +25,7 @@ from chunkft.cli.report import (
 )
 from chunkft.cli.trainer import FinetuneTrainer, activations_of_full_training
 from chunkft.integrations.transformers import GracefulStop, NonFiniteGuard, last_checkpoint
+from chunkft.weights import stream_of
 
 __all__ = ["Finetuning", "finetune"]
 
@@ -204,12 +205,21 @@ class Finetuning:
 
     def carry_out(self) -> int:
         """Trains, saves, reports; returns the exit status."""
-        self.introduce()
-        if not self.train():
-            return self.stopped()
-        self.save()
-        self.summarise()
-        return 0
+        try:
+            self.introduce()
+            if not self.train():
+                return self.stopped()
+            self.save()
+            self.summarise()
+            return 0
+        finally:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Gives up the pages, or the file, of weights that stream."""
+        stream = stream_of(self.job.model)
+        if stream is not None:
+            stream.detach()
 
     def stopped(self) -> int:
         """Says how to go on after a signal, and returns the exit status that shells expect for it."""

@@ -210,6 +210,7 @@ def _update_on_host(
             *(piece.param, piece.grad, piece.exp_avg, piece.exp_avg_sq),
             *(piece.step, piece.lr, piece.weight_decay),
             extra=piece.extra,
+            scales=piece.scales,
             seed=piece.seed,
         )
         for piece in pieces

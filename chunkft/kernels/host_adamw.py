@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkft.kernels.adamw_table import rows_of
+from chunkft.kernels.companding import BLOCK
 
 try:
     from chunkft import _core as _core
@@ -18,7 +19,6 @@ except ImportError as error:
         "build it with `pip install -e .` in the source tree, or install chunkft anew"
     ) from error
 
-BLOCK = 128
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _WEIGHTS = {
     "none": (torch.float32, torch.bfloat16, torch.float16),

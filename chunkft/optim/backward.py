@@ -29,6 +29,9 @@ class Weights(Protocol):
 
     after_weight: dict[str, Callable[[], None]]
 
+    def updating(self) -> None:
+        """Leaves are about to be updated."""
+
     def backward_reaches(self, name: str) -> bool:
         """Whether the backward pass that runs comes to the weight itself."""
 
@@ -193,6 +196,8 @@ class BackwardResidency(StreamResidency):
             )
         if not self._begun:
             self._begun = True
+            if self.weights is not None:
+                self.weights.updating()
             self._tell_clippers()
         # one product of the backward pass gave those of all slices of a parameter
         if piece.name not in self._arrived:

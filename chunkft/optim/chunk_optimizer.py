@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chunkft import tracing
 from chunkft.activations import saved_activations
+from chunkft.attach import Attachment
 from chunkft.autograd import Slice
 from chunkft.optim.accounting import MemoryMeter
 from chunkft.optim.arguments import (
@@ -217,6 +219,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             rule = self._rule()
             self._stream = build_weights(where, attachment, residency, update, state_device, group)
             on_host = isinstance(attachment.wiring.residence, HostLeaves)
+            rule = replace(rule, host_kernel=rule.state_bits == 8 or (on_host and _beside_gpu(attachment)))
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host)
             plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
             self._meter = PagingMeter()
@@ -482,6 +485,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _slice_states(self) -> dict[Slice, State]:
         """The state of every slice that has some, by slice, where it is now."""
         return self._residency.states()
+
+
+def _beside_gpu(attachment: Attachment) -> bool:
+    return attachment.device.type == "cuda"
 
 
 def _base_of(

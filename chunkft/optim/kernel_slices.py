@@ -163,6 +163,7 @@ class KernelSlices:
             exp_avg_sq_scales=[state["exp_avg_sq_scale"] for state in states] if self._eight else None,
             found_inf=found_inf,
             seed=[noise_seed(seed, piece) for piece in pieces],
+            backend="host" if self._rule.host_kernel and all(map(_in_one_pass, leaves)) else "auto",
         )
 
 
@@ -176,7 +177,7 @@ def make_slices(
 
 
 def kernel_applies(pairs: Sequence[tuple[Slice, Tensor]], rule: UpdateRule) -> bool:
-    """Whether ``chunkft.kernels.adamw`` does these updates: plain AdamW of weights on a GPU.
+    """Whether ``chunkft.kernels.adamw`` does these updates: plain AdamW of weights on a GPU, or beside one.
 
     A group that names an implementation (``fused``, ``foreach``, ``capturable``) gets that one. Moments that torch does
     not know are the kernel's everywhere.
@@ -184,12 +185,21 @@ def kernel_applies(pairs: Sequence[tuple[Slice, Tensor]], rule: UpdateRule) -> b
     if rule.first_moment is not None or rule.state_bits == 8:
         return True
     plain = rule.base is torch.optim.AdamW and not any(special_options(group) for group in rule.groups)
-    return plain and all(_on_gpu(leaf) for _, leaf in pairs)
+    return plain and all(_on_gpu(leaf) or (rule.host_kernel and _on_host(leaf)) for _, leaf in pairs)
 
 
 def special_options(group: Mapping[str, Any]) -> list[str]:
     """Options of AdamW in a group that the kernel leaves to torch."""
     return [name for name in SPECIAL if group.get(name)]
+
+
+def _in_one_pass(leaf: Tensor) -> bool:
+    """Whether the native core takes a leaf: in host memory, contiguous, or columns of a matrix."""
+    return _on_host(leaf) and (leaf.is_contiguous() or (leaf.dim() == 2 and leaf.stride(1) == 1))
+
+
+def _on_host(leaf: Tensor) -> bool:
+    return leaf.is_cpu and leaf.dtype != torch.float64
 
 
 def _on_gpu(leaf: Tensor) -> bool:

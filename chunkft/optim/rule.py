@@ -22,6 +22,8 @@ class UpdateRule:
         group_of: index of each parameter's group, by name.
         modes: master mode of each parameter, by name.
         first_moment: dtype that AdamW keeps its first moment in, or None for that of the update.
+        host_kernel: whether the native core updates AdamW's slices in host memory, in one pass: those of weights that
+            stream to a GPU, and those with state of 8 bits.
         state_bits: bits of each moment of AdamW: 32, or 8 for codes with scales (``chunkft.kernels.companding``).
     """
 
@@ -32,6 +34,7 @@ class UpdateRule:
     modes: Mapping[str, str]
     first_moment: torch.dtype | None = None
     state_bits: int = 32
+    host_kernel: bool = False
 
     def values(self) -> Groups:
         """The hyper-parameters of every group as they are now, without the parameters."""

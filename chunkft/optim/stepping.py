@@ -32,6 +32,7 @@ def take(optimizer: ChunkOptimizer) -> None:
     if all_finite([leaf.grad for leaf in leaves if leaf.grad is not None]):
         if optimizer.max_grad_norm is not None:
             optimizer.grad_norm = clip(leaves, optimizer.max_grad_norm)
+        attachment.wiring.updating()
         optimizer._residency.step(optimizer._noise_seed())
         _gather(optimizer)
         attachment.wiring.publish()

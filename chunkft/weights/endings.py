@@ -32,6 +32,7 @@ class _Ending:
         self._call(True)
 
     def _call(self, failed: bool) -> None:
-        end, self._end = self._end, None
+        end = self._end
         if end is not None:
-            end(failed)
+            end(failed)  # again, if an interrupt stopped it: it has to bear that
+            self._end = None

@@ -93,13 +93,13 @@ class Inbox:
                 "create_graph=True is not possible while weights stream and are updated on the host; detach() first"
             )
         with self._lock:
+            self._at_end()
             if any(other.leaf() is leaf for other in self._arrivals):
                 self._deliver()  # of a checkpoint with a backward pass of its own: there is one place only
             if self._on_gpu:
                 self._arrivals.append(self._copied(leaf, watcher, gradient, key))
             else:
                 self._arrivals.append(_Arrival(weakref.ref(leaf), watcher, None, gradient.clone(), None))
-            self._at_end()
 
     def _copied(self, leaf: Tensor, watcher: Watcher | None, gradient: Tensor, key: int) -> _Arrival:
         """A copy that is under way. The gradient is kept until it is done, and not longer."""
@@ -124,8 +124,8 @@ class Inbox:
     def _at_end(self) -> None:
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
-            self._tasks.add(task)
             at_end_of_backward(lambda failed: self._end(task))
+            self._tasks.add(task)
 
     def _end(self, task: int) -> None:
         with self._lock:

@@ -49,6 +49,13 @@ class HostLeaves:
         self._names.add(piece.name)
         self._inbox.expect(leaf, watcher)
 
+    def settle(self) -> None:
+        """Put in order where weights are that an interrupt left half moved."""
+        self.stream.settle()
+
+    def updating(self) -> None:
+        """Leaves are about to be changed."""
+
     def publish(self) -> None:
         """Leaves were changed: what reads the weights next must see it."""
         self.stream.written(sorted(self._names))
@@ -80,9 +87,13 @@ class DeviceLeaves:
         self.device = stream.device
         self._copies: dict[Slice, Tensor] = {}
         self._leaves: dict[Slice, nn.Parameter] = {}
+        # Then all of them are written back before a pass begins, and its recomputes see their page as it was.
+        self._in_backward = updated_in_backward
         if updated_in_backward and stream.ring is not None:
             stream.ring.lay_over_backward = False
-        self._versions: dict[Slice, int] = {}  # of the leaves, when they were written back
+        # Counts of changes of leaves and weights when both had the same values, and whether these can tell.
+        self._versions: dict[Slice, tuple[int, int]] = {}
+        self._updating = False
         self._stand_ins: list[Tensor] = []
         self._fence = place_of(stream.device).fence()
         stream.ask(self.catch_up)
@@ -112,7 +123,7 @@ class DeviceLeaves:
         """There is a leaf with this memory now."""
         before = self._leaves.get(piece)
         self._leaves[piece] = leaf
-        self._versions[piece] = leaf._version
+        self._note(piece)
         ring = self.stream.ring
         if self.stream.block_of(piece.name) is None or ring is None:
             # an embedding computes where its table is
@@ -121,28 +132,63 @@ class DeviceLeaves:
                 self._stand_ins.append(put_stand_in(leaf, CPU, lambda gradient: gradient.to(device)))
             return
         over = ring.overlays.setdefault(piece.name, [])
-        ring.overlays[piece.name] = [(p, other) for p, other in over if other is not before] + [(piece, leaf)]
+        ring.overlays[piece.name] = [entry for entry in over if entry[1] is not before] + [
+            (piece, leaf, self._is_newer)
+        ]
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Write the leaves back into host memory; it is complete when this returns."""
-        if not self._leaves:
+        """Write leaves that were changed back into host memory; it is complete when this returns.
+
+        The others may be older than their weights, into which somebody loaded others.
+        """
+        changed = [piece for piece in self._leaves if self._is_newer(piece)]
+        self._updating = False
+        if not changed:
             return
-        for piece, leaf in self._leaves.items():
-            self.values_at_home(piece).copy_(leaf.detach(), non_blocking=True)
-            self._versions[piece] = leaf._version
+        for piece in changed:
+            self.values_at_home(piece).copy_(self._leaves[piece].detach(), non_blocking=True)
+            self._note(piece)
         self._fence.record()
         self._fence.synchronize()
-        self.stream.written(sorted({piece.name for piece in self._leaves}))
+        self.stream.written(sorted({piece.name for piece in changed}))
 
-    def catch_up(self, tables_only: bool) -> None:
-        """Write the leaves back if somebody changed one in place, of weights that are not laid over a page."""
+    def settle(self) -> None:
+        """Put in order where weights are that an interrupt left half moved."""
+        self.stream.settle()
+
+    @torch.no_grad()
+    def updating(self) -> None:
+        """Leaves are about to be changed: what was done to their weights in host memory counts before."""
         for piece, leaf in self._leaves.items():
-            if leaf._version != self._versions[piece] and not (
-                tables_only and self.stream.block_of(piece.name) is not None
-            ):
-                self.publish()
-                return
+            if not self._is_newer(piece) and self._versions[piece][1] != self._counts(piece)[1]:
+                leaf.data.copy_(self.values_at_home(piece), non_blocking=True)
+        self._updating = True
+
+    @torch.no_grad()
+    def catch_up(self, tables_only: bool) -> None:
+        """Give host memory the values of leaves that somebody changed in place, and leaves of tables those of host
+        memory, which anybody may have changed; those of blocks are compared with their page when it comes.
+        """
+        tables = {
+            piece: leaf for piece, leaf in self._leaves.items() if self.stream.block_of(piece.name) is None
+        }
+        some = tables_only and not self._in_backward
+        if any(self._is_newer(piece) for piece in (tables if some else self._leaves)):
+            self.publish()
+        elif tables_only:
+            for piece, leaf in tables.items():
+                leaf.data.copy_(self.values_at_home(piece), non_blocking=True)
+
+    def _is_newer(self, piece: Slice) -> bool:
+        """Whether a leaf may have been changed since it had the values of its weight."""
+        return self._updating or self._versions[piece][0] != self._counts(piece)[0]
+
+    def _note(self, piece: Slice) -> None:
+        self._versions[piece] = self._counts(piece)
+
+    def _counts(self, piece: Slice) -> tuple[int, int]:
+        return self._leaves[piece]._version, self.stream.parameter(piece.name)._version
 
     def values_at_home(self, piece: Slice) -> Tensor:
         """The part of the page that a leaf is a newer copy of."""
@@ -155,7 +201,7 @@ class DeviceLeaves:
         if ring is not None:
             mine = {id(leaf) for leaf in self._leaves.values()}
             for name in {piece.name for piece in self._leaves} & set(ring.overlays):
-                rest = [(piece, leaf) for piece, leaf in ring.overlays[name] if id(leaf) not in mine]
+                rest = [entry for entry in ring.overlays[name] if id(entry[1]) not in mine]
                 if rest:
                     ring.overlays[name] = rest
                 else:

@@ -55,7 +55,8 @@ class Ring:
     Attributes:
         moved: told name and address of each parameter whose memory changed.
         homes: the host memory of each parameter by name.
-        overlays: for names of weights, slices with newer values on the device, which are laid over the page.
+        overlays: for names of weights, slices with copies of their own on the device, and what tells whether such a
+            copy is newer than the page, over which it is laid then; else it takes its values from there.
         lay_over_backward: whether that is done in the backward pass too: not where it updates them.
     """
 
@@ -71,19 +72,27 @@ class Ring:
     ) -> None:
         self.blocks = tuple(blocks)
         self.moved: Callable[[str, int], None] = lambda name, address: None
-        self.overlays: dict[str, list[tuple[Slice, Tensor]]] = {}
+        self.overlays: dict[str, list[tuple[Slice, Tensor, Callable[[Slice], bool]]]] = {}
         self.lay_over_backward = True
         self.lock = threading.RLock()
         self._poison = poison
         self._on_file = directory is not None
         self._place = place_of(device)
-        self.pager = Pager(
-            [block.nbytes for block in blocks],
-            device=device,
-            slots=min(slots, len(self.blocks)),
-            pin=pin,
-            state_dir=directory,
-        )
+        try:
+            self.pager = Pager(
+                [block.nbytes for block in blocks],
+                device=device,
+                slots=min(slots, len(self.blocks)),
+                pin=pin,
+                state_dir=directory,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            told = [
+                part.replace("state_dir", "weights_dir") if isinstance(part, str) else part
+                for part in error.args
+            ]
+            error.args = tuple(told)
+            raise
         self.homes: dict[str, Tensor] = {}
         self._resting: list[list[Resting]] = []
         self._held: dict[int, Tensor] = {}
@@ -130,6 +139,11 @@ class Ring:
         """Counters of the pager."""
         return self.pager.stats()
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter by name."""
+        number, place = self._found[name]
+        return self._resting[number][place].parameter
+
     def holds(self, number: int) -> bool:
         """Whether a block is on the device for use."""
         return number in self._held
@@ -151,7 +165,7 @@ class Ring:
             self._check_places(number)
             self._follow(number)
             self._make_room(number)
-            self._torn = True
+            torn, self._torn = self._torn, True
             with tracing.span("fetch %s", self.blocks[number].name):
                 slot = self._acquired(number)
             if number in self._ahead:
@@ -164,10 +178,13 @@ class Ring:
             for one, view in zip(self._resting[number], views, strict=True):
                 one.parameter.data = view
                 self.moved(one.weight.name, view.data_ptr())
-                for piece, leaf in overlays.get(one.weight.name, ()):
-                    # not by way of the parameter, whose count of changes others watch
-                    piece.of(view).copy_(leaf.detach())
-            self._torn = False
+                for piece, leaf, is_newer in overlays.get(one.weight.name, ()):
+                    # not by way of parameter and leaf, whose counts of changes others watch
+                    if is_newer(piece):
+                        piece.of(view).copy_(leaf.detach())
+                    else:
+                        leaf.data.copy_(piece.of(view))
+            self._torn = torn
 
     def leave(self, number: int) -> None:
         """Make the parameters of a held block views of the host page again; the slot may be taken for another.
@@ -179,9 +196,11 @@ class Ring:
             if slot is None:
                 return
             counts = self._count(number)
-            self._torn = True
+            torn, self._torn = self._torn, True
             self._rest_again(number)
-            if self._counts[number] != counts:
+            if torn and self.pager.state(number) != "IN_USE":
+                self._kept.add(number)  # it was given back, and an interrupt came behind that
+            elif self._counts[number] != counts:
                 self.pager.release(number)
                 self.pager.flush()
                 self._counts[number] = counts
@@ -192,7 +211,7 @@ class Ring:
                 self.pager.release(number, dirty=False, keep=True)
                 self._kept.add(number)
             del self._held[number]
-            self._torn = False
+            self._torn = torn
             if self._wanted is not None:
                 self.fetch(self._wanted)
 
@@ -205,6 +224,7 @@ class Ring:
                     if in_use and number not in self._held:
                         self.pager.discard(number)
                     elif number in self._held and not in_use:
+                        self._kept.add(number)
                         del self._held[number]
                     if number not in self._held:
                         self._rest_again(number)
@@ -322,9 +342,11 @@ class Ring:
 
     def _rest_again(self, number: int) -> None:
         for one in self._resting[number]:
-            if one.parameter.untyped_storage().data_ptr() not in self._owner:
+            address = one.parameter.untyped_storage().data_ptr()
+            if address in self._owner:
+                one.parameter.data = one.home
+            elif address != one.home.untyped_storage().data_ptr():
                 continue  # somebody else moved it, which the next call tells
-            one.parameter.data = one.home
             self.moved(one.weight.name, one.home.data_ptr())
 
 
@@ -342,5 +364,7 @@ def settle(parameter: nn.Parameter, home: Tensor, holders: Sequence[Holder]) -> 
 
 
 def _placed(weight: PlacedWeight, page: Tensor) -> Tensor:
-    part = page[weight.offset : weight.offset + weight.nbytes]
-    return part.view(weight.dtype).view(weight.shape)
+    # A view in another dtype that is made in evaluation would not be fit for training.
+    with torch.inference_mode(False):
+        part = page[weight.offset : weight.offset + weight.nbytes]
+        return part.view(weight.dtype).view(weight.shape)

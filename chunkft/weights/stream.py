@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from chunkft.autograd import TiledForward, put_tiles
 from chunkft.plan import parameter_owners, uncompiled
 from chunkft.streaming import Pager
+from chunkft.weights.arguments import check_count, check_options, resolved_device
 from chunkft.weights.forwards import Begin, Finish, StreamedForward, ToDevice, ToHost
 from chunkft.weights.guard import Loading, Saving, StreamedApply, check_free
 from chunkft.weights.parking import ParkingLot
@@ -77,10 +78,10 @@ class WeightStream:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model = uncompiled(model)
         check_free(model)
-        self.device = _resolved(device)
-        _check_count("slots", slots, 2)
-        _check_count("resident_blocks", resident_blocks, 0)
-        _check_options(weights_dir, pin, poison, self.device)
+        self.device = resolved_device(device)
+        check_count("slots", slots, 2)
+        check_count("resident_blocks", resident_blocks, 0)
+        check_options(weights_dir, pin, poison, self.device)
         self.units: Units = find_units(model, blocks, tile_bytes)
         count = len(self.units.blocks)
         if resident_blocks > count:
@@ -198,6 +199,22 @@ class WeightStream:
         """A bound method, which is held weakly, tells what is trained: nothing else is fetched for a backward pass."""
         self._active = [reference for reference in self._active if reference() is not None]
         self._active.append(weakref.WeakMethod(names))
+
+    def settle(self) -> None:
+        """Put in order what an interrupt left half done."""
+        if self.ring is not None:
+            self._visits.settle()
+        if self._tables is not None and self._tables.pages is not None:
+            self._tables.pages.settle()
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """A parameter that streams."""
+        assert self._tables is not None
+        found = self._tables.parameters.get(name)
+        if found is None:
+            assert self.ring is not None
+            found = self.ring.parameter(name)
+        return found
 
     def ask(self, catch_up: Callable[[bool], None]) -> None:
         """A bound method, which is held weakly, writes newer values of weights into host memory before these are read.
@@ -371,38 +388,6 @@ def stream_of(model: nn.Module) -> WeightStream | None:
     """The stream of a model's weights, or None."""
     found = uncompiled(model).__dict__.get(_ATTRIBUTE)
     return found if isinstance(found, WeightStream) else None
-
-
-def _resolved(device: Any) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"device={device!r} is not known; allowed are 'auto', 'cpu', 'cuda' and 'cuda:N'"
-        ) from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r} is not allowed; weights stream to 'cpu', 'cuda' or 'cuda:N'")
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device() if chosen.index is None else chosen.index)
-
-
-def _check_options(weights_dir: Any, pin: Any, poison: Any, device: torch.device) -> None:
-    if weights_dir is not None and not isinstance(weights_dir, str | os.PathLike):
-        raise TypeError(f"weights_dir={weights_dir!r} is not allowed; needs the path of a directory, or None")
-    if not (pin is True or pin is False or pin == "auto"):
-        raise ValueError(f"pin={pin!r} is not allowed; needs True, False or 'auto'")
-    if pin is True and device.type == "cpu":
-        raise ValueError("pin=True is not allowed with device='cpu': page-locking serves copies to a GPU")
-    if not isinstance(poison, bool):
-        raise ValueError(f"poison={poison!r} is not allowed; needs True or False")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name}={value!r} is not allowed; needs an integer >= {least}")
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:

@@ -23,12 +23,16 @@ class TilePages:
         tables: with at least one tile each.
         device: where the slots are.
         pin: as for ``Pager``.
+        poison: overwrite what leaves a slot with NaN.
 
     Attributes:
         before: weak reference to what is called before tables are read, with True.
     """
 
-    def __init__(self, tables: Sequence[Table], device: torch.device, pin: bool | Literal["auto"]) -> None:
+    def __init__(
+        self, tables: Sequence[Table], device: torch.device, pin: bool | Literal["auto"], poison: bool
+    ) -> None:
+        self._poison = poison
         self.before: Callable[[], Callable[[bool], None] | None] = lambda: None
         sizes = [size for table in tables for size in table.tiles]
         self.pager = Pager(sizes, device=device, slots=min(TILE_SLOTS, len(sizes)), pin=pin)
@@ -39,14 +43,15 @@ class TilePages:
             count += len(table.tiles)
         self._kept: list[int] = []  # may be in a slot, and is not in use
         self._slots: dict[int, Tensor] = {}  # of the tiles that are in use
-        self._users: dict[int, int] = {}
+        self._users: dict[int, set[tuple[int, object]]] = {}  # by tile: thread, and a walk of it
         self._free = threading.Condition(threading.RLock())
 
     def home(self, table: Table) -> Tensor:
         """The host memory of a table: its tiles one behind the other."""
         first = self.first[table.name]
         span = self.pager.host_span(first, first + len(table.tiles))
-        return span[: table.nbytes].view(table.dtype).view(table.shape)
+        with torch.inference_mode(False):
+            return span[: table.nbytes].view(table.dtype).view(table.shape)
 
     def refresh(self) -> None:
         """Forget what is on the device: tables may have been changed since."""
@@ -56,13 +61,14 @@ class TilePages:
             self._kept.clear()
 
     @contextmanager
-    def tile(self, page: int, following: int | None, poison: bool) -> Iterator[Tensor]:
+    def tile(self, page: int, following: int | None) -> Iterator[Tensor]:
         """The memory of a tile on the device, while the one that follows comes; other threads may use the same one."""
-        with self._free:
-            while page not in self._slots and len(self._slots) == self.pager.slots:
-                self._free.wait()
-            self._users[page] = self._users.get(page, 0) + 1
-            try:
+        user = threading.get_ident(), object()
+        try:
+            with self._free:
+                while page not in self._slots and len(self._slots) == self.pager.slots:
+                    self._free.wait()
+                self._users.setdefault(page, set()).add(user)
                 if page not in self._slots:
                     if page not in self._kept and len(self._slots) + len(self._kept) >= self.pager.slots:
                         self.pager.evict(self._kept.pop(0))
@@ -70,29 +76,37 @@ class TilePages:
                     self._kept = [kept for kept in self._kept if kept != page]
                 if following is not None and following not in self._slots and self.pager.prefetch(following):
                     self._kept = [*(kept for kept in self._kept if kept != following), following]
-            except BaseException:
-                self._leave(page, poison)
-                raise
-        try:
             yield self._slots[page]
         finally:
-            with self._free:
-                self._leave(page, poison)
+            self._leave(page, user)
 
-    def _leave(self, page: int, poison: bool) -> None:
-        self._users[page] -= 1
-        if self._users[page]:
-            return
-        del self._users[page]
-        slot = self._slots.pop(page, None)
-        if slot is not None and poison:
-            slot.fill_(POISON)
-        if slot is None or poison:
-            self.pager.discard(page)
-        else:
-            self.pager.release(page, dirty=False, keep=True)
-            self._kept.append(page)
-        self._free.notify_all()
+    def settle(self) -> None:
+        """Give up tiles that this thread, or one that is gone, left in use at an interrupt."""
+        with self._free:
+            alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+            for page, users in list(self._users.items()):
+                for user in [user for user in users if user[0] not in alive]:
+                    self._leave(page, user)
+
+    def _leave(self, page: int, user: tuple[int, object]) -> None:
+        with self._free:
+            users = self._users.get(page, set())
+            if user not in users:
+                return
+            if len(users) == 1:
+                slot = self._slots.get(page)
+                if slot is not None and self._poison:
+                    slot.fill_(POISON)
+                if self.pager.state(page) == "IN_USE":
+                    if slot is None or self._poison:
+                        self.pager.discard(page)
+                    else:
+                        self.pager.release(page, dirty=False, keep=True)
+                        self._kept.append(page)
+                self._slots.pop(page, None)
+                del self._users[page]
+            users.discard(user)
+            self._free.notify_all()
 
 
 class StreamedTiles:
@@ -101,15 +115,13 @@ class StreamedTiles:
     Args:
         pages: of all tables.
         table: which.
-        poison: overwrite what leaves a slot with NaN.
     """
 
-    def __init__(self, pages: TilePages, table: Table, poison: bool) -> None:
+    def __init__(self, pages: TilePages, table: Table) -> None:
         self.shape = table.shape
         self.device = pages.pager.device
         self._pages = pages
         self._table = table
-        self._poison = poison
         self._first = pages.first[table.name]
         self._address = pages.home(table).data_ptr()
 
@@ -128,6 +140,7 @@ class StreamedTiles:
     def walk(self, *, backward: bool = False) -> Generator[tuple[int, int, Tensor]]:
         """Bounds and values of each tile; the next one is on its way meanwhile."""
         rows, step = self.shape[0], self._table.tile_rows
+        self._pages.settle()
         if not backward:
             before = self._pages.before()
             if before is not None:
@@ -138,7 +151,7 @@ class StreamedTiles:
             order.reverse()
         for number, following in zip_longest(order, order[1:]):
             ahead = None if following is None else self._first + following
-            with self._pages.tile(self._first + number, ahead, self._poison) as slot:
+            with self._pages.tile(self._first + number, ahead) as slot:
                 start, stop = number * step, min(rows, (number + 1) * step)
                 yield start, stop, slot.view(self._table.dtype).view(stop - start, self.shape[1])
 
@@ -150,7 +163,7 @@ class Tables:
         tables: which.
         device: of the slots.
         pin: as for ``Pager``.
-        poison: as for ``StreamedTiles``.
+        poison: overwrite what leaves a slot with NaN.
 
     Attributes:
         tiles: by name, of those that layers multiply with.
@@ -165,7 +178,7 @@ class Tables:
     ) -> None:
         tiled = [table for table in tables if table.tiles]
         gathered = [table for table in tables if not table.tiles]
-        self.pages = TilePages(tiled, device, pin) if tiled else None
+        self.pages = TilePages(tiled, device, pin, poison) if tiled else None
         self._arena = HostArena(max(1, sum(_aligned(table.nbytes) for table in gathered)))
         self.homes: dict[str, Tensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
@@ -175,7 +188,7 @@ class Tables:
             if table.tiles:
                 assert self.pages is not None
                 home = self.pages.home(table)
-                self.tiles[table.name] = StreamedTiles(self.pages, table, poison)
+                self.tiles[table.name] = StreamedTiles(self.pages, table)
             else:
                 home = self._arena.tensor(offset, table.shape, table.dtype)
                 offset += _aligned(table.nbytes)

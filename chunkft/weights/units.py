@@ -255,8 +255,7 @@ def _block_names(model: nn.Module, modules: dict[str, nn.Module], blocks: Blocks
         of_class = _outermost([name for name, module in modules.items() if type(module).__name__ == blocks])
         if of_class:
             return of_class
-        blocks = [blocks]
-    names = list(blocks)
+    names = [blocks] if isinstance(blocks, str) else list(blocks)
     for name in names:
         if name not in modules or not name:
             lists = [path for path, module in modules.items() if isinstance(module, nn.ModuleList)]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from chunkft.weights.endings import at_end_of_backward, in_backward
 from chunkft.weights.ring import Ring
 
+_OURS = "_chunkft"
 Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int]
 
 
@@ -77,6 +78,7 @@ class Visits:
         with self._lock:
             if self._inside():
                 return
+            drop_left_hooks()
             self._close_abandoned()
             self._refresh()
             self._passes[threading.get_ident()] = frame
@@ -133,6 +135,12 @@ class Visits:
             )
         return self.ring.view(reference.number, reference.layout)
 
+    def settle(self) -> None:
+        """Put in order what an interrupt left half done."""
+        with self._lock:
+            if not in_backward() and not self._inside():
+                self._close_abandoned()
+
     def _refresh(self) -> None:
         self.ring.refresh()
         self.on_refresh()
@@ -153,8 +161,8 @@ class Visits:
         """Whatever happens, the visit is over at the end of the backward pass that runs."""
         task = torch._C._current_graph_task_id()
         if task not in self._tasks:
-            self._tasks[task] = []
             at_end_of_backward(lambda failed: self._end(task, failed))
+            self._tasks[task] = []
         self._tasks[task].append(visit)
 
     def _end(self, task: int, failed: bool) -> None:
@@ -209,8 +217,16 @@ def kept_as_references(visits: Visits) -> Iterator[None]:
         tensor: Tensor = kept.unpack(kept.value)
         return tensor
 
+    pack.__dict__[_OURS] = True
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
+
+
+def drop_left_hooks() -> None:
+    """Take out what an interrupt left of ``kept_as_references``, where no block is being called in this thread."""
+    autograd = torch._C._autograd
+    while (top := autograd._top_saved_tensors_default_hooks(False)) and getattr(top[0], _OURS, False):
+        autograd._pop_saved_tensors_default_hooks()
 
 
 class _Kept(NamedTuple):

@@ -3,7 +3,9 @@
 import math
 import os
 import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import nn
 
 from chunkft.kernels import apply_residual
 from chunkft.kernels.adamw import adamw
-from chunkft.kernels.host_adamw import BLOCK, HostSlice, host_adamw
+from chunkft.kernels.companding import BLOCK
+from chunkft.kernels.host_adamw import HostSlice, host_adamw
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -270,21 +273,31 @@ def test_a_saved_weight_that_was_updated_is_noticed():
         loss.backward()
 
 
-def test_other_threads_run_meanwhile():
+def test_other_threads_run_meanwhile(monkeypatch):
+    # a thread gives the lock away by itself only where it is released
+    before = sys.getswitchinterval()
+    running, seen = [], []
+    core = host_adamw.__globals__["_core"].host_adamw
+
+    def watched(*arguments, **options):
+        running.append(True)
+        core(*arguments, **options)
+        running.clear()
+
+    monkeypatch.setattr(host_adamw.__globals__["_core"], "host_adamw", watched)
     chunk = Chunk([(1 << 21,)])
-    done, seen = threading.Event(), []
-
-    def update():
-        for _ in range(3):
-            chunk.update("host")
-        done.set()
-
-    thread = threading.Thread(target=update)
-    thread.start()
-    while not done.is_set():
-        seen.append(len(seen))
-    thread.join()
-    assert chunk.steps.tolist() == [3]
+    thread = threading.Thread(target=lambda: [chunk.update("host") for _ in range(5)])
+    sys.setswitchinterval(60)
+    try:
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0)
+            seen += running
+        thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert chunk.steps.tolist() == [5]
+    assert seen
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -340,3 +353,31 @@ def test_arguments_are_refused_before_anything_is_changed():
     for scales in [(torch.zeros(2), torch.zeros(3)), (torch.zeros(3), torch.zeros(6)[::2])]:
         with pytest.raises(ValueError, match=r"scales must be"):
             host_adamw([HostSlice(*codes, step=1.0, lr=0.1, scales=scales)])
+
+
+@pytest.mark.parametrize("shape", [(3, 43), (128,), (5, 128), (1,)], ids=str)
+def test_codes_are_those_of_the_reference(shape):
+    """The same moments, so that a run may go from one implementation to the other."""
+    torch.manual_seed(1)
+    found = []
+    start, gradients = torch.randn(shape).bfloat16(), [torch.randn(shape).bfloat16() for _ in range(4)]
+    for backend in ("host", "torch"):
+        count = -(-start.numel() // BLOCK)
+        param, residual = start.clone(), torch.zeros(shape, dtype=torch.int16)
+        moments = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape, dtype=torch.uint8)
+        scales = torch.zeros(count), torch.zeros(count)
+        step = torch.zeros(())
+        for gradient in gradients:
+            adamw(
+                *([param], [gradient], [moments[0]], [moments[1]], [step]),
+                lr=1e-2,
+                residuals=[residual],
+                master="residual",
+                exp_avg_scales=[scales[0]],
+                exp_avg_sq_scales=[scales[1]],
+                backend=backend,
+            )
+        found.append((*moments, *scales, param))
+    for mine, theirs in zip(found[0][:4], found[1][:4], strict=True):
+        assert torch.equal(mine, theirs)
+    torch.testing.assert_close(found[0][4], found[1][4])

@@ -14,6 +14,7 @@ from chunkft.autograd import Slice
 from chunkft.optim.master import resolve_master
 from chunkft.optim.planner.amounts import GpuBytes, HostBytes
 from chunkft.optim.planner.held import SentDown, SpentByPage, SpentInBulk
+from chunkft.optim.planner.memo import remembered
 from chunkft.optim.planner.profiles import Profiles
 from chunkft.optim.planner.setting import Setting
 from chunkft.optim.planner.state import LayoutOfState, PagedState, paged_state, update_nbytes
@@ -106,7 +107,7 @@ class Model:
             )
         return self._profiles[key]
 
-    @functools.cache  # noqa: B019
+    @remembered
     def plan(self, chunks: int) -> ChunkPlan:
         """Raises ValueError if the model cannot be cut into so many."""
         return make_plan(self.deep, self.specs, chunks, "bytes", self._slice_dim, self._always)
@@ -150,7 +151,7 @@ class Model:
             getattr(self.deep, "checkpointing", False)
         )
 
-    @functools.cache  # noqa: B019
+    @remembered
     def rule(self, master: str, state_bits: int) -> UpdateRule:
         """How slices are updated."""
         sample = nn.Parameter(torch.zeros(1))
@@ -161,7 +162,7 @@ class Model:
         group_of = {spec.name: 0 for spec in self.specs}
         return UpdateRule(self._base, make, groups, group_of, modes, state_bits=state_bits)
 
-    @functools.cache  # noqa: B019
+    @remembered
     def probe(self, master: str, state_bits: int, counts: bool) -> LayoutOfState:
         """What state is kept for each slice."""
         return LayoutOfState(self.rule(master, state_bits), self.parameters.__getitem__, counts)
@@ -173,7 +174,7 @@ class Model:
             setting.chunks, setting.residency, setting.in_files, setting.master, setting.state_bits, counts
         )
 
-    @functools.cache  # noqa: B019
+    @remembered
     def _state(
         self, chunks: int, residency: str, in_files: bool, master: str, bits: int, counts: bool
     ) -> PagedState:
@@ -197,7 +198,7 @@ class Model:
             return frozenset()
         return self._streamed_names(setting.resident_blocks)
 
-    @functools.cache  # noqa: B019
+    @remembered
     def _streamed_names(self, resident_blocks: int) -> frozenset[str]:
         assert self.units is not None
         stay = self.units.resident(resident_blocks)
@@ -353,14 +354,14 @@ class Model:
         held = SpentByPage(window, state.pages, lambda name: self.parameters[name].element_size(), update)
         return held, ("pages", setting.master, setting.state_bits)
 
-    @functools.cache  # noqa: B019
+    @remembered
     def _update_nbytes(self, master: str, state_bits: int, pieces: tuple[Slice, ...]) -> int:
         probe = self.probe(master, state_bits, False)
         return update_nbytes(
             pieces, probe, self.rule(master, state_bits), lambda name: self.parameters[name].dtype
         )
 
-    @functools.cache  # noqa: B019
+    @remembered
     def _beside(self, chunks: int, resident_blocks: int, master: str, bits: int) -> int:
         stay = self._streamed_names(resident_blocks)
         probe = self.probe(master, bits, False)

@@ -133,6 +133,8 @@ def update_nbytes(
     pieces: Iterable[Slice], probe: StateProbe, rule: UpdateRule, dtype_of: Callable[[str], torch.dtype]
 ) -> int:
     """What an update takes beside weights, gradients and the slots of state, where no kernel of chunkft does it."""
+    if rule.state_bits == 8:  # the native core does
+        return 0
     pairs: list[tuple[Slice, nn.Parameter]] = []
     for piece in pieces:
         leaf = nn.Parameter(torch.empty(piece.shape, dtype=dtype_of(piece.name), device="meta"))

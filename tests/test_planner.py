@@ -341,3 +341,22 @@ def test_a_model_that_was_planned_for_can_be_let_go():
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_weights_stream_where_nothing_else_fits_a_budget():
+    def optimizer(budget, **options):
+        model = transformers.LlamaForCausalLM(llama(num_hidden_layers=12))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return chunkft.ChunkAdamW(model, lr=1e-4, memory_budget=budget, memory_tokens=8, **options)
+
+    whole = optimizer("1GiB")
+    needed = sum(p.numel() * 4 for p in whole._attachment.model.parameters())
+    assert whole._stream is None
+    small = optimizer(needed * 3 // 4)
+    assert small._stream is not None
+    small.detach()
+    told = optimizer("1GiB", weights="stream", update_on="host", resident_blocks=2)
+    assert told._stream.resident_blocks == 2
+    assert not told._attachment.wiring.residence.on_device
+    with pytest.raises(ValueError, match=r"memory_budget=.*more GPU memory"):
+        optimizer(needed * 3 // 4, weights="resident")

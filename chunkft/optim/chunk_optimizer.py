@@ -72,7 +72,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         chunks: K; see ``chunkft.partition``, also for ``partition``, ``slice_dim`` and ``always_active``.
         memory_budget: instead of ``chunks``, the memory of the device that training may take, such as ``"8GiB"``:
             ``chunkft.plan_memory`` chooses ``chunks``, and ``residency`` if it is not ``"stream"`` already, so that a
-            causal language model fits, everything else as it is given here. Not for parameter groups.
+            causal language model fits. With ``weights="stream"``, or where nothing else fits and ``weights="auto"``,
+            also ``update_on`` and ``resident_blocks``. Everything else as it is given here. Not for parameter groups.
         memory_tokens: tokens of a forward pass that ``memory_budget`` has to hold.
         interval: T, optimizer steps (not micro-batches) before the next chunk becomes active.
         partition: how to cut; ``"bytes"``, ``"layers"``, ``"interleaved"``, a plan, or one's own.
@@ -128,6 +129,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
     # A GradScaler then calls step() even if it found infinities, so that such gradients are consumed too. Left in
     # the leaves, where model.zero_grad() does not reach them, they would spoil every step that follows.
     _step_supports_amp_scaling = True
+    _state_bits = 32
 
     def __init__(
         self,
@@ -164,15 +166,15 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_choices(interval, max_grad_norm, keep_state, seed)
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
+        where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir, offload_inputs)
         if memory_budget is not None:
-            chunks, residency = choose(
+            chunks, residency, where = choose(
                 model, base, base_kwargs, memory_budget, memory_tokens,
                 chunks=chunks, residency=residency, update=update, partition=partition, slice_dim=slice_dim,
                 always_active=always_active, state_device=state_device, state_dir=state_dir, master=master,
-                interval=interval, page_bytes=page_bytes,
+                interval=interval, page_bytes=page_bytes, state_bits=self._state_bits, where=where,
             )  # fmt: skip
         group = resolve_group(process_group)
-        where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir, offload_inputs)
         check_weights(where, residency, update, state_device, group)
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)

@@ -129,6 +129,11 @@ class Parked:
         return space.arena.tensor(0, self._like[0], self._like[1])
 
 
+def _is_cache(value: Any) -> bool:
+    """Whether an argument is a cache of transformers."""
+    return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
+
+
 def parked_call(
     forward: Callable[..., Any], main: Tensor, lot: ParkingLot, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -137,7 +142,8 @@ def parked_call(
     The other arguments are kept as they are (``torch.utils.checkpoint``, not reentrant), except for caches of keys and
     values, which a recompute would fill again.
     """
-    kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
+    args = tuple(None if _is_cache(value) else value for value in args)
+    kwargs = {n: None if n in _CACHES or _is_cache(value) else value for n, value in kwargs.items()}
     if kwargs.get("use_cache"):
         kwargs["use_cache"] = False
     parked = Parked(main, lot)

@@ -70,3 +70,22 @@ def test_no_activation_of_a_block_is_kept_and_its_input_only_in_host_memory(tran
         optimizer.step()
     gc.collect()
     assert stream.lot.nbytes <= 8 * hidden
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # which hand their caches on by name, and by position
+def test_a_recompute_fills_no_cache_again(family):
+    net = build(family)
+    WeightStream(net, device="cpu", offload_inputs=True)
+    optimizer = chunkft.ChunkAdamW(net, chunks=1)
+    blocks = net.model.layers if family == "llama" else net.transformer.h
+    seen = []
+    blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(
+            value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")
+        ),
+        with_kwargs=True,
+    )
+    loss_of(family)(net).backward()
+    assert seen
+    assert all(cache.get_seq_length() == 0 for cache in seen)
+    optimizer.detach()

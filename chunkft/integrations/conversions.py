@@ -23,8 +23,6 @@ from transformers.core_model_loading import (
     PrefixChange,
     WeightConverter,
     WeightRenaming,
-    apply_converters,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -178,17 +176,32 @@ def original_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict
     result: dict[str, Tensor | Deferred] = {}
     groups: dict[str, list[tuple[str, str]]] = {}
     for name in sorted(state, key=dot_natural_key):
-        converted, pattern = apply_converters(name, converters)
+        converted, pattern = _matched(name, converters)
         if pattern is None:
-            result[apply_renamings(name, renamings)] = state[name]
+            result[_renamed(name, renamings)] = state[name]
         else:
             groups.setdefault(converted, []).append((pattern, name))
     for first, sources in groups.items():
         group = _Group(model, by_pattern[sources[0][0]], first, sources, state)
         for name, shown in group.shapes().items():
-            final = apply_renamings(name, renamings)
+            final = _renamed(name, renamings)
             result[final] = Deferred(tuple(shown.shape), shown.dtype, partial(group.take, name))
     return result
+
+
+def _matched(name: str, converters: Iterable[Any]) -> tuple[str, str | None]:
+    """A name as the first rule that knows it has it, and which of its patterns that was."""
+    for rule in converters:
+        found, pattern = rule.rename_source_key(name)
+        if pattern is not None:
+            return found, pattern
+    return name, None
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    for rule in renamings:
+        name, _ = rule.rename_source_key(name)
+    return name
 
 
 class _Group:

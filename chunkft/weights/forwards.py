@@ -15,6 +15,8 @@ from chunkft.weights.endings import in_backward
 from chunkft.weights.parking import ParkingLot, parked_call
 from chunkft.weights.visits import Visit, Visits, kept_as_references, latest
 
+_CHECKPOINTING = "gradient_checkpointing"
+
 
 @runs_as_it_is
 class StreamedForward:
@@ -31,7 +33,7 @@ class StreamedForward:
         lot: where its input waits for a recompute; None: the model does its own checkpointing, or none.
     """
 
-    __slots__ = ("__weakref__", "inner", "lot", "module", "number", "visits")
+    __slots__ = ("__weakref__", "checkpointed", "inner", "lot", "module", "number", "visits")
 
     def __init__(
         self, module: nn.Module, inner: Any, number: int, visits: Visits | None, lot: ParkingLot | None = None
@@ -41,6 +43,9 @@ class StreamedForward:
         self.number = number
         self.visits = visits
         self.lot = lot
+        self.checkpointed: Any = None  # what transformers' own checkpointing was set to
+        if lot is not None:
+            self._checkpoint_alone()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return undisturbed(self._compute, args, kwargs)
@@ -79,23 +84,23 @@ class StreamedForward:
     def release(self) -> None:
         """The stream is gone: from now on this is what was there before."""
         self.visits = None
+        if self.checkpointed is not None:
+            self.module.__dict__[_CHECKPOINTING] = self.checkpointed
 
     def _recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         main = latest((args, kwargs))
-        if self.lot is None or main is None:
+        if self.lot is None:
             return self.inner(*args, **kwargs)
-        return parked_call(self._alone, main, self.lot, args, kwargs)
+        self._checkpoint_alone()
+        if main is None:
+            return self.inner(*args, **kwargs)
+        return parked_call(self.inner, main, self.lot, args, kwargs)
 
-    def _alone(self, *args: Any, **kwargs: Any) -> Any:
-        """The block without transformers' checkpointing, which would keep its input."""
-        own = self.module.__dict__.get("gradient_checkpointing")
-        if not own:
-            return self.inner(*args, **kwargs)
-        self.module.__dict__["gradient_checkpointing"] = False
-        try:
-            return self.inner(*args, **kwargs)
-        finally:
-            self.module.__dict__["gradient_checkpointing"] = own
+    def _checkpoint_alone(self) -> None:
+        """Turn transformers' checkpointing of the block off, which would keep its input."""
+        if self.module.__dict__.get(_CHECKPOINTING):
+            self.checkpointed = self.module.__dict__[_CHECKPOINTING]
+            self.module.__dict__[_CHECKPOINTING] = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of the model has weights of its own, which do not stream.

@@ -134,6 +134,14 @@ def _is_cache(value: Any) -> bool:
     return callable(getattr(value, "get_seq_length", None)) and callable(getattr(value, "update", None))
 
 
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a block without transformers' caches of keys and values, which a recompute would fill again."""
+    kept = {n: None if n in _CACHES or _is_cache(value) else value for n, value in kwargs.items()}
+    if kept.get("use_cache"):
+        kept["use_cache"] = False
+    return tuple(None if _is_cache(value) else value for value in args), kept
+
+
 def parked_call(
     forward: Callable[..., Any], main: Tensor, lot: ParkingLot, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -142,10 +150,7 @@ def parked_call(
     The other arguments are kept as they are (``torch.utils.checkpoint``, not reentrant), except for caches of keys and
     values, which a recompute would fill again.
     """
-    args = tuple(None if _is_cache(value) else value for value in args)
-    kwargs = {n: None if n in _CACHES or _is_cache(value) else value for n, value in kwargs.items()}
-    if kwargs.get("use_cache"):
-        kwargs["use_cache"] = False
+    args, kwargs = without_caches(args, kwargs)
     parked = Parked(main, lot)
     put = tree_map(lambda one: parked if one is main else one, (args, kwargs))
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import chunkft
 from chunkft.weights import WeightStream
+from chunkft.weights.visits import Visits
 
 UPDATES = ("host", "device")
 
@@ -170,17 +171,32 @@ def test_a_run_resumes_where_it_was_on_resident_weights_and_back(update):
     run.assert_equal(whole)
 
 
-def test_a_page_that_leaves_before_the_backward_pass_of_its_block_is_found_out():
+def test_a_page_that_leaves_before_the_backward_pass_of_its_block_is_found_out(monkeypatch):
     """The control: blocks are left after their recompute, and gradients are not those of the resident model."""
     given: dict[str, Any] = {"chunks": 1}
     resident = trained("llama", None, model=DEEP | {"checkpointing": True}, steps=1, **given)
     net = model_of("llama", True, **DEEP)
     optimizer = optimizer_of(net, "host", {}, **given)
     ring = chunkft.weights.stream_of(net).ring
+    stale: dict[int, torch.Tensor] = {}
 
     def leave(number):
-        return lambda *_: ring.leave(number) if torch._C._current_graph_task_id() != -1 else None
+        def leave_early(*_):
+            if torch._C._current_graph_task_id() != -1 and ring.holds(number):
+                stale[number] = ring._held[number]
+                ring.leave(number)
 
+        return leave_early
+
+    def stale_view(visits, reference):
+        """As if what autograd kept were the memory itself, and not asked for again."""
+        if reference.number not in stale:
+            return demand(visits, reference)
+        dtype, shape, strides, offset = reference.layout
+        return stale[reference.number].view(dtype).as_strided(shape, strides, offset)
+
+    demand = Visits.demand
+    monkeypatch.setattr(Visits, "demand", stale_view)
     for number, block in enumerate(net.model.layers):
         block.mlp.register_forward_hook(leave(number), always_call=True)
     early = train(Run(), net, optimizer, "llama", range(1))

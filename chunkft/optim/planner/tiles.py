@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from chunkft.autograd import TiledForward, put_tiles
 from chunkft.weights import Table
+from chunkft.weights.parking import without_caches
 
 __all__ = ["parked", "tiled"]
-
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache")  # that parked blocks are called without
 
 
 class _EmptyTiles:
@@ -82,9 +81,7 @@ def _recomputed(inner: Callable[..., Any]) -> Callable[..., Any]:
         flows = any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves((args, kwargs)))
         if not flows or not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-        if kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
+        args, kwargs = without_caches(args, kwargs)
         return checkpoint(inner, *args, use_reentrant=False, **kwargs)
 
     return forward

@@ -75,9 +75,9 @@ def collect(folders: Iterable[Path]) -> list[Result]:
 def facts_of(result: Result) -> dict[str, Any]:
     """Who measured: the header of the file, or of the first record of a .jsonl file."""
     records = result.data.get("records")
-    source = (
-        records[0] if isinstance(records, list) and records and isinstance(records[0], dict) else result.data
-    )
+    first = records[0] if isinstance(records, list) and records else None
+    own = any(key in result.data for key in views.HEADER)
+    source = result.data if own or not isinstance(first, dict) else first
     return {key: source[key] for key in views.HEADER if key in source}
 
 

@@ -133,7 +133,7 @@ def figures_of(
             "step_ms": 1e3 * _step([[sum(one) for one in rounds] for rounds in positions]),
             "compute_ms": 1e3 * _step([[one[0] for one in rounds] for rounds in positions]),
             "update_ms": 1e3 * _step([[one[1] for one in rounds] for rounds in positions]),
-            "samples_ms": [[round(1e3 * sum(one), 3) for one in rounds] for rounds in positions],
+            "positions_ms": [[round(1e3 * sum(one), 3) for one in rounds] for rounds in positions],
         }
         if traffic[name]:
             moved, expected = (sum(one[key] for one in traffic[name]) for key in ("moved", "expected"))

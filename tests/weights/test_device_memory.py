@@ -181,7 +181,7 @@ def test_a_model_and_its_optimizer_that_are_dropped_free_everything():
     del model, optimizer
     gc.collect()
     assert not any(one() is not None for one in gone)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_a_file_tier_that_is_dropped_ends_its_threads(tmp_path):
@@ -194,4 +194,4 @@ def test_a_file_tier_that_is_dropped_ends_its_threads(tmp_path):
     assert threading.active_count() > before
     del model, optimizer
     gc.collect()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before

@@ -6,7 +6,8 @@ import pytest
 
 import chunkft
 from chunkft.cli import main
-from chunkft.cli.arguments import FinetuneSettings, parse
+from chunkft.cli.arguments import parse
+from chunkft.cli.settings import FinetuneSettings
 
 
 def test_defaults_without_arguments():

@@ -7,8 +7,8 @@ import torch
 from clitools import needs_datasets, weights_of
 
 from chunkft.cli import demo, main
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.problems import embedded_model_dir, generate
+from chunkft.cli.settings import FinetuneSettings
 
 
 @pytest.fixture

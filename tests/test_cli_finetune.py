@@ -20,8 +20,8 @@ from clitools import (
 
 import chunkft
 from chunkft.cli import main
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.job import build_optimizer
+from chunkft.cli.settings import FinetuneSettings
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.job import chosen_interval, patterns_of
 from chunkft.cli.progress import Metrics, Progress
 from chunkft.cli.report import MemoryReport, human_bytes, running_mean, table, trim_metrics
+from chunkft.cli.settings import FinetuneSettings
 
 
 def test_interval_lets_eight_sweeps_into_a_run():

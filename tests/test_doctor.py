@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from chunkft.cli import main
-from chunkft.cli.arguments import DoctorSettings, parse
+from chunkft.cli.arguments import parse
 from chunkft.cli.doctor import examine, lines_of
+from chunkft.cli.settings import DoctorSettings
 from chunkft.streaming import memory_budget
 
 

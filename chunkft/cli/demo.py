@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.data import Collator, pairs_dataset
 from chunkft.cli.errors import UserError
 from chunkft.cli.job import Job, place_of
@@ -14,6 +13,7 @@ from chunkft.cli.outputs import RunDirectory
 from chunkft.cli.problems import Problem, answer_of, embedded_model_dir, exact_match, generate
 from chunkft.cli.report import write_json
 from chunkft.cli.run import Finetuning
+from chunkft.cli.settings import FinetuneSettings
 
 __all__ = ["demo_job", "demo_settings", "run_demo"]
 

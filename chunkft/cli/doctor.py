@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from chunkft.cli.arguments import DoctorSettings
 from chunkft.cli.errors import UserError
 from chunkft.cli.machine import disk_bandwidth, facts, link_bandwidth, memcpy_bandwidth
+from chunkft.cli.settings import DoctorSettings
 
 __all__ = ["examine", "lines_of", "show_doctor"]
 

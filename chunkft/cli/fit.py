@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 import chunkft
-from chunkft.cli.arguments import PlanSettings
 from chunkft.cli.errors import UserError
 from chunkft.cli.models import DTYPES, config_of, quiet_transformers
 from chunkft.cli.presets import config_of_preset, preset_named
+from chunkft.cli.settings import PlanSettings
 
 __all__ = ["show_fit"]
 

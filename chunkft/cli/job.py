@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import chunkft
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.data import (
     Collator,
     DataReport,
@@ -34,6 +33,7 @@ from chunkft.cli.models import (
     pad_token,
     resolve_dtype,
 )
+from chunkft.cli.settings import FinetuneSettings
 
 __all__ = [
     "Job",

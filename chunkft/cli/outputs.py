@@ -8,9 +8,9 @@ from json import JSONDecodeError, loads
 from pathlib import Path
 from typing import Any
 
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.errors import UserError
 from chunkft.cli.report import write_json
+from chunkft.cli.settings import FinetuneSettings
 from chunkft.integrations.checkpoints import flush_tree, staging, writing
 
 __all__ = ["RunDirectory", "open_run", "unused", "usable"]

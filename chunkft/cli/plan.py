@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import chunkft
-from chunkft.cli.arguments import PlanSettings
 from chunkft.cli.errors import UserError
 from chunkft.cli.job import patterns_of
 from chunkft.cli.models import empty_model, quiet_transformers
+from chunkft.cli.settings import PlanSettings
 
 __all__ = ["show_plan"]
 

@@ -11,13 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import chunkft
-from chunkft.cli.arguments import FinetuneSettings, ProfileSettings
 from chunkft.cli.demo import demo_job, demo_settings
 from chunkft.cli.errors import UserError
 from chunkft.cli.job import Job, build_optimizer, chosen_interval, load_job
 from chunkft.cli.models import quiet_transformers, resolve_device
 from chunkft.cli.outputs import EMBEDDED_NAME, unused, usable
 from chunkft.cli.problems import generate
+from chunkft.cli.settings import FinetuneSettings, ProfileSettings
 from chunkft.integrations.transformers import GracefulStop
 from chunkft.profiling import Profile, profile
 from chunkft.weights import stream_of

@@ -8,7 +8,6 @@ import torch
 from transformers import PrinterCallback, TrainingArguments
 
 import chunkft
-from chunkft.cli.arguments import FinetuneSettings
 from chunkft.cli.errors import UserError
 from chunkft.cli.job import Job, build_optimizer, chosen_interval, load_job, prefer_class
 from chunkft.cli.models import quiet_transformers, resolve_device
@@ -23,6 +22,7 @@ from chunkft.cli.report import (
     trim_metrics,
     write_json,
 )
+from chunkft.cli.settings import FinetuneSettings
 from chunkft.cli.trainer import FinetuneTrainer, activations_of_full_training
 from chunkft.integrations.transformers import GracefulStop, NonFiniteGuard, last_checkpoint
 from chunkft.weights import stream_of

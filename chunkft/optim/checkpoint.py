@@ -7,7 +7,6 @@ import json
 import math
 import os
 import secrets
-import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,22 +28,10 @@ from chunkft.optim.serialize import (
 )
 from chunkft.optim.state import State
 from chunkft.optim.switch import settle
+from chunkft.weights.format import DTYPES, encode_header
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> None:
@@ -191,7 +178,7 @@ def _encode(value: Any, entries: list[_Entry]) -> Any:
     if isinstance(value, Tensor):
         value = value.detach()
         if value.dim() == 0 and value.is_floating_point() and bool(torch.isfinite(value)):
-            return {"$scalar": value.item(), "dtype": _DTYPES[value.dtype]}
+            return {"$scalar": value.item(), "dtype": DTYPES[value.dtype]}
         key = f"value/{len(entries)}"
         entries.append(_Entry(key, value.dtype, tuple(value.shape), {None: value}))
         return {"$tensor": key}
@@ -212,7 +199,7 @@ def _decode(value: Any, file: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "$scalar" in value:
-        dtype = next(dtype for dtype, name in _DTYPES.items() if name == value["dtype"])
+        dtype = next(dtype for dtype, name in DTYPES.items() if name == value["dtype"])
         return torch.tensor(value["$scalar"], dtype=dtype)
     if "$tensor" in value:
         return file.get_tensor(value["$tensor"])
@@ -222,22 +209,9 @@ def _decode(value: Any, file: Any) -> Any:
 
 
 def _write_header(file: IO[bytes], entries: list[_Entry], header: dict[str, Any]) -> None:
-    # safetensors: 8 bytes little-endian length, JSON with byte offsets, then the data without gaps.
     text = json.dumps(header)
     metadata = {"format": FORMAT, "header": text, "crc32": _checksum(text)}
-    table: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for entry in entries:
-        table[entry.key] = {
-            "dtype": _DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + entry.nbytes],
-        }
-        offset += entry.nbytes
-    encoded = json.dumps(table).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    file.write(struct.pack("<Q", len(encoded)))
-    file.write(encoded)
+    file.write(encode_header([(entry.key, entry.dtype, tuple(entry.shape)) for entry in entries], metadata))
 
 
 def _write_tensor(file: IO[bytes], tensor: Tensor) -> None:

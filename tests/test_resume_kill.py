@@ -59,6 +59,22 @@ def test_killed_and_resumed_run_ends_bit_identical(undisturbed, launcher, tmp_pa
     assert losses_of(tmp_path / "out") == losses_of(root / "out")
 
 
+def test_weights_that_stream_from_a_file_survive_kills_and_the_model_on_disk_is_whole(
+    undisturbed, launcher, tmp_path
+):
+    root, run = undisturbed
+    model = root / "model" / "model.safetensors"
+    before = model.read_bytes()
+    run = [*run, "--weights", "stream", "--update-on", "device", "--weights-dir", tmp_path / "pages"]
+    log = tmp_path / "log"
+    assert launcher.run([*run, "--out", tmp_path / "whole", "--quiet"], log) == 0, log.read_text()
+    kills = kill_and_resume(launcher, run, tmp_path / "out", [(0.3, 0.02), (0.4, 0.0)], log)
+    assert any(kill["killed"] for kill in kills)
+    assert model.read_bytes() == before
+    assert_same_weights(tmp_path / "whole", tmp_path / "out")
+    assert losses_of(tmp_path / "out") == losses_of(tmp_path / "whole")
+
+
 def test_same_command_twice_ends_bit_identical(undisturbed):
     root, _ = undisturbed
     assert_same_weights(root / "out", root / "warm")

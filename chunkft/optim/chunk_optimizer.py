@@ -175,7 +175,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 interval=interval, page_bytes=page_bytes, state_bits=self._state_bits, where=where,
             )  # fmt: skip
         group = resolve_group(process_group)
-        check_weights(where, residency, update, state_device, group)
+        check_weights(where, residency, update, state_device)
         check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False

@@ -27,7 +27,7 @@ class WeightChoice:
     offload_inputs: bool = False
 
 
-def check_weights(choice: WeightChoice, residency: str, update: str, state_device: str, group: Any) -> None:
+def check_weights(choice: WeightChoice, residency: str, update: str, state_device: str) -> None:
     """Raise ValueError that names the first argument about the place of weights that is not allowed."""
     if not isinstance(choice.weights, WeightStream) and choice.weights not in WEIGHTS:
         raise ValueError(
@@ -119,7 +119,7 @@ def build_weights(
     try:
         if group is not None:
             raise ValueError(
-                "process_group cannot be combined with weights that stream: gradients would have to be averaged in "
+                f"process_group={group!r} cannot be combined with weights that stream: gradients would have to be averaged in "
                 "host memory; train in one process, or with weights='resident'"
             )
         on_device = choice.update_on == "device" or (

@@ -119,8 +119,8 @@ def build_weights(
     try:
         if group is not None:
             raise ValueError(
-                f"process_group={group!r} cannot be combined with weights that stream: gradients would have to be averaged in "
-                "host memory; train in one process, or with weights='resident'"
+                f"process_group={group!r} cannot be combined with weights that stream: gradients would have to be "
+                "averaged in host memory; train in one process, or with weights='resident'"
             )
         on_device = choice.update_on == "device" or (
             choice.update_on == "auto"

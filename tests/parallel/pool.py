@@ -28,16 +28,13 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = 4
+FAMILIES = ("bert", "gemma3", "gpt2", "llama", "mixtral", "qwen3_moe", "t5")
 IMPORTED = [
     "torch.distributed.fsdp",
     "torch.nn.parallel",
     "pytest",
     "chunkft",
-    "transformers.modeling_utils",
-    *(
-        f"transformers.models.{name}.modeling_{name}"
-        for name in ("bert", "gpt2", "llama", "mixtral", "qwen3")
-    ),
+    *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES),
 ]
 
 

@@ -68,7 +68,12 @@ class RanksFailed(AssertionError):
         head = f"{what} failed on rank {', '.join(map(str, order))} of {len(outcomes)}"
         if silent:
             head += f"; no answer from rank {', '.join(map(str, silent))}"
-        super().__init__("\n".join([head, *(f"--- rank {rank}: {failed[rank]}" for rank in order)]))
+        first: dict[str, int] = {}
+        for rank in order:
+            text = str(failed[rank])
+            same = first.setdefault(text, rank)
+            head += f"\n--- rank {rank}: {text if same == rank else f'as rank {same}'}"
+        super().__init__(head)
 
 
 class Pool:

@@ -20,11 +20,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import chunkft
 from chunkft import ChunkPlan, Slice
+from chunkft.plan import parameter_specs
 
 STEPS = 40
 ROWS = 12  # of a joined batch: equal shares for two, three and four ranks
 BATCHES = 5  # that the steps take in turn
 TOLERANCE = 1e-6  # relative, of a loss; models of transformers compute it in fp32 whatever their dtype is
+HEAD = {"always_active": "head"}
+RANDOM = {"schedule": "random"}
+STREAM = {"residency": "stream", "update": "step", "page_bytes": 3000}
+BACKWARD = {"residency": "stream", "update": "backward", "page_bytes": 3000}
+EXPERTS = {"num_local_experts": 16}  # of which two get a token: some get none on some ranks
 ADAMW = {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.05}
 
 
@@ -115,13 +121,8 @@ def train_alone(group: Any, case: Case, plan: dict[str, Any] | None = None) -> T
     """One process on the joined batch, with chunks of its own or those of a plan."""
     model = case.model()
     keywords = case.keywords()
-    if plan is not None:
-        keywords = {
-            key: value
-            for key, value in keywords.items()
-            if key not in ("chunks", "partition", "always_active")
-        }
-        keywords["partition"] = for_one_process(ChunkPlan.from_dict(plan), model)
+    if plan is not None:  # it says what is always active
+        keywords |= {"partition": for_one_process(ChunkPlan.from_dict(plan), model), "always_active": None}
     return _loop(case, model, chunkft.ChunkAdamW(model, **keywords), 0, 1)
 
 
@@ -168,7 +169,7 @@ def for_one_process(plan: ChunkPlan, model: nn.Module) -> ChunkPlan:
 
     Which elements train when stays as it was.
     """
-    specs = {spec.name: spec for spec in chunkft.parameter_specs(model)}
+    specs = {spec.name: spec for spec in parameter_specs(model)}
 
     def joined(pieces: tuple[Slice, ...]) -> tuple[Slice, ...]:
         found: list[Slice] = []

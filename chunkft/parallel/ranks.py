@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,18 @@ class Ranks:
             dist.all_gather(found, values, group=self.channel)
         self._sent["control"] += (self.size - 1) * values.numel() * values.element_size()
         return found
+
+    @torch.no_grad()
+    def copy_from_first(self, tensors: Iterable[Tensor], doing: str) -> None:
+        """Give all ranks the values that rank 0 of the group has."""
+        for tensor in tensors:
+            if tensor.is_meta or not tensor.numel():
+                continue
+            values = tensor.detach().contiguous()
+            with explained(doing):
+                dist.broadcast(values, group=self.channel, group_src=0)
+            if values.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(values)
 
     def objects(self, value: Any, doing: str) -> list[Any]:
         """The objects of all ranks, pickled on the way."""

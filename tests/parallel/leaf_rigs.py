@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +14,12 @@ import torch.distributed as dist
 from tiny_transformers import batch, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from chunkft.attach import Attachment, attach
@@ -150,7 +156,7 @@ def worst_error(group: dist.ProcessGroup, setting: Setting) -> float:
         for block in blocks(model):
             block.compile(backend=setting.compiled)
     plan = plan_of(setting, attachment, weights)
-    check_plan(plan, [spec_with_rows(spec) for spec in attachment.specs])
+    check_plan(plan, [replace(spec, dims=(0,)) for spec in attachment.specs])
     rank, world = dist.get_rank(group), group.size()
     names = {spec.name for spec in attachment.specs}
     worst = 0.0
@@ -182,12 +188,6 @@ def worst_error(group: dist.ProcessGroup, setting: Setting) -> float:
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert "_chunkft" not in model.__dict__
     return worst
-
-
-def spec_with_rows(spec: Any) -> Any:
-    from dataclasses import replace
-
-    return replace(spec, dims=(0,))
 
 
 def losses_around_an_update(group: dist.ProcessGroup, setting: Setting) -> tuple[float, float, float]:
@@ -265,7 +265,7 @@ class _Children(Setting):
     def shard(self, model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
         for child in model.children():
             fully_shard(child, mesh=self.mesh(group))
-        return fully_shard(model, mesh=self.mesh(group))
+        return model  # every child is a root of its own
 
 
 def chosen_layers(group: dist.ProcessGroup) -> list[tuple[str, float]]:
@@ -275,10 +275,15 @@ def chosen_layers(group: dist.ProcessGroup) -> list[tuple[str, float]]:
     return errors_of(group, model, [torch.randn(4 + rank, 6).double() for rank in range(2)], 12)
 
 
-def read_weights(group: dist.ProcessGroup) -> list[tuple[str, float]]:
+def read_weights(group: dist.ProcessGroup) -> tuple[list[tuple[str, float]], list[str]]:
+    """Errors, and what was said of weights that are read without their modules."""
     torch.manual_seed(1)
-    model = nn.Sequential(Reader(), nn.Linear(7, 3)).double()
-    return errors_of(group, model, [torch.randn(2, 4, 6).double() for _ in range(2)], 7)
+    model = nn.Sequential(Reader(), nn.LayerNorm(7), nn.Linear(7, 3)).double()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = errors_of(group, model, [torch.randn(2, 4, 6).double() for _ in range(2)], 7)
+    messages = [str(one.message) for one in said]
+    return found, [message for message in messages if "without a call of the module" in message]
 
 
 def reach_of_backward(group: dist.ProcessGroup) -> list[list[bool]]:
@@ -311,7 +316,7 @@ def precision(group: dist.ProcessGroup) -> tuple[float, set[torch.dtype]]:
             model(**batches[dist.get_rank(group)]).loss.backward()
         dtypes |= {leaf.grad.dtype for _, leaf in pairs}
         assert all(
-            piece.name == "" or weights.own(piece).dtype == torch.float32
+            weights.own(piece).dtype == torch.float32
             for piece in chunk.slices
             if owner_of(piece, weights.rows) == weights.rank
         )
@@ -415,4 +420,8 @@ def refusals(group: dist.ProcessGroup) -> dict[str, str]:
     tensor = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     parallelize_module(tensor, both["tensor"], {"0": ColwiseParallel(), "1": ColwiseParallel()})
     found["tensor"] = said(fully_shard(tensor, mesh=both["data"]))
+    first = FullyShardedDataParallel(
+        nn.Linear(4, 4), process_group=group, use_orig_params=True, device_id=torch.device("cpu")
+    )
+    found["first"] = said(first)
     return found

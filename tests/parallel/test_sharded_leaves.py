@@ -17,6 +17,8 @@ SETTINGS = [
     Setting("t5", 3),
     Setting("bert", 2, double=True),
     Setting("bert", 3, double=True),
+    Setting("bert", 4, double=True),
+    Setting("mixtral", 4),
     Setting("llama-tied", 2, reshard=False),
     Setting("llama", 2, offload=True),
     Setting("llama", 2, checkpointing="library"),
@@ -24,6 +26,7 @@ SETTINGS = [
     Setting("llama", 4, hybrid=True),
     Setting("gpt2", 4, reshard=2),
     Setting("llama", 2, compiled="eager"),
+    Setting("gpt2", 2, compiled="aot_eager"),
 ]
 
 
@@ -47,9 +50,12 @@ def test_ranks_that_use_other_layers_of_a_block_gather_it_all_the_same(pool):
 
 
 def test_weights_that_are_read_beside_their_modules(pool):
-    for found in pool.run(2, leaf_rigs.read_weights):
+    for found, said in pool.run(2, leaf_rigs.read_weights):
         assert max(error for _, error in found) < 1e-12
         assert {name.split("[")[0] for name, _ in found} >= {"0.scale", "0.attention.in_proj_weight"}
+        # nothing of what has no sliced operator anyway
+        assert len(said) == 1
+        assert "'0.layer.weight'" in said[0]
 
 
 def test_backward_stops_below_the_lowest_block_with_active_weights(pool):
@@ -84,3 +90,4 @@ def test_what_cannot_be_trained_in_slices_of_shards_is_refused_by_name(pool):
         assert "parameter '0.weight' is sharded by Shard(1); needs Shard(0)" in found["columns"]
         assert "parameter '1.weight' is trainable and not sharded by fully_shard" in found["part"]
         assert "parameter '0.weight' is sharded by tensor parallelism too" in found["tensor"]
+        assert "FSDP1" in found["first"]

@@ -12,7 +12,7 @@ SETTINGS = [
     Setting("gpt2", 2),
     Setting("gpt2", 3),
     Setting("mixtral", 2, changes=EXPERTS),
-    Setting("mixtral", 3),
+    Setting("mixtral", 3, changes={"experts_implementation": "eager"}),
     Setting("t5", 2),
     Setting("t5", 3),
     Setting("bert", 2, double=True),

@@ -127,9 +127,12 @@ class Team:
         self._reducer = Reducer(self.ranks, self.copies, agreed, self._attachment.wiring, arrived)
         self._reducer.on_gradient = self._settle_cleared
         root = self._attachment.model
-        self._attachment.hold([root.register_forward_hook(_Leave(self))])
         if self._sharded is None:
             self.ranks.copy_from_first([*root.parameters(), *root.buffers()], "giving all ranks the same weights")
+
+    def watch(self) -> None:
+        """Know of every backward pass from now on; the first chunk is active."""
+        self._attachment.hold([self._attachment.model.register_forward_hook(_Leave(self))])
 
     def owner_of(self, piece: Slice) -> int:
         """The rank that owns a slice."""

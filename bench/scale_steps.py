@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 8 -m bench.scale_steps --model 1B --tokens 4096
 torchrun --nproc-per-node 2 -m bench.scale_steps --model tiny --tokens 32 --rounds 2    (gloo, where there is no GPU)
 
-Every variant has a model of its own, in bf16 with recomputed blocks; one step of each is taken in turn. A step begins when
-all ranks are ready and ends when the last one is done. The first variant runs a second time, under another name: how far
+Every variant has a model of its own, in bf16 with recomputed blocks; one step of each is taken in turn. A step begins
+when all ranks are ready and ends when the last one is done. Full AdamW runs a second time, under another name: how far
 the two are apart is the machine's noise.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,16 +55,6 @@ class Trained:
             "sent": optimizer.traffic() if chunked else None,
             "memory": optimizer.memory() if chunked else None,
         }
-
-
-def peak(run: Callable[[], None], device: torch.device) -> int | None:
-    """The most bytes that PyTorch held on the device during a call, all variants together; None on a CPU."""
-    if device.type != "cuda":
-        run()
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return torch.cuda.max_memory_allocated()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +103,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             name: Trained(Case(kind, ranks, args.chunks, args.dtype, steps), args.model, device, args.tokens)
             for name, kind in names.items()
         }
-        peaks = {name: peak(variant.step, device) for name, variant in trained.items()}
         taken = harness.interleave(
             {name: variant.step for name, variant in trained.items()},
             steps,
@@ -128,7 +117,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "noise": noise,
             "verdict": harness.verdict(found, noise),
             "samples_ms": {name: [1e3 * value for value in values] for name, values in taken.items()},
-            "peak_bytes_of_all": peaks,
             "rank_0": trained[method].record(),
         }
         if dist.get_rank() == 0:

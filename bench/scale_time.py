@@ -156,7 +156,7 @@ def seconds(setting: Setting, cluster: Cluster) -> Seconds:
         gradients=gradients,
         latency=latency,
         weights=ring(sent.weights, ranks, cluster),
-        host=pieces * owners * cluster.launch if setting.method in ("fsdp2", "hybrid") else 0.0,
+        host=pieces * owners * cluster.launch if setting.method in ("fsdp2", "hybrid") and ranks > 1 else 0.0,
     )
 
 

@@ -125,7 +125,9 @@ def windows(shape: Shape, chunks: int, interleaved: bool = False) -> tuple[tuple
     found: list[list[Weight]] = [[] for _ in range(chunks)]
     passed = 0
     for weight in shape.stream:
-        for chunk in range(chunks):
+        near = (passed - weight.columns, passed + weight.numel + weight.columns)  # edges round to rows
+        low, high = (int(place * chunks / shape.numel) for place in near)
+        for chunk in range(chunks) if interleaved else range(max(0, low - 1), min(chunks, high + 1)):
             low, high = (
                 _row(weight, passed, shape.numel, k, chunks, interleaved) for k in (chunk, chunk + 1)
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
+from statistics import fmean
 
 from . import scale_model
 from .scale_model import CHUNKED, Setting, gathers, traffic
@@ -117,7 +117,7 @@ def exchange(sent: float, ranks: int, cluster: Cluster) -> float:
 
 def exchanges(setting: Setting) -> float:
     """Buckets of gradients in a step, mean over a sweep."""
-    return mean(len(scale_model.buckets(chunk, setting.element)) for chunk in setting.sweep)
+    return fmean(len(scale_model.buckets(chunk, setting.element)) for chunk in setting.sweep)
 
 
 def message_bytes(setting: Setting) -> float:
@@ -132,12 +132,12 @@ def seconds(setting: Setting, cluster: Cluster) -> Seconds:
     head = 2.0 * setting.tokens * shape.rest[-1].numel / cluster.flops
     # through the blocks that are reached: recompute and gradient of the input; of the weights for what is active
     weight_gradients = 2.0 * setting.tokens * setting.active / cluster.flops
-    backward = 2 * mean(setting.reached) * product + head + weight_gradients
+    backward = 2 * fmean(setting.reached) * product + head + weight_gradients
     sent, whole = traffic(setting), gathers(setting)
     once = scale_model.others(setting.shards) * setting.element
     once *= sum(weight.padded(setting.shards) for weight in shape.stream)
     chunked = setting.method in CHUNKED
-    pieces = mean(len(chunk) for chunk in setting.sweep)
+    pieces = fmean(len(chunk) for chunk in setting.sweep)
     latency = exchanges(setting) * (owners - 1) * cluster.message if chunked else 0.0
     if setting.method == "hybrid":  # an exchange inside of a copy, sums over copies
         to_owners = scale_model.others(owners) * setting.element * setting.active

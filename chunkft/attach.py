@@ -24,6 +24,7 @@ from chunkft.autograd import (
     uncompilable,
 )
 from chunkft.bound import is_swapped
+from chunkft.gathered import reshard
 from chunkft.places import Places
 from chunkft.plan import ParameterSpec, parameter_owners, parameter_specs, uncompiled
 from chunkft.wiring import Residence, Wiring
@@ -80,8 +81,9 @@ class Attachment:
             self._names[model.get_parameter(spec.name)] = spec.name
 
     def reside(self, residence: Residence) -> None:
-        """The leaves of weights that stream are to be where this says."""
+        """The leaves of weights that stream, or are shards, are to be where this says."""
         self.wiring.residence = residence
+        self._places = residence.places(self.specs) or self._places
 
     @property
     def device(self) -> torch.device:
@@ -143,6 +145,7 @@ class Attachment:
             part.verify()
         if self.in_use:
             return
+        reshard(self.model)
         self.specs = parameter_specs(self.model)
         self._places = Places(self.model, self.specs)
         self._names = WeakTensorKeyDictionary()
@@ -197,9 +200,9 @@ class Attachment:
         """Make every trainable parameter inactive."""
         self._froze = True
         for spec in self.specs:
-            parameter = self.model.get_parameter(spec.name)
+            parameter = self._places.current(spec.name)
             own(parameter, self)
-            record(parameter, False)
+            self._places.record(spec.name, False)
             parameter.grad = None
 
     def unfreeze(self) -> None:
@@ -267,7 +270,7 @@ class Attachment:
             if name in self.wiring.bound:
                 self.wiring.rebind(name, parameter, owners[name])
             elif records(parameter):
-                record(parameter, False)
+                self._places.record(name, False)
                 parameter.grad = None
         self._places.note()
         follow = None if self.on_replaced is None else self.on_replaced()
@@ -279,9 +282,11 @@ class Attachment:
         before = {name: known for known, name in self._names.items()}  # type: ignore[no-untyped-call]
         came = {name: parameter for name, parameter in current.items() if before.get(name) is not parameter}
         trained = {
-            name: self.is_trained(p) if self.name_of(p) is not None else records(p)
+            name: self.is_trained(p) if self.name_of(p) is not None
+            # what stands for the same weight has the flag that we gave to the one before
+            else records(p) or (self._places.stands_for(name, p, None) and name not in self._untrained)
             for name, p in came.items()
-        }
+        }  # fmt: skip
         stay = {id(parameter) for parameter in current.values()}
         for name in came:
             gone = before.get(name)
@@ -348,6 +353,8 @@ class Attachment:
         self.deactivate()
         self.unfreeze()
         self._places.forget()
+        if self.wiring.residence is not None:
+            self.wiring.residence.leave()
 
     def _primary(self) -> Attachment:
         present = self.model.__dict__.get("_chunkft")
@@ -398,6 +405,7 @@ def attach(model: nn.Module) -> Attachment:
             "whole has no layers to cut; build the optimizer for the model that it was made from"
         )
     model = uncompiled(model)
+    reshard(model)
     existing = model.__dict__.get("_chunkft")
     if isinstance(existing, Attachment) and existing.model is model:
         existing.refresh()

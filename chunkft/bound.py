@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.autograd import Slice, SliceGradients, take_forward
+from chunkft.autograd import Slice, SliceGradients, record, take_forward
 
 _FUNCTIONAL = (os.path.join("nn", "utils", "stateless.py"), os.path.join("_functorch", "functional_call.py"))
 
@@ -29,6 +29,7 @@ class Bound:
     places: list[tuple[Tensor, int]] = field(default_factory=list)  # where the memory of each sliced leaf was
     holders: Sequence[tuple[Mapping[str, Tensor | None], str]] = field(default_factory=list)
     memory: Callable[[Slice], Tensor] | None = None  # of a leaf, where that is not a part of the weight
+    cut_anyway: bool = False  # its whole gradient is computed by plan, and nobody need be told
 
     def __post_init__(self) -> None:
         self.gradients = SliceGradients(self)
@@ -37,6 +38,19 @@ class Bound:
     def sliced(self) -> bool:
         """Whether its leaves are parts of it; otherwise it is the leaf."""
         return self.pairs[0][0].dim is not None
+
+    def record(self, needed: bool) -> None:
+        """Let autograd record what is computed with the weight from now on, or not."""
+        for form in self.forms():
+            record(form, needed)
+
+    def forms(self) -> Sequence[Tensor]:
+        """The parameters that modules may hold as this weight."""
+        return (self.parameter,)
+
+    def follow(self) -> bool:
+        """Take note by itself of where the weight is now; False: its leaves have to be put there."""
+        return False
 
     def note_places(self) -> None:
         """The leaves are where they belong now."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from chunkft.autograd.trained import RECORDS
+from chunkft.autograd.trained import RECORDS, record
 from chunkft.bound import Bound
 from chunkft.plan import ParameterSpec, parameter_owners
 
@@ -33,7 +33,7 @@ class Places:
         self._links: list[tuple[dict[str, Any], str, nn.Module]] = []
         self._wrapped = {spec.name for spec in specs if _is_made_of_others(model.get_parameter(spec.name))}
         owners = parameter_owners(model)
-        holders = {name: holders_of(model.get_parameter(name), owners[name]) for name in self._expected}
+        holders = {name: holders_of([model.get_parameter(name)], owners[name]) for name in self._expected}
         self._ties = [  # who held a parameter at first that several held
             (parameters, attribute, name)
             for name, held in holders.items()
@@ -56,12 +56,7 @@ class Places:
             RuntimeError: if it is gone, or changed its shape, dtype or, to "meta", its device, or is made of others.
         """
         shape, dtype = self._expected[name]
-        *path, attribute = name.split(".")
-        module: nn.Module | None = self.model
-        for part in path:  # get_parameter() takes ten times as long
-            module = None if module is None else _entries(module._modules).get(part)
-        held: dict[str, nn.Parameter] = {} if module is None else _entries(module._parameters)
-        parameter = held.get(attribute)
+        parameter = self.held(name)
         if parameter is None:
             raise RuntimeError(f"parameter {name!r} is no longer in the model; build a new optimizer")
         if tuple(parameter.shape) != shape:
@@ -85,6 +80,23 @@ class Places:
                 f"{parameter.dtype} now; convert the model first, then build the optimizer"
             )
         return parameter
+
+    def held(self, name: str) -> nn.Parameter | None:
+        """What the model has under this name, whatever it is."""
+        *path, attribute = name.split(".")
+        module: nn.Module | None = self.model
+        for part in path:  # get_parameter() takes ten times as long
+            module = None if module is None else _entries(module._modules).get(part)
+        held: dict[str, nn.Parameter] = {} if module is None else _entries(module._parameters)
+        return held.get(attribute)
+
+    def stands_for(self, name: str, held: Any, parameter: nn.Parameter | None) -> bool:
+        """Whether another object in a module is this parameter (None: whichever is ``current``) all the same."""
+        return False
+
+    def record(self, name: str, needed: bool) -> None:
+        """Let autograd record what is computed with the parameter of this name, or not."""
+        record(self.current(name), needed)
 
     def note(self) -> None:
         """Remember where every parameter is, so that the next look finds out by identity alone."""
@@ -123,6 +135,7 @@ class Places:
             (name, attribute)
             for held, attribute, name in self._ties
             if held.get(attribute) is not self.current(name)
+            and not self.stands_for(name, held.get(attribute), None)
         )
         return next(ties, None)
 
@@ -131,7 +144,10 @@ class Places:
         if not self.hold_the_same(bound):
             return False
         for parameters, attribute, name in self._ties:
-            if name in bound and parameters.get(attribute) is not bound[name].parameter:
+            if name not in bound:
+                continue
+            held = parameters.get(attribute)
+            if held is not bound[name].parameter and not self.stands_for(name, held, None):
                 return False
         with DisableTorchFunctionSubclass():  # which every look at a parameter of a class of its own asks for
             for *_, seen, shape, dtype in self._places:
@@ -154,17 +170,21 @@ class Places:
         records = RECORDS
         with DisableTorchFunctionSubclass():
             for name, parameters, attribute, seen, _, _ in self._places:
-                if parameters.get(attribute) is not seen or (records(seen) and name not in bound):
+                if records(seen) and name not in bound:
+                    return False
+                held = parameters.get(attribute)
+                if held is not seen and not self.stands_for(name, held, seen):
                     return False
         return True
 
 
 def holders_of(
-    parameter: Tensor, owners: Sequence[tuple[nn.Module, str]]
+    parameters: Sequence[Tensor], owners: Sequence[tuple[nn.Module, str]]
 ) -> list[tuple[dict[str, Any], str]]:
-    """Where a parameter is held, of the modules that use it (an attention computes with its projection's weight)."""
+    """Where one of these is held, of the modules that use it (an attention computes with its projection's weight)."""
     places = [(_entries(module._parameters), attribute) for module, attribute in owners]
-    return [(held, attribute) for held, attribute in places if held.get(attribute) is parameter]
+    wanted = {id(parameter) for parameter in parameters}
+    return [(held, attribute) for held, attribute in places if id(held.get(attribute)) in wanted]
 
 
 def _entries(held: Any) -> dict[str, Any]:

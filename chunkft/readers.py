@@ -75,7 +75,7 @@ def cutter(owner: Owner, name: str, bound: Bound) -> Callable[[Tensor], None]:
             return
         active.gradients.follow(owner.shows_gradients)
         # Calls of the module end here too, with nothing for the weight itself.
-        if active.gradients.take_arrival() and not active.has_hooks():
+        if active.gradients.take_arrival() and not (active.cut_anyway or active.has_hooks()):
             owner.notices.reader(name)
         if name in owner.after_weight:
             owner.after_weight[name]()

@@ -23,7 +23,8 @@ from chunkft.autograd import (
     records,
 )
 from chunkft.bound import Bound, is_temporary
-from chunkft.places import Owners, holders_of
+from chunkft.places import Owners, Places, holders_of
+from chunkft.plan import ParameterSpec
 from chunkft.readers import Notices, cutter
 
 
@@ -68,6 +69,15 @@ class Residence(Protocol):
     def nbytes(self) -> int:
         """Bytes on the device of leaves that are no part of a weight there."""
 
+    def bound(self, name: str) -> Bound | None:
+        """What is to stand for a weight with active slices; None: the parameter that modules hold, as it is."""
+
+    def places(self, specs: Sequence[ParameterSpec]) -> Places | None:
+        """What is to look for its parameters in the model; None: ``Places``."""
+
+    def leave(self) -> None:
+        """The model is trained no more."""
+
 
 class Wiring:
     """The weights with active slices, and what they need in the model.
@@ -111,18 +121,21 @@ class Wiring:
             if bound is None:
                 if piece.dim is not None:
                     parameter.grad = None  # from before its turn
-                bound = Bound(parameter, parameter.data_ptr(), [])
-                if (
-                    piece.dim is not None
-                    and self.residence is not None
-                    and self.residence.streams(piece.name)
-                ):
-                    bound.memory = self.residence.values
-                self.bound[piece.name] = bound
+                self.bound[piece.name] = bound = self._new(piece, parameter)
             bound.pairs.append((piece, self._leaf(piece, parameter, bound)))
             bound.note_places()
         for name, bound in self.bound.items():
             self._install(name, bound, owners[name])
+
+    def _new(self, piece: Slice, parameter: nn.Parameter) -> Bound:
+        lives_elsewhere = (
+            piece.dim is not None and self.residence is not None and self.residence.streams(piece.name)
+        )
+        if not lives_elsewhere or self.residence is None:
+            return Bound(parameter, parameter.data_ptr(), [])
+        bound = self.residence.bound(piece.name) or Bound(parameter, parameter.data_ptr(), [])
+        bound.memory = self.residence.values
+        return bound
 
     def moved(self, name: str, address: int) -> None:
         """The memory of a weight is another one for a while, which everybody knows of."""
@@ -211,7 +224,7 @@ class Wiring:
         bound = self.bound.get(name)
         if bound is None:
             return
-        record(bound.parameter, trained)
+        bound.record(trained)
         for _, leaf in bound.pairs:
             record(leaf, trained)
         if bound.sliced and trained and bound.watch is None:
@@ -229,7 +242,7 @@ class Wiring:
         for bound in self.bound.values():
             bound.uninstall()
             bound.gradients.hide()
-            record(bound.parameter, False)
+            bound.record(False)
             for _, leaf in bound.pairs:
                 leaf.grad = None
             bound.places.clear()
@@ -240,8 +253,12 @@ class Wiring:
     def rebind(self, name: str, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> None:
         """Follow a weight that was moved, or replaced by this parameter, or whose leaves were; else do nothing."""
         bound = self.bound[name]
+        in_place = bound.is_in_place()
+        if bound.follow():
+            self.generation += not in_place
+            return
         replaced = parameter is not bound.parameter
-        if not replaced and bound.is_in_place():
+        if not replaced and in_place:
             return
         bound.gradients.settle()
         if bound.memory is not None and self.residence is not None:
@@ -290,15 +307,14 @@ class Wiring:
     def _install(self, name: str, bound: Bound, owners: Sequence[tuple[nn.Module, str]]) -> None:
         sliced = bound.sliced
         if sliced and name not in self._untrained:
-            record(bound.parameter, True)
+            bound.record(True)
             bound.watch = self._watch(name, bound)
-        bound.holders = holders_of(bound.parameter, owners)
+        bound.holders = holders_of(bound.forms(), owners)
         modules = {id(module): (module, attribute) for module, attribute in owners}
         for module, attribute in modules.values():
             operator = operator_for(module) if sliced else None
-            if (
-                operator is None
-            ):  # atomic, or its forward was replaced since: then the weight itself is watched
+            # atomic, or its forward was replaced since: then the weight itself is watched
+            if operator is None or attribute not in operator.names:
                 self._guard.guard(module, self._follower(attribute, bound))
                 continue
 

@@ -17,10 +17,11 @@ from chunkft.autograd.operators import (
     uncompilable,
 )
 from chunkft.autograd.passes import Passes, is_transformed
+from chunkft.autograd.reach import reached
 from chunkft.autograd.reentrant import ReentrantGuard
 from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
-from chunkft.autograd.stand_ins import put_early_stand_in, put_stand_in, stand_in_of
+from chunkft.autograd.stand_ins import make_hollow, put_early_stand_in, put_stand_in, stand_in_of
 from chunkft.autograd.tiled import TiledForward, Tiles, copied_forward, put_tiles, tiled_linear, tiles_of
 from chunkft.autograd.trained import disown, own, record, records
 
@@ -41,12 +42,14 @@ __all__ = [
     "disown",
     "is_transformed",
     "joint_norm",
+    "make_hollow",
     "operator_for",
     "own",
     "put_early_stand_in",
     "put_forward",
     "put_stand_in",
     "put_tiles",
+    "reached",
     "record",
     "records",
     "register_operator",

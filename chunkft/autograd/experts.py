@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from chunkft import tracing
 from chunkft.autograd.linear import backward_name, differentiated_again, own_tensor
 from chunkft.autograd.slices import Slice
-from chunkft.autograd.stand_ins import stand_in_of
+from chunkft.autograd.stand_ins import is_hollow, stand_in_of
 
 Active = Sequence[tuple[Slice, Tensor]]
 
@@ -161,7 +161,8 @@ class ExpertWeight:
     def _values(self, number: int) -> Tensor:
         """The values of an active slice: those of its leaf, or of the weight where that is elsewhere."""
         piece, leaf = self.active[number]
-        return leaf.detach() if leaf is self._given[number][1] else piece.of(self._uncounted)
+        own = leaf is self._given[number][1] and not is_hollow(leaf)
+        return leaf.detach() if own else piece.of(self._uncounted)
 
     def _whole(self) -> Tensor:
         weight: Tensor = self.__dict__["weight"]

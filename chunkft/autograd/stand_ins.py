@@ -12,6 +12,7 @@ from torch.autograd.function import Function
 
 FIRST = 1 << 62
 _ATTRIBUTE = "_chunkft_stand_in"
+_HOLLOW = "_chunkft_hollow"
 
 
 def stand_in_of(leaf: Tensor, device: torch.device) -> Tensor:
@@ -24,6 +25,16 @@ def stand_in_of(leaf: Tensor, device: torch.device) -> Tensor:
     reference = others.get(device)
     other: Tensor | None = None if reference is None else reference()
     return leaf if other is None else other
+
+
+def make_hollow(leaf: Tensor) -> None:
+    """Note that a leaf has no values of its own: those of its part of the weight count."""
+    leaf.__dict__[_HOLLOW] = True
+
+
+def is_hollow(leaf: Tensor) -> bool:
+    """Whether ``make_hollow`` was called for a leaf."""
+    return _HOLLOW in leaf.__dict__
 
 
 def put_stand_in(leaf: Tensor, device: torch.device, deliver: Callable[[Tensor], Tensor | None]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from chunkft.attach import Attachment, attach, attachment_of
+from chunkft.gathered import sharded_groups
 from chunkft.plan import ParameterSpec, uncompiled
 
 ModelOrGroups = nn.Module | Iterable[dict[str, Any]] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -234,6 +235,9 @@ def trained_specs(attachment: Attachment, groups: list[dict[str, Any]]) -> list[
 
 def _check_trainable(attachment: Attachment, groups: list[dict[str, Any]]) -> None:
     """Raise ValueError, with its name, for a parameter that is to be trained and has no floating-point values here."""
+    shards = {
+        id(param.sharded_param) for found in sharded_groups(attachment.model) for param in found.fsdp_params
+    }
     for parameter in (parameter for group in groups for parameter in group["params"]):
         where = f"parameter {attachment.name_of(parameter)!r}"
         way_out = "freeze it with requires_grad_(False), and what is beside it can be trained"
@@ -243,7 +247,7 @@ def _check_trainable(attachment: Attachment, groups: list[dict[str, Any]]) -> No
                 "or " + way_out
             )
         dtype = parameter.dtype
-        if is_traceable_wrapper_subclass(parameter):
+        if is_traceable_wrapper_subclass(parameter) and id(parameter) not in shards:
             raise ValueError(
                 f"{where} is a {type(parameter).__name__} of dtype {dtype}, made of other tensors (quantised "
                 f"or distributed), and cannot be trained; {way_out}"

@@ -56,6 +56,7 @@ class BackwardResidency(StreamResidency):
         # finds a weight that tells clippers of the gradients
         self.carrier: Callable[[], Carrier | None] = lambda: None
         self.weights: Weights | None = None
+        self.is_fed = False  # somebody else calls ``complete``, in place of hooks of leaves
         self._waiting: dict[str, list[Slice]] = {}  # slices whose weight still has readers
         self._read: set[str] = set()  # weights that have no more
         self._spent = SpentGradients(self)
@@ -96,7 +97,7 @@ class BackwardResidency(StreamResidency):
         # Hooks live in C++, out of sight of the garbage collector: they must not hold us.
         me = weakref.ref(self)
         for piece, leaf in pairs:
-            if self.weights is not None and piece.dim is not None:
+            if self.weights is not None and piece.dim is not None and not self.is_fed:
 
                 def through(name: str = piece.name) -> None:
                     residency = me()
@@ -108,9 +109,9 @@ class BackwardResidency(StreamResidency):
             def complete(leaf: Tensor, piece: Slice = piece) -> None:
                 residency = me()
                 if residency is not None:
-                    residency._complete(piece, leaf)
+                    residency.complete(piece, leaf)
 
-            if leaf.requires_grad:  # not if it was frozen
+            if leaf.requires_grad and not self.is_fed:  # not if it was frozen
                 self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
 
     @property
@@ -177,8 +178,14 @@ class BackwardResidency(StreamResidency):
         self._waiting = {}
         self._read = set()
 
+    def note_spoiled(self, flag: Tensor) -> None:
+        """Not 0: a gradient of this step that is elsewhere was not finite."""
+        before = self._flags.get(flag.device)
+        self._flags[flag.device] = flag if before is None else torch.maximum(before, flag)
+
     @torch.no_grad()
-    def _complete(self, piece: Slice, leaf: Tensor) -> None:
+    def complete(self, piece: Slice, leaf: Tensor) -> None:
+        """The gradient of a slice is complete, unless its weight is read by others."""
         number = self._unit_of[piece]
         if not self._begun:  # what is frozen is known now
             self._missing = [{piece for piece, leaf in unit if leaf.requires_grad} for unit in self._units]
@@ -205,7 +212,8 @@ class BackwardResidency(StreamResidency):
             self._held += self._together[piece.name]
             self._peak = max(self._peak, self._held)
             self.recent_peak = max(self.recent_peak, self._held)
-        if piece.name in self._read or self.weights is None or not self.weights.backward_reaches(piece.name):
+        waits = self.weights is not None and not self.is_fed and piece.name not in self._read
+        if not waits or self.weights is None or not self.weights.backward_reaches(piece.name):
             self._finish(piece)
         else:
             self._waiting.setdefault(piece.name, []).append(piece)
@@ -249,7 +257,8 @@ class BackwardResidency(StreamResidency):
             self.update(unit, self.seed, following, self._found_inf(gradients))
             self._done.append(number)
         else:
-            self._dropping = self._dropping or not all_finite(gradients)
+            elsewhere = self.is_fed and any(bool(flag) for flag in self._flags.values())
+            self._dropping = self._dropping or elsewhere or not all_finite(gradients)
             if not self._dropping:
                 self.update(unit, self.seed, following)
                 self._done.append(number)

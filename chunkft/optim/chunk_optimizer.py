@@ -30,7 +30,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import Replicas, check_backward_group, resolve_group
+from chunkft.optim.distributed import Replicas, resolve_group
 from chunkft.optim.forecast import weight_nbytes
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -50,7 +50,9 @@ from chunkft.optim.switch import (
     bind,
     settle,
 )
+from chunkft.optim.team import Team, build_team
 from chunkft.optim.weights import WeightChoice, build_weights, check_weights
+from chunkft.parallel import KINDS
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
@@ -91,7 +93,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
             passes through three pages of ``page_bytes`` inside every step, so that K does not bound its memory.
         update: ``"step"``: parameters are updated in ``step()``; ``"backward"``, with ``residency="stream"``: inside
             of the backward pass, as soon as the gradients of a page are complete, which are freed at once. One
-            backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, one process.
+            backward pass a step: no accumulation, no ``max_grad_norm``, no GradScaler, no ``DistributedDataParallel``.
         page_bytes: size of a page of ``residency="stream"``; slices are cut so that their state fits.
         weights: ``"resident"``: on the device, as they are; ``"stream"``: in host memory, from where each block comes
             to the device when it computes (``chunkft.WeightStream``, which may be given as well); ``"auto"``: as they
@@ -106,9 +108,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
             memory, in place of the model's own activation checkpointing.
         device: where weights stream to; ``"auto"`` is the first GPU, or the CPU where there is none.
         state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
-        process_group: the processes that train replicas and average their gradients in ``step()``: a
-            ``torch.distributed.ProcessGroup``, or ``"default"``. None: this process trains by itself, unless the
-            model is wrapped in ``DistributedDataParallel``, whose group it is then.
+        process_group: the processes that train replicas: a ``torch.distributed.ProcessGroup``, or ``"default"``. Each
+            owns a part of the active slices, whose gradients it gets, whose state it holds and which it updates. None:
+            this process trains by itself, unless the model is wrapped in ``DistributedDataParallel``, whose replicas
+            get averaged gradients and hold all state each, or sharded by ``fully_shard``, whose shards are updated
+            where they are.
         seed: of the random schedule and of stochastic rounding.
         **base_kwargs: passed to ``base``.
 
@@ -176,9 +180,9 @@ class ChunkOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
         group = resolve_group(process_group)
         check_weights(where, residency, update, state_device)
-        check_backward_group(group, update)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False
+        self._team: Team | None = None  # the ranks that share the chunk with this one
         self._stream: WeightStream | None = None  # that is this optimizer's own
         try:
             self._specs = specs = trained_specs(attachment, groups)
@@ -193,7 +197,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
             raise
         try:
             defaults = probe_base(base, groups, base_kwargs)
-            plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
+            self._team = team = build_team(attachment, group)
+            if team is None:
+                plan = make_plan(attachment.model, specs, chunks, partition, slice_dim, always_active)
+            else:
+                plan = team.divide(specs, chunks, partition, slice_dim, always_active)
             self._modes = {
                 spec.name: resolve_master(master, attachment.model.get_parameter(spec.name).dtype)
                 for spec in specs
@@ -223,14 +231,19 @@ class ChunkOptimizer(torch.optim.Optimizer):
             on_host = isinstance(attachment.wiring.residence, HostLeaves)
             rule = replace(rule, host_kernel=rule.state_bits == 8 or (on_host and _beside_gpu(attachment)))
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host)
-            plan, self._store, self._residency = build_memory(memory, plan, rule, attachment)
+            own = plan if team is None else team.own(plan)
+            own, self._store, self._residency = build_memory(memory, own, rule, attachment)
             self._meter = PagingMeter()
             self._memory = MemoryMeter()
-            self._given_plan = plan  # loaded state may split its slices; the next load starts from here again
-            self.plan: ChunkPlan = plan
+            # Loaded state may split slices; the next load starts from here again.
+            self._given_plan = self._own_plan = own
+            self.plan: ChunkPlan = own if team is None else plan
             self._ready = True
             attachment.freeze()
-            attachment.wiring.shows_gradients = not isinstance(self._residency, BackwardResidency)
+            in_backward = isinstance(self._residency, BackwardResidency)
+            attachment.wiring.shows_gradients = not in_backward and team is None
+            if team is not None:
+                team.join(self)
             activate(self)
             attachment.on_replaced = weakref.WeakMethod(self._bind_replaced)
             self._replicas = Replicas(self, group)
@@ -254,11 +267,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return isinstance(self._residency, BackwardResidency)
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
-        """Pairs of each active slice and the leaf that holds its weights and its gradient."""
+        """Pairs of each active slice and the leaf that holds its weights and its gradient.
+
+        Of many processes each has those that it owns.
+        """
         if self._ready and self._is_attached():
             settle(self)
             self._follow_weights()
-        return iter(self._attachment.active())
+        return iter(self._attachment.active() if self._team is None else self._team.pairs)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -297,6 +313,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if attachment.wiring.generation != self._generation or not attachment.wiring.holds_active():
                 self._follow_weights()  # what replaced a weight may have a gradient already
         super().zero_grad(set_to_none)
+        if self._team is not None and self._ready:
+            self._team.drop()
         if set_to_none:
             self._attachment.wiring.hide_gradients()
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:
@@ -341,6 +359,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         with self._lock:
             restore(self, read_state(self, state_dict))
         self._replicas.forget_agreement()
+        if self._team is not None:
+            self._team.forget_agreement()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
@@ -391,6 +411,15 @@ class ChunkOptimizer(torch.optim.Optimizer):
         settle(self)
         return self._memory.report(self)
 
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this process sent to others of its group since the last call.
+
+        Returns:
+            ``gradients``: to their owners; ``weights``: updated slices of replicas; ``control``: what ranks agree on.
+            What FSDP2 and ``DistributedDataParallel`` send is not counted. All 0 in one process.
+        """
+        return dict.fromkeys(KINDS, 0) if self._team is None else self._team.traffic()
+
     def paging(self) -> PagingReport | None:
         """What paging moved since the last call, how much of it was exposed, and how many chunks would hide it.
 
@@ -422,6 +451,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         replicas = getattr(self, "_replicas", None)
         if replicas is not None:
             replicas.close()
+        if self._team is not None:
+            self._team.release()
         if self._is_attached():
             if keep_attached:
                 attachment.release()
@@ -470,12 +501,14 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def _follow_weights(self) -> None:
         self._attachment.verify()
         self._bind_replaced()  # what noticed a new weight may have failed here before
+        if self._team is not None:
+            self._team.follow()
         self._residency.follow_devices()
 
     def _bind_replaced(self) -> None:
         if self._ready and self._attachment.wiring.generation != self._generation:
             with torch.inference_mode(False), torch.no_grad():
-                bind(self, self._attachment.active())
+                bind(self)
 
     def _chunk_of(self, interval_index: int) -> int:
         return active_chunk(self._schedule, interval_index, len(self.plan), self._seed)

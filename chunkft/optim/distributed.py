@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +13,8 @@ from torch._compile import _disable_dynamo  # that of torch.compiler imports the
 from torch.nn.parallel import DistributedDataParallel
 
 from chunkft.autograd.hooks import Hook
+from chunkft.optim.agreement import agree
+from chunkft.optim.outputs import tensors_in
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -50,15 +50,6 @@ def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
     )
 
 
-def check_backward_group(group: dist.ProcessGroup | None, update: str) -> None:
-    """Raise ValueError for ``update="backward"`` with more than one process: it would update before averaging."""
-    if update == "backward" and group is not None and group.size() > 1:
-        raise ValueError(
-            f"update='backward' works in one process, got a process_group of {group.size()}: gradients would be "
-            "averaged after their update; use update='step'"
-        )
-
-
 def average_gradients(leaves: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Average the gradients of the active leaves over a group.
 
@@ -81,8 +72,7 @@ def average_gradients(leaves: Sequence[nn.Parameter], group: dist.ProcessGroup) 
 class Replicas:
     """Which processes train replicas of a model, and when their gradients are averaged.
 
-    Over a group that was asked for, that is inside of ``step()``. A ``DistributedDataParallel`` shows itself in the
-    first forward pass through it. Its reducer looked for parameters once, and the leaves change: from then on we
+    A ``DistributedDataParallel`` shows itself in the first forward pass through it. Its reducer looked for parameters once, and the leaves change: from then on we
     average in its place, at the end of every backward pass that it would synchronise, so that what clips or logs
     gradients afterwards sees the average.
 
@@ -149,7 +139,7 @@ class Replicas:
         """Watch for the backward pass of an output."""
         if not (self._synced and torch.is_grad_enabled()):
             return
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
 
@@ -167,15 +157,26 @@ class Replicas:
         ):
             if used:
                 raise RuntimeError(_CANNOT_WRAP.format(name))
+        if optimizer._team is not None:
+            self._idle(wrapper)
+            return
         group = self.group if self._asked else wrapper.process_group
-        check_backward_group(group, "backward" if optimizer.updates_in_backward else "step")
+        if optimizer.updates_in_backward and group is not None and group.size() > 1:
+            raise ValueError(
+                "update='backward' cannot be used in a DistributedDataParallel, which would average gradients after their "
+                "update; do not wrap the model and pass process_group=, or use update='step'"
+            )
+        self._idle(wrapper)
+        self.group = group
+        self.adopted = True
+
+    def _idle(self, wrapper: Any) -> None:
+        """Let a wrapper average nothing by itself."""
         if not isinstance(wrapper.reducer, _Idle):
             wrapper.reducer._remove_autograd_hooks()
             # The logger holds the reducer, and the reducer buckets as large as the gradients it waits for.
             wrapper.reducer = wrapper.logger = _Idle()
         wrapper.reducer.replicas = self
-        self.group = group
-        self.adopted = True
         self._wrapper = weakref.ref(wrapper)
 
     def _on_backward(self, gradient: Tensor) -> None:
@@ -196,31 +197,12 @@ class Replicas:
     def _average(self, leaves: Sequence[nn.Parameter]) -> None:
         if self.group is None or self.group.size() == 1 or not leaves:
             return
-        self._agree(leaves[0].device)
-        average_gradients(leaves, self.group)
-
-    def _agree(self, device: torch.device) -> None:
-        """Raise the same RuntimeError on every rank if they do not train alike; once for a plan and a group."""
         optimizer = self._optimizer()
         assert optimizer is not None
-        assert self.group is not None
-        if self._agreed is not None and self._agreed[0] is self.group and self._agreed[1] is optimizer.plan:
-            return
-        aspects = _aspects(optimizer)
-        own = torch.tensor([_hash(value) for value in aspects.values()], dtype=torch.int64, device=device)
-        gathered = [torch.empty_like(own) for _ in range(self.group.size())]
-        dist.all_gather(gathered, own, group=self.group)
-        rows = [row.tolist() for row in gathered]
-        for rank, row in enumerate(rows):
-            different = [
-                name for name, mine, first in zip(aspects, row, rows[0], strict=True) if mine != first
-            ]
-            if different:
-                raise RuntimeError(
-                    f"the processes of process_group do not train alike: rank {rank} of the group differs from rank 0 "
-                    f"in {', '.join(different)}; build the same optimizer on each, or leave process_group out"
-                )
-        self._agreed = (self.group, optimizer.plan)
+        if self._agreed is None or self._agreed[0] is not self.group or self._agreed[1] is not optimizer.plan:
+            agree(optimizer, self.group, leaves[0].device)
+            self._agreed = (self.group, optimizer.plan)
+        average_gradients(leaves, self.group)
 
 
 class _Enter(Hook):
@@ -275,41 +257,3 @@ class _Idle:
             f"DistributedDataParallel asked its reducer for {name!r}, but gradients of a model that is trained in "
             "chunks are averaged by chunkft; do not wrap the model, and pass process_group= to the optimizer"
         )
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in an output, however nested."""
-    parts: Iterable[Any] = ()
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        parts = output.values()
-    elif isinstance(output, list | tuple):
-        parts = output
-    elif is_dataclass(output) and not isinstance(output, type):
-        parts = (getattr(output, field.name) for field in fields(output))
-    for part in parts:
-        yield from _tensors(part)
-
-
-def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
-    """What replicas must have in common for their leaves to be the same slices in every step."""
-    schedule, rule = optimizer._schedule, optimizer._residency.rule
-    return {
-        "parameters": [
-            (spec.name, spec.shape, str(optimizer._attachment.model.get_parameter(spec.name).dtype))
-            for spec in optimizer._specs
-        ],
-        "plan": [optimizer.plan.always, [chunk.slices for chunk in optimizer.plan.chunks]],
-        "schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "callable"),
-        "interval": optimizer.interval,
-        "seed": optimizer._seed,
-        "base": (optimizer._base_class.__qualname__, sorted(optimizer._modes.items())),
-        "precision of the moments": (rule.first_moment, rule.state_bits),
-        "position": (optimizer._interval_index, optimizer.interval_position, optimizer.active),
-    }
-
-
-def _hash(value: Any) -> int:
-    digest = hashlib.blake2b(repr(value).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, signed=True)

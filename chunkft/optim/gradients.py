@@ -19,7 +19,7 @@ def unscale(grads: list[Tensor], scale: Tensor | None, found_inf: Tensor | float
         ValueError: for fp16 gradients, which would underflow.
     """
     if grads and found_inf is not None:
-        _spoil(grads[0], torch.as_tensor(found_inf))
+        spoil(grads[0], torch.as_tensor(found_inf))
     if scale is None or not grads:
         return
     if any(grad.dtype == torch.float16 for grad in grads):
@@ -32,7 +32,8 @@ def unscale(grads: list[Tensor], scale: Tensor | None, found_inf: Tensor | float
         grad.mul_(inverse.to(grad.device))
 
 
-def _spoil(gradient: Tensor, found_inf: Tensor) -> None:
+def spoil(gradient: Tensor, found_inf: Tensor) -> None:
+    """Put a NaN into a gradient where a flag is not 0, without asking the device."""
     values = gradient._values() if gradient.is_sparse else gradient
     if values.numel():
         first = values[(0,) * values.dim()]

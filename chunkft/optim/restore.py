@@ -92,7 +92,9 @@ def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:
     optimizer._store.realise()
     optimizer._meter = PagingMeter()
     optimizer._residency.use(optimizer._store)
-    optimizer.plan = restored.plan
+    optimizer._own_plan = restored.plan
+    if optimizer._team is None:
+        optimizer.plan = restored.plan
     for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
         group.update(loaded)
     optimizer.updates = restored.updates
@@ -108,12 +110,14 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     given = optimizer._given_plan
     if not saved_plan.chunks:
         raise ValueError("state_dict has a plan without chunks; needs at least one")
-    same = merged(given) == merged(saved_plan)
-    if same:
+    team = optimizer._team
+    ours = given if team is None else optimizer.plan
+    same = merged(ours) == merged(saved_plan)
+    if same and team is None:
         check_plan(saved_plan, optimizer._specs)
     origins: Origins = {}
-    # Slices may be cut to the pages of this optimizer, which the saving one need not have had.
-    kept = same and isinstance(optimizer._residency, ChunkResidency)
+    # Slices may be cut to the pages, or the ranks, of this optimizer, which the saving one need not have had.
+    kept = same and team is None and isinstance(optimizer._residency, ChunkResidency)
     plan = recut(saved_plan if kept else given, saved["state"], origins)
     position = saved["cursor"]
     index = _count(position, "interval_index")

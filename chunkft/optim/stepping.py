@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
+import torch
+from torch.nn.utils import clip_grads_with_norm_
+
 from chunkft.optim.arguments import check_backward_step
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.gradients import all_finite, clip, unscale
@@ -12,12 +15,16 @@ from chunkft.optim.switch import advance_if_due, watch
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
+    from chunkft.optim.team import Team
 
 
 def take(optimizer: ChunkOptimizer) -> None:
     """Update the active slices from their gradients and consume these; begin the next interval if this one is over."""
     if isinstance(optimizer._residency, BackwardResidency):
         _close_backward(optimizer, optimizer._residency)
+        return
+    if optimizer._team is not None:
+        _take_together(optimizer, optimizer._team)
         return
     attachment = optimizer._attachment
     leaves = [leaf for _, leaf in attachment.active()]
@@ -47,18 +54,52 @@ def take(optimizer: ChunkOptimizer) -> None:
     advance_if_due(optimizer)
 
 
+def _take_together(optimizer: ChunkOptimizer, team: Team) -> None:
+    """The same by many ranks: each updates what it owns, from gradients that the others sent."""
+    scale = getattr(optimizer, "grad_scale", None)
+    norm = team.close(scale, getattr(optimizer, "found_inf", None))
+    optimizer._memory.observe_gradients(optimizer)
+    if norm is None:
+        _pass_unreached(optimizer)
+        return
+    leaves = [leaf for _, leaf in team.pairs if leaf.grad is not None]
+    unscale([leaf.grad for leaf in leaves if leaf.grad is not None], scale)
+    if bool(torch.isfinite(norm)):
+        if optimizer.max_grad_norm is not None:
+            optimizer.grad_norm = norm.float()
+            clip_grads_with_norm_(leaves, optimizer.max_grad_norm, norm)
+        optimizer._residency.step(optimizer._noise_seed())
+        _gather(optimizer)
+        team.publish(optimizer.active)
+        optimizer._residency.show(optimizer.state)
+        _count_update(optimizer)
+    else:
+        optimizer.skipped += 1
+    team.drop()
+    optimizer._attachment.called = False
+    advance_if_due(optimizer)
+
+
 def _close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> None:
     """The same for slices that were updated in the backward pass."""
     scale = getattr(optimizer, "grad_scale", None)  # None after scaler.unscale_(optimizer)
     check_backward_step(getattr(optimizer, "found_inf", None) if scale is None else scale)
-    if not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
+    team = optimizer._team
+    if team is not None and not team.close_backward():
+        _pass_unreached(optimizer)
+        return
+    if team is None and not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
         _pass_unreached(optimizer)
         return
     optimizer._attachment.called = False
     residency.step(optimizer._noise_seed())
     _gather(optimizer)
-    optimizer._attachment.wiring.publish()
-    if residency.dropped:
+    dropped = residency.dropped
+    if team is None:
+        optimizer._attachment.wiring.publish()
+    else:
+        dropped = team.close_update(dropped, optimizer.active)
+    if dropped:
         optimizer.skipped += 1
     else:
         _count_update(optimizer)
@@ -99,4 +140,7 @@ def _count_update(optimizer: ChunkOptimizer) -> None:
 def _gather(optimizer: ChunkOptimizer) -> None:
     """Take over what the base optimizer assigned to ``.data``; those of torch write in place."""
     if not optimizer._base_class.__module__.startswith("torch.optim."):
-        optimizer._attachment.wiring.gather()
+        if optimizer._team is None:
+            optimizer._attachment.wiring.gather()
+        else:
+            optimizer._team.gather()

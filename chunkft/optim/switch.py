@@ -47,7 +47,7 @@ def advance_if_due(optimizer: ChunkOptimizer) -> None:
     # A callable schedule may fail for the next interval: that is for the switch to tell, not for us.
     if optimizer.interval_position == optimizer.interval - 1 and isinstance(optimizer._schedule, str):
         following = optimizer._chunk_of(optimizer._interval_index + 1)
-        optimizer._residency.prefetch(optimizer.plan.chunks[following].slices)
+        optimizer._residency.prefetch(optimizer._own_plan.chunks[following].slices)
 
 
 def _advance(optimizer: ChunkOptimizer) -> None:
@@ -94,7 +94,7 @@ def _settle(optimizer: ChunkOptimizer) -> None:
             return  # the schedule fails: step() will say so, and what is there can be saved
         _advance(optimizer)
     elif optimizer._generation == UNBOUND:
-        bind(optimizer, optimizer._attachment.active())
+        bind(optimizer)
     if optimizer._switch_hook is not None:
         optimizer._switch_hook.remove()
         optimizer._switch_hook = None
@@ -119,7 +119,7 @@ def watch(optimizer: ChunkOptimizer) -> None:
 def _complete(optimizer: ChunkOptimizer, switch: Switch) -> None:
     """Every line may be the last one of a call, and is then done again by the next: none does harm twice."""
     if switch.changes and not switch.stashed:
-        optimizer._residency.stash(optimizer.plan.always, optimizer._keep_state)
+        optimizer._residency.stash(optimizer._own_plan.always, optimizer._keep_state)
         optimizer.state.clear()
     switch.stashed = True
     optimizer._interval_index, optimizer.interval_position = switch.index, switch.position
@@ -133,13 +133,26 @@ def _complete(optimizer: ChunkOptimizer, switch: Switch) -> None:
 
 def activate(optimizer: ChunkOptimizer) -> None:
     """Make the chunk that the schedule names the active one."""
-    chunk = optimizer.plan.chunks[optimizer.active]
-    bind(optimizer, optimizer._attachment.activate([*optimizer.plan.always, *chunk.slices]))
+    chunk = optimizer.active
+    team = optimizer._team
+    optimizer._attachment.activate(own_slices(optimizer, chunk) if team is None else team.seen(chunk))
+    bind(optimizer)
 
 
-def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> None:
-    """Point the groups at these leaves and give them their state."""
+def own_slices(optimizer: ChunkOptimizer, chunk: int) -> list[Slice]:
+    """The slices that this process updates while a chunk is active."""
+    plan = optimizer._own_plan
+    return [*plan.always, *plan.chunks[chunk].slices]
+
+
+def bind(optimizer: ChunkOptimizer) -> None:
+    """Point the groups at the leaves of the active slices and give them their state."""
     optimizer._generation = UNBOUND
+    team = optimizer._team
+    if team is None:
+        pairs = optimizer._attachment.active()
+    else:
+        pairs = team.bind(optimizer.active, own_slices(optimizer, optimizer.active))
     for group in optimizer.param_groups:
         group["params"] = []
     for piece, leaf in pairs:
@@ -149,6 +162,7 @@ def bind(optimizer: ChunkOptimizer, pairs: list[tuple[Slice, nn.Parameter]]) -> 
         attachment = optimizer._attachment
         optimizer._residency.carrier = partial(attachment.wiring.carrier, attachment.model)
         optimizer._residency.weights = attachment.wiring
+        optimizer._residency.is_fed = team is not None
     optimizer._residency.bind(pairs)
     optimizer._residency.show(optimizer.state)
     optimizer._generation = optimizer._attachment.wiring.generation

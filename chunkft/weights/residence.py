@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from chunkft.autograd import Slice, put_stand_in
+from chunkft.plan import ParameterSpec
 from chunkft.streaming import place_of
 from chunkft.weights.inbox import Inbox, Watcher
 from chunkft.weights.stream import WeightStream
@@ -13,7 +16,20 @@ from chunkft.weights.stream import WeightStream
 CPU = torch.device("cpu")
 
 
-class HostLeaves:
+class _OfStream:
+    """What both have in common: modules hold the parameters by themselves, and are looked at as others are."""
+
+    def bound(self, name: str) -> None:
+        """What is to stand for a weight with active slices: the parameter."""
+
+    def places(self, specs: Sequence[ParameterSpec]) -> None:
+        """What is to look for parameters in the model: nothing of its own."""
+
+    def leave(self) -> None:
+        """The model is trained no more; it streams on until its stream is detached."""
+
+
+class HostLeaves(_OfStream):
     """Leaves that are views of the pages in host memory, where they are updated; their gradients come down.
 
     Args:
@@ -71,7 +87,7 @@ class HostLeaves:
         return 0
 
 
-class DeviceLeaves:
+class DeviceLeaves(_OfStream):
     """Leaves on the device beside the ring: laid over their page whenever it comes, and written back after each update.
 
     Args:

@@ -1,0 +1,476 @@
+"""An optimizer that shares its chunk with other ranks: each owns a part of it, and updates that."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # that of torch.compiler imports the compiler at once
+
+from chunkft.attach import Attachment
+from chunkft.autograd import GradientView, Hook, Slice, record, records
+from chunkft.optim.agreement import agree
+from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.gradients import spoil
+from chunkft.optim.outputs import tensors_in
+from chunkft.parallel import (
+    Bucket,
+    DividedGradients,
+    Ownership,
+    Ranks,
+    Reducer,
+    ShardedWeights,
+    expand,
+    is_sharded,
+    make_buckets,
+    owner_of,
+    shard_specs,
+    spread,
+)
+from chunkft.partitions import Partition, make_plan
+from chunkft.plan import ChunkPlan, ParameterSpec
+
+if TYPE_CHECKING:
+    from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+Pairs = list[tuple[Slice, nn.Parameter]]
+CLOSING = "closing a step"
+
+
+class Team:
+    """The ranks that train one model together, each with the state of its own slices.
+
+    Args:
+        attachment: of the model.
+        group: whose processes divide slices among them; building is a collective.
+        sharded: the weights, if they are sharded; None: each rank has a replica of the model.
+
+    Attributes:
+        ranks: among whom slices are divided.
+        copies: in hybrid sharding, the ranks that own the same slices; or None.
+        pairs: the active slices of this rank, and the leaves that the optimizer updates.
+    """
+
+    def __init__(
+        self, attachment: Attachment, group: dist.ProcessGroup, sharded: ShardedWeights | None = None
+    ) -> None:
+        self.ranks = Ranks(group)
+        copies = None if sharded is None else sharded.replicate_group
+        self.copies = None if copies is None else Ranks(copies)
+        self.pairs: Pairs = []
+        self._attachment = attachment
+        self._sharded = sharded
+        self._ownership: Ownership
+        self._residency: Any = None
+        self._optimizer: Callable[[], ChunkOptimizer | None] = lambda: None
+        self._reducer: Reducer
+        self._agreed: Any = None
+        self._interval: tuple[int, int] | None = None
+        self._shown: dict[str, GradientView] = {}
+        self._squares: dict[str, Tensor] | None = None
+        self._queued = False
+        self._scaled: bool | None = None  # whether a GradScaler looks at gradients; None: not known yet
+
+    def divide(
+        self,
+        specs: list[ParameterSpec],
+        chunks: int | None,
+        partition: Partition,
+        slice_dim: int,
+        always_active: str | Sequence[str] | None,
+    ) -> ChunkPlan:
+        """The plan of all ranks, each of whose slices has one owner. The arguments are those of ``make_plan``.
+
+        Raises:
+            ValueError: as for ``make_plan``; of sharded weights also for slices that do not fit shards.
+        """
+        model, sharded, size = self._attachment.model, self._sharded, self.ranks.size
+        owner: Callable[[Slice], int] | None = None
+        if sharded is None:
+            plan = make_plan(model, specs, chunks, partition, slice_dim, always_active)
+        elif isinstance(partition, ChunkPlan):
+            whole = [replace(spec, dims=(0,)) for spec in specs]
+            plan = make_plan(model, whole, chunks, partition, slice_dim, always_active)
+        else:
+            if slice_dim != 0:
+                raise ValueError(
+                    f"slice_dim={slice_dim} is not possible with a model of fully_shard, whose shards are rows; use 0"
+                )
+            virtual = shard_specs(specs, sharded.rows, size)
+            plan = make_plan(model, virtual, chunks, partition, slice_dim, always_active)
+            plan = expand(plan, specs, sharded.rows)
+        if sharded is not None:
+            owner = partial(owner_of, rows=sharded.rows)
+        divided = [make_buckets(chunk.slices, size, self._kind, owner) for chunk in plan.chunks]
+        always = make_buckets(plan.always, size, self._kind, owner)
+        self._ownership = Ownership(always, divided, plan)
+        return self._ownership.plan
+
+    def join(self, optimizer: ChunkOptimizer) -> None:
+        """Work for this optimizer from now on."""
+        self._optimizer = weakref.ref(optimizer)
+        self._residency = optimizer._residency
+        me = weakref.WeakMethod(self._check)
+
+        def agreed() -> None:
+            check = me()
+            if check is not None:
+                check()
+
+        arrived = self._arrived if optimizer.updates_in_backward else None
+        self._reducer = Reducer(self.ranks, self.copies, agreed, self._attachment.wiring, arrived)
+        self._reducer.on_gradient = self._settle_cleared
+        root = self._attachment.model
+        self._attachment.hold([root.register_forward_hook(_Leave(self))])
+
+    def owner_of(self, piece: Slice) -> int:
+        """The rank that owns a slice."""
+        return self._ownership.owner_of(piece)
+
+    def own(self, plan: ChunkPlan) -> ChunkPlan:
+        """What this rank owns of a plan; chunks of it may be empty."""
+        return self._ownership.of(plan, self.ranks.rank)
+
+    def seen(self, chunk: int) -> list[Slice]:
+        """What autograd is to see as active slices, in the order of the stream."""
+        buckets = self._buckets(chunk)
+        return [piece for bucket in reversed(buckets) for piece in bucket.leaves]
+
+    def bind(self, chunk: int, own: Sequence[Slice]) -> Pairs:
+        """Make leaves of this rank's active slices, and bring gradients to them.
+
+        Args:
+            chunk: the active one.
+            own: its slices that this rank owns, and what it owns of those that are always active.
+        """
+        leaves = dict(self._attachment.active())
+        trained = {piece.name: records(leaf) for piece, leaf in leaves.items()}
+        before = dict(self.pairs)
+        self.pairs = []
+        for piece in own:
+            leaf = before.get(piece)
+            if leaf is None:
+                leaf = nn.Parameter(self._home(piece))
+            record(leaf, trained[piece.name])
+            self.pairs.append((piece, leaf))
+        self.follow()
+        self._reducer.bind(self._buckets(chunk), leaves, self.pairs)
+        self._squares = None
+        return self.pairs
+
+    def follow(self) -> None:
+        """Let the leaves of this rank be where their weights are now."""
+        for piece, leaf in self.pairs:
+            home = self._home(piece)
+            if leaf.data_ptr() != home.data_ptr() or leaf.device != home.device:
+                grad, leaf.grad = leaf.grad, None
+                leaf.data = home
+                leaf.grad = None if grad is None else grad.to(home.device)
+
+    def gather(self) -> None:
+        """Take the values of leaves whose ``.data`` was replaced into their weights."""
+        for piece, leaf in self.pairs:
+            home = self._home(piece)
+            if leaf.data_ptr() != home.data_ptr():
+                home.copy_(leaf.detach())
+                leaf.data = home
+
+    def publish(self, chunk: int) -> None:
+        """Owners have updated their slices: let all ranks have them."""
+        if self._sharded is None:
+            spread(self.ranks, self._buckets(chunk), self._home)
+        else:
+            self._sharded.written()
+
+    def release(self) -> None:
+        """No slice is active any more."""
+        self.hide()
+        self._reducer.release()
+        self.pairs = []
+
+    def drop(self) -> None:
+        """Forget all gradients of this step."""
+        self._reducer.drop()
+        for _, leaf in self.pairs:
+            leaf.grad = None
+        self._squares = None
+        self.hide()
+
+    def close(self, scale: Tensor | None, found_inf: Tensor | float | None) -> Tensor | None:
+        """Bring what is missing to its owner, and sum up what a step has to know.
+
+        Args:
+            scale: of a GradScaler, or None.
+            found_inf: what it found, or None.
+
+        Returns:
+            The norm of all gradients of all ranks, which is not finite if one of them is not, divided by ``scale``;
+            None if there is none anywhere. The same on all ranks.
+
+        Raises:
+            RuntimeError: on all ranks, if their scales differ.
+        """
+        self._settle_cleared()
+        for _ in range(2):
+            unsent, count, squares, spoiled, sum_of_scales, scales, of_scales = self._sum_up(scale, found_inf)
+            if not unsent:
+                break
+            self._reducer.flush()
+            self._squares = None
+        self._scaled = scale is not None or found_inf is not None
+        self._reducer.close_step(every_pass=self._scaled)
+        if scales and (scales != self.ranks.size or _differ(sum_of_scales, of_scales, scales)):
+            raise RuntimeError(
+                "the GradScalers of the ranks have different scales, so that gradients cannot be averaged; give them the "
+                "same init_scale and step them together"
+            )
+        if not count:
+            return None
+        norm = torch.tensor(squares, dtype=torch.float64).sqrt() / (1.0 if scale is None else float(scale))
+        return torch.full_like(norm, float("nan")) if spoiled else norm
+
+    def close_backward(self) -> bool:
+        """Bring what is missing to its owners, where updates are part of the backward pass.
+
+        Returns:
+            Whether some rank had a gradient in this step.
+        """
+        residency = self._residency
+        for _ in range(2):
+            known = [float(self._reducer.is_open), float(residency.begun)]
+            unsent, begun = self._everywhere(torch.tensor(known, dtype=torch.float64)).tolist()
+            if not unsent:
+                break
+            self._reducer.flush()
+        self._reducer.close_step(every_pass=True)
+        return bool(begun)
+
+    def close_update(self, dropped: bool, chunk: int) -> bool:
+        """Slices were updated: let all ranks have them, and know whether some rank dropped gradients."""
+        spoiled = self._everywhere(torch.tensor([float(dropped)], dtype=torch.float64)).item()
+        self.publish(chunk)
+        return bool(spoiled)
+
+    def hide(self) -> None:
+        """Take the views of gradients out of the weights."""
+        for name, view in self._shown.items():
+            parameter = self._parameter(name)
+            if parameter is not None and parameter.grad is view:
+                parameter.grad = None
+        self._shown.clear()
+
+    # --- what views of gradients ask for
+
+    def complete(self) -> None:
+        """Bring all gradients to their owners; a collective."""
+        self.squares()
+
+    def squares(self) -> dict[str, Tensor]:
+        """For each name with active slices the sum of squares of its gradients, over all ranks; a collective."""
+        if self._squares is None:
+            values = torch.tensor([float(self._reducer.is_open)], dtype=torch.float64)
+            if self._everywhere(values).item():
+                self._reducer.flush()
+            names = sorted(self._attachment.wiring.bound)
+            own = {name: _squares(self.parts(name)) for name in names}
+            device = self._attachment.device
+            sums = self._everywhere(torch.stack([own[name].to(device) for name in names]))
+            if self.copies is not None:
+                sums = sums / self.copies.size
+            self._squares = dict(zip(names, sums, strict=True))
+        return self._squares
+
+    def parts(self, name: str) -> list[Tensor]:
+        """This rank's gradients of a weight."""
+        return [leaf.grad for piece, leaf in self.pairs if piece.name == name and leaf.grad is not None]
+
+    def changed(self) -> None:
+        """Gradients were scaled."""
+        self._squares = None
+
+    def cut(self, name: str, dense: Tensor) -> None:
+        """Add a gradient of the whole weight to what this rank computed."""
+        self._attachment.wiring.bound[name].gradients.add(dense)
+
+    # --- in the backward pass
+
+    @_disable_dynamo
+    def left(self, output: Any) -> None:
+        """Watch for the backward pass of an output."""
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
+
+    def _on_backward(self, gradient: Tensor) -> None:
+        if not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+
+    @torch.no_grad()
+    def _after_backward(self) -> None:
+        self._queued = False
+        optimizer = self._optimizer()
+        if optimizer is None or not optimizer._ready:
+            return
+        self._squares = None
+        self._reducer.close_backward()
+        if self._scaled is not False and not optimizer.updates_in_backward:
+            self._tell_scaler()
+        if not optimizer.updates_in_backward:
+            self._show()
+
+    def _tell_scaler(self) -> None:
+        """A GradScaler looks at this rank's gradients, and has to find what another rank has."""
+        own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
+        total = self._everywhere(_squares(own).to(self._attachment.device).reshape(1))
+        if own:
+            spoil(own[0], ~torch.isfinite(total[0]))
+
+    def _show(self) -> None:
+        for name, bound in self._attachment.wiring.bound.items():
+            if not bound.sliced:
+                continue
+            parameter = self._parameter(name)
+            if parameter is not None and parameter.grad is None:
+                view = GradientView(parameter, DividedGradients(self, name))
+                parameter.grad = self._shown[name] = view
+
+    def _settle_cleared(self) -> None:
+        """Somebody set ``weight.grad`` to None, as ``model.zero_grad()`` does: the gradients of before are gone."""
+        for name, view in list(self._shown.items()):
+            parameter = self._parameter(name)
+            if parameter is None or parameter.grad is view:
+                continue
+            del self._shown[name]
+            self._squares = None
+            for piece, leaf in self.pairs:
+                if piece.name == name:
+                    leaf.grad = None
+            for _, leaf in self._attachment.wiring.bound[name].pairs:
+                leaf.grad = None
+
+    def _arrived(self, pairs: Sequence[tuple[Slice, nn.Parameter]], spoiled: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and isinstance(optimizer._residency, BackwardResidency):
+            optimizer._residency.note_spoiled(spoiled)
+            for piece, leaf in pairs:
+                optimizer._residency.complete(piece, leaf)
+
+    # --- inside
+
+    def _sum_up(self, scale: Tensor | None, found_inf: Tensor | float | None) -> list[float]:
+        own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
+        device = self._attachment.device
+        scaling = 0.0 if scale is None else float(scale)
+        known = torch.tensor(
+            [
+                float(self._reducer.is_open),
+                float(len(own)),
+                0.0,
+                0.0 if found_inf is None else float(found_inf),
+                scaling,
+                float(scale is not None),
+                scaling * scaling,
+            ],
+            dtype=torch.float64,
+        ).to(device)
+        known[2] = _squares(own).to(device)
+        values = self._everywhere(known)
+        if self.copies is not None:
+            values = values / self.copies.size
+        result: list[float] = values.tolist()
+        return result
+
+    def _everywhere(self, values: Tensor) -> Tensor:
+        values = self.ranks.total(values.to(self._attachment.device), CLOSING)
+        return values if self.copies is None else self.copies.total(values, CLOSING)
+
+    def _buckets(self, chunk: int) -> list[Bucket]:
+        return [*self._ownership.chunks[chunk], *self._ownership.always]
+
+    def _kind(self, piece: Slice) -> tuple[torch.dtype, torch.device]:
+        """In which dtype, and from where, the gradient of a slice is sent."""
+        if self._sharded is not None:
+            return self._sharded.wire_dtype(piece.name), self._sharded.device
+        parameter = self._attachment.model.get_parameter(piece.name)
+        return parameter.dtype, parameter.device
+
+    def _home(self, piece: Slice) -> Tensor:
+        """The memory of a slice that this rank owns, or of any slice of a replica."""
+        if self._sharded is not None:
+            return self._sharded.own(piece)
+        return piece.of(self._attachment.wiring.bound[piece.name].parameter.detach())
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """What users hold as the weight of this name, while slices of it are active."""
+        bound = self._attachment.wiring.bound.get(name)
+        return None if bound is None else bound.forms()[0]
+
+    def _check(self) -> None:
+        """Once an interval: raise the same RuntimeError on every rank if they do not train alike."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        interval = optimizer._interval_index, id(optimizer.plan)
+        if self._interval != interval:
+            agree(optimizer, self.ranks.channel, self._attachment.device)
+            self._interval = interval
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank sent since the last call, by kind."""
+        sent = self.ranks.traffic()
+        if self.copies is not None:
+            for kind, count in self.copies.traffic().items():
+                sent[kind] += count
+        return sent
+
+    def forget_agreement(self) -> None:
+        """Compare the ranks again, because what they train may have changed."""
+        self._interval = None
+
+
+def build_team(attachment: Attachment, group: dist.ProcessGroup | None) -> Team | None:
+    """The ranks that share the chunk with this process, or None if it trains by itself.
+
+    Raises:
+        ValueError: if the model is sharded, over other processes than those of ``group``, or in a way that cannot be
+            trained.
+    """
+    if is_sharded(attachment.model):
+        sharded = ShardedWeights(attachment.model, attachment.specs)
+        attachment.reside(sharded)
+        if group is not None:
+            ours, asked = (dist.get_process_group_ranks(one) for one in (sharded.group, group))
+            if ours != asked and sharded.replicate_group is None:
+                raise ValueError(
+                    f"process_group has the ranks {asked}, and fully_shard sharded the model over {ours}; leave "
+                    "process_group out: it is that of the shards"
+                )
+        return Team(attachment, sharded.group, sharded)
+    return None if group is None or group.size() == 1 else Team(attachment, group)
+
+
+class _Leave(Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.target is not None:
+            self.target.left(output)
+
+
+def _squares(gradients: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, in fp64."""
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64)
+    norms = [torch.linalg.vector_norm(gradient, 2, dtype=torch.float64) for gradient in gradients]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+
+
+def _differ(total: float, of_squares: float, count: float) -> bool:
+    mean = total / count
+    return abs(of_squares / count - mean * mean) > 1e-9 * max(1.0, mean * mean)

@@ -1,0 +1,163 @@
+"""The processes that train together: their collectives, with bytes counted and failures explained."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Its name from torch 2.13 on, and the one before.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+KINDS = ("gradients", "weights", "control")
+
+# One for each group of users, whatever the number of optimizers: it is a communicator of its own.
+_channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class Pending:
+    """A collective under way, and what it fills.
+
+    Attributes:
+        result: complete after ``wait``.
+    """
+
+    def __init__(self, work: Any, result: Tensor, keep: Tensor, doing: str) -> None:
+        self.result = result
+        self._work = work
+        self._keep: Tensor | None = keep  # is read until the collective is done
+        self._doing = doing
+
+    def wait(self) -> Tensor:
+        """The result; on a GPU for what comes next on the current stream."""
+        if self._work is not None:
+            with explained(self._doing):
+                self._work.wait()
+            self._work = self._keep = None
+        return self.result
+
+
+class Ranks:
+    """The processes of a group, as one of them sees them.
+
+    Collectives run in a communicator of their own with the members of ``group``: those of ours begin inside of backward
+    passes, and must not come between other people's, whose order on the other ranks may be another one.
+
+    Args:
+        group: a process group that this process belongs to; building is a collective of its members.
+
+    Attributes:
+        size: number of processes.
+        rank: of this one, 0 to ``size`` - 1.
+        channel: the communicator.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = group.size()
+        self.rank = group.rank()
+        self.channel = channel_of(group)
+        self._sent = dict.fromkeys(KINDS, 0)
+
+    def exchange(
+        self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], kind: str, doing: str
+    ) -> Pending:
+        """Begin an all-to-all of parts of a flat tensor.
+
+        Args:
+            sent: 1-d; its parts, of ``send_sizes`` elements, go to the ranks in order.
+            send_sizes: number of elements for each rank.
+            receive_sizes: number of elements from each rank, in this order in the result.
+            kind: what the bytes count as.
+            doing: for error messages.
+        """
+        received = sent.new_empty(sum(receive_sizes))
+        with explained(doing):
+            work = dist.all_to_all_single(
+                received, sent, list(receive_sizes), list(send_sizes), group=self.channel, async_op=True
+            )
+        self._sent[kind] += (sum(send_sizes) - send_sizes[self.rank]) * sent.element_size()
+        return Pending(work, received, sent, doing)
+
+    def spread(self, own: Tensor, kind: str, doing: str) -> Pending:
+        """Begin an all-gather of flat tensors of equal size; the result holds them by rank."""
+        everything = own.new_empty(self.size * own.numel())
+        with explained(doing):
+            work = _all_gather(everything, own, group=self.channel, async_op=True)
+        self._sent[kind] += (self.size - 1) * own.numel() * own.element_size()
+        return Pending(work, everything, own, doing)
+
+    def total(self, values: Tensor, doing: str) -> Tensor:
+        """Sums over the ranks, in place."""
+        with explained(doing):
+            dist.all_reduce(values, group=self.channel)
+        self._sent["control"] += 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
+        return values
+
+    def rows(self, values: Tensor, doing: str) -> list[Tensor]:
+        """The tensors of all ranks, which have the same shape."""
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        with explained(doing):
+            dist.all_gather(found, values, group=self.channel)
+        self._sent["control"] += (self.size - 1) * values.numel() * values.element_size()
+        return found
+
+    def objects(self, value: Any, doing: str) -> list[Any]:
+        """The objects of all ranks, pickled on the way."""
+        found: list[Any] = [None] * self.size
+        with explained(doing):
+            dist.all_gather_object(found, value, group=self.channel)
+        return found
+
+    def send(self, tensor: Tensor, to: int, doing: str) -> None:
+        """Send a contiguous tensor to a rank of the group that calls ``receive``."""
+        with explained(doing):
+            dist.send(tensor, group=self.channel, group_dst=to)
+
+    def receive(self, into: Tensor, source: int, doing: str) -> None:
+        """Fill a contiguous tensor with what a rank sends."""
+        with explained(doing):
+            dist.recv(into, group=self.channel, group_src=source)
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes that this rank sent since the last call, by kind: a ring is assumed for what has several ways."""
+        sent, self._sent = self._sent, dict.fromkeys(KINDS, 0)
+        return sent
+
+
+def channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A communicator of the members of a group that nobody else uses; made once, by all of them together."""
+    known = _channels.get(group)
+    if known is None or known not in dist.distributed_c10d._world.pg_map:
+        with explained("making a communicator of its own"):
+            known = dist.new_group(
+                dist.get_process_group_ranks(group), timeout=_timeout_of(group), use_local_synchronization=True
+            )
+        _channels[group] = known
+    result: dist.ProcessGroup = known
+    return result
+
+
+def _timeout_of(group: dist.ProcessGroup) -> Any:
+    """How long collectives of a group wait; None: as long as is usual for its kind."""
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        with contextlib.suppress(RuntimeError, AttributeError):
+            return group._get_backend(device).options._timeout
+    return None
+
+
+@contextlib.contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """Say what a collective that failed was for, and what the usual causes are."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{doing}: a process of the group did not take part. It died, raised an error, left its loop (a different "
+            f"number of batches), or it waits in another collective; look at the first error of the other ranks. "
+            f"The backend says: {error}"
+        ) from error

@@ -1,0 +1,326 @@
+"""Brings the gradients of active slices to the ranks that own them, while the backward pass goes on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from chunkft.autograd import Slice
+from chunkft.parallel.owners import Bucket
+from chunkft.parallel.ranks import Pending, Ranks
+
+Pairs = Sequence[tuple[Slice, nn.Parameter]]
+REDUCING = "reducing gradients"
+
+
+class Weights(Protocol):
+    """Who knows when a backward pass is through with a weight of which slices are active."""
+
+    after_weight: dict[str, Callable[[], None]]
+
+    def backward_reaches(self, name: str) -> bool:
+        """Whether the backward pass that runs comes to the weight itself."""
+
+
+@dataclass
+class _Load:
+    """A bucket at work.
+
+    Attributes:
+        layout: what is in it.
+        leaves: as autograd sees them; their gradients are sent.
+        own: what this rank owns of it: each leaf, with its place in a tensor of all elements that this rank owns.
+        missing: names whose gradients are not complete in this backward pass.
+        pending: while it is on its way.
+        absent: numbers of the leaves that had no gradient here when it was sent.
+        sent: whether it was sent in this backward pass.
+    """
+
+    layout: Bucket
+    leaves: list[nn.Parameter]
+    own: list[tuple[Slice, nn.Parameter, Slice, int, int]]
+    missing: set[str] = field(default_factory=set)
+    pending: Pending | None = None
+    absent: list[int] = field(default_factory=list)
+    sent: bool = False
+
+
+class Reducer:
+    """Sums the gradients of all ranks at their owners, as means over the ranks.
+
+    A bucket is sent once the last of its gradients is complete, in an order that is the same on all ranks: those that
+    got no gradient (an expert without tokens) go at the end of the backward pass, as zeros. Sums are taken in fp32, in
+    the order of the ranks: they are the same at every try, whatever the network.
+
+    Only the last backward pass of a step sends, so that accumulation communicates once a step: how many there are is
+    taken from the step before. Where more come, each of them sends what it adds.
+
+    Args:
+        ranks: among whom slices are divided.
+        copies: of hybrid sharding, the ranks with the same slices, over which sums go on; or None.
+        agree: called before the first bucket of an interval is sent; raises on all ranks if they do not train alike.
+        weights: tells when a weight is not needed any more.
+        arrived: called with own slices as soon as their gradients are there, and with a flag that is not 0 if a
+            gradient of the bucket was not finite on some rank; None: nobody needs them before the step.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        copies: Ranks | None,
+        agree: Callable[[], None],
+        weights: Weights,
+        arrived: Callable[[Pairs, Tensor], None] | None = None,
+    ) -> None:
+        self.ranks = ranks
+        self.copies = copies
+        self.arrived = arrived
+        self._agree = agree
+        self._weights = weights
+        self._loads: list[_Load] = []
+        self._of_name: dict[str, list[_Load]] = {}
+        self._waiting: dict[str, int] = {}  # leaves of a name without a gradient in this backward pass
+        self._handles: list[RemovableHandle] = []
+        self._next = 0  # the first bucket that was not sent
+        self._expected = 1
+        self.backwards = 0  # passes since the last step
+        self.on_gradient: Callable[[], None] = lambda: None  # the first of a backward pass is about to come
+        self._running = False
+
+    def bind(self, buckets: Sequence[Bucket], leaves: Mapping[Slice, nn.Parameter], own: Pairs) -> None:
+        """These slices are active now."""
+        self.release()
+        for bucket in buckets:
+            self._loads.append(
+                _Load(bucket, [leaves[piece] for piece in bucket.leaves], self._own_in(bucket, own))
+            )
+            for name in dict.fromkeys(piece.name for piece in bucket.leaves):
+                self._of_name.setdefault(name, []).append(self._loads[-1])
+        me = weakref.ref(self)  # hooks live in C++, out of sight of the garbage collector
+
+        for piece, leaf in leaves.items():
+
+            def before(gradient: Tensor) -> None:
+                reducer = me()
+                if reducer is not None:
+                    reducer._begin()
+
+            def complete(leaf: Tensor, name: str = piece.name) -> None:
+                reducer = me()
+                if reducer is not None:
+                    reducer._came(name)
+
+            def through(name: str = piece.name) -> None:
+                reducer = me()
+                if reducer is not None:
+                    reducer._done_with(name)
+
+            self._handles.append(leaf.register_hook(before))  # type: ignore[no-untyped-call]
+            self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
+            self._weights.after_weight[piece.name] = through
+        self._rearm()
+
+    def release(self) -> None:
+        """No slice is active any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for name in self._of_name:
+            self._weights.after_weight.pop(name, None)
+        self._loads.clear()
+        self._of_name.clear()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this rank has gradients that were not sent, or that are on their way."""
+        return any(
+            load.pending is not None or any(leaf.grad is not None for leaf in load.leaves)
+            for load in self._loads
+        )
+
+    def close_backward(self) -> None:
+        """A backward pass is over: if it was one that sends, what it left goes now, and all arrive."""
+        self.backwards += 1
+        self._running = False
+        if self.backwards >= self._expected:
+            self.flush()
+        else:
+            self._rearm()
+
+    def flush(self) -> None:
+        """Send what was not sent, and receive everything; all ranks call it."""
+        for load in self._loads[self._next :]:
+            self._send(load)
+        for load in self._loads:
+            self._receive(load)
+        self._running = False
+        self._rearm()
+
+    def close_step(self, every_pass: bool) -> None:
+        """A step is done: learn how many backward passes it had; ``every_pass`` sends in each from now on."""
+        if self.backwards or every_pass:
+            self._expected = 1 if every_pass else self.backwards
+        self.backwards = 0
+        self._running = False
+
+    def drop(self) -> None:
+        """Forget all gradients, also those on their way."""
+        for load in self._loads:
+            if load.pending is not None:
+                load.pending.wait()
+                load.pending = None
+            for leaf in load.leaves:
+                leaf.grad = None
+        self.backwards = 0
+        self._running = False
+        self._rearm()
+
+    def _own_in(self, bucket: Bucket, own: Pairs) -> list[tuple[Slice, nn.Parameter, Slice, int, int]]:
+        found = []
+        offset = 0
+        for part in bucket.parts[self.ranks.rank]:
+            number = next(n for n, leaf in enumerate(bucket.leaves) if _holds(leaf, part))
+            found += [(piece, leaf, part, offset, number) for piece, leaf in own if _holds(part, piece)]
+            offset += part.numel
+        return found
+
+    def _rearm(self) -> None:
+        self._next = 0
+        self._waiting = {}
+        for load in self._loads:
+            load.sent = False
+            load.missing = {piece.name for piece in load.layout.leaves}
+            for piece, leaf in zip(load.layout.leaves, load.leaves, strict=True):
+                if leaf.requires_grad:
+                    self._waiting[piece.name] = self._waiting.get(piece.name, 0) + 1
+        for load in self._loads:  # what is frozen gets none
+            load.missing = {name for name in load.missing if self._waiting.get(name)}
+
+    @property
+    def _sends(self) -> bool:
+        return self.backwards + 1 >= self._expected
+
+    def _begin(self) -> None:
+        if not self._running:
+            self._running = True
+            self.on_gradient()
+
+    @torch.no_grad()
+    def _came(self, name: str) -> None:
+        if name not in self._waiting:
+            return
+        self._waiting[name] -= 1
+        if self._waiting[name] == 0 and not self._weights.backward_reaches(name):
+            self._done_with(name)
+
+    @torch.no_grad()
+    def _done_with(self, name: str) -> None:
+        """All gradients of a weight's slices are complete, and nothing reads the weight any more."""
+        if not self._running or self._waiting.get(name):
+            return
+        for load in self._of_name.get(name, ()):
+            load.missing.discard(name)
+        if not self._sends:
+            return
+        while self._next < len(self._loads) and not self._loads[self._next].missing:
+            self._send(self._loads[self._next])
+            self._next += 1
+            if self.arrived is not None and self._next > 1:
+                self._receive(self._loads[self._next - 2])
+
+    @torch.no_grad()
+    def _send(self, load: _Load) -> None:
+        if load.pending is not None:
+            self._receive(load)
+        self._agree()
+        bucket = load.layout
+        sample = load.leaves[0]
+        header = len(load.leaves) + (self.arrived is not None)
+        sizes = [header + numel for numel in bucket.numels()]
+        message = torch.empty(sum(sizes), dtype=sample.dtype, device=sample.device)
+        load.absent = [number for number, leaf in enumerate(load.leaves) if leaf.grad is None]
+        head = [float(leaf.grad is not None) for leaf in load.leaves]
+        top = torch.tensor(head, dtype=sample.dtype).to(sample.device, non_blocking=True)
+        if self.arrived is not None:
+            top = torch.cat([top, _spoiled(load.leaves, sample)])
+        targets, sources = [], []
+        offset = 0
+        for part in bucket.parts:
+            targets.append(message[offset : offset + header])
+            sources.append(top)
+            offset += header
+            for piece in part:
+                place = message[offset : offset + piece.numel].view(piece.shape)
+                offset += piece.numel
+                number = next(n for n, leaf in enumerate(bucket.leaves) if _holds(leaf, piece))
+                gradient = load.leaves[number].grad
+                if gradient is None:
+                    place.zero_()
+                    continue
+                gradient = gradient.to_dense() if gradient.is_sparse else gradient
+                targets.append(place)
+                sources.append(_within(bucket.leaves[number], piece, gradient))
+        torch._foreach_copy_(targets, sources)
+        for leaf in load.leaves:
+            leaf.grad = None
+        mine = sizes[self.ranks.rank]
+        load.pending = self.ranks.exchange(message, sizes, [mine] * self.ranks.size, "gradients", REDUCING)
+        load.sent = True
+
+    @torch.no_grad()
+    def _receive(self, load: _Load) -> None:
+        if load.pending is None:
+            return
+        received = load.pending.wait().view(self.ranks.size, -1)
+        load.pending = None
+        header = len(load.leaves) + (self.arrived is not None)
+        top, body = received[:, :header], received[:, header:]
+        exact = torch.float64 if body.dtype == torch.float64 else torch.float32
+        total = body.sum(0, dtype=exact).mul_(1 / self.ranks.size)
+        if self.copies is not None:
+            total = self.copies.total(total, REDUCING).mul_(1 / self.copies.size)
+        present = [1.0] * len(load.leaves)
+        if load.absent:
+            there = top[:, : len(load.leaves)].amax(0)
+            if self.copies is not None:
+                there = self.copies.total(there.clone(), REDUCING)
+            present = there.tolist()
+        came: list[tuple[Slice, nn.Parameter]] = []
+        for piece, leaf, part, offset, number in load.own:
+            if not present[number]:
+                continue
+            gradient = _within(part, piece, total[offset : offset + part.numel].view(part.shape))
+            gradient = gradient.to(device=leaf.device, dtype=leaf.dtype)
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            came.append((piece, leaf))
+        if self.arrived is not None:
+            self.arrived(came, top[:, -1].float().amax())
+
+
+def _holds(outer: Slice, inner: Slice) -> bool:
+    if outer.name != inner.name:
+        return False
+    if outer.dim is None:
+        return inner.dim is None
+    return outer.dim == inner.dim and outer.start <= inner.start and inner.stop <= outer.stop
+
+
+def _within(outer: Slice, inner: Slice, tensor: Tensor) -> Tensor:
+    """The part of a tensor of the shape of a slice that another slice, inside of it, names."""
+    if outer.dim is None or outer == inner:
+        return tensor
+    return tensor.narrow(outer.dim, inner.start - outer.start, inner.stop - inner.start)
+
+
+def _spoiled(leaves: Sequence[nn.Parameter], sample: Tensor) -> Tensor:
+    """1 if a gradient is not finite here, else 0, for a header; nobody waits for it."""
+    norms = [torch.linalg.vector_norm(leaf.grad, float("inf")) for leaf in leaves if leaf.grad is not None]
+    if not norms:
+        return torch.zeros(1, dtype=sample.dtype, device=sample.device)
+    return (~torch.isfinite(torch.stack(norms).amax())).to(sample.dtype).reshape(1)

@@ -171,6 +171,19 @@ def worker(rank: int, port: int, ranks: int, cases: list[Case], size: plain_llam
         dist.destroy_process_group()
 
 
+def whole_vectors(plan: dict[str, Any]) -> chunkft.ChunkPlan:
+    """A plan for one process: vectors, which shards cut among ranks, are in one piece again."""
+    chunks = []
+    for pieces in plan["chunks"]:
+        vectors = {
+            name: [name, None, 0, *shape, shape, size]
+            for name, _, _, _, shape, size in pieces
+            if len(shape) == 1
+        }
+        chunks.append([piece for piece in pieces if len(piece[4]) > 1] + list(vectors.values()))
+    return chunkft.ChunkPlan.from_dict(plan | {"chunks": chunks})
+
+
 def alone(case: Case, size: plain_llama.Shape, plan: dict[str, Any] | None) -> list[float]:
     """Losses of one process on the joined batches, with the same plan, or full AdamW where there is none."""
     model = build(size, case.dtype)
@@ -178,7 +191,7 @@ def alone(case: Case, size: plain_llama.Shape, plan: dict[str, Any] | None) -> l
     if plan is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     else:
-        cut = chunkft.ChunkPlan.from_dict(plan)
+        cut = whole_vectors(plan)
         optimizer = chunkft.ChunkAdamW(model, lr=LR, chunks=None, partition=cut, interval=1)
     losses = []
     for step in range(case.steps):

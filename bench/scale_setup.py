@@ -89,8 +89,10 @@ def prepared(case: Case, model: nn.Module) -> tuple[nn.Module, torch.optim.Optim
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        sizes = (2, case.ranks // 2) if case.method == "hybrid" else (case.ranks,)
-        mesh = init_device_mesh(device_of(model).type, sizes)
+        hybrid = case.method == "hybrid"
+        sizes = (2, case.ranks // 2) if hybrid else (case.ranks,)
+        names = ("copies", "shards") if hybrid else ("shards",)
+        mesh = init_device_mesh(device_of(model).type, sizes, mesh_dim_names=names)
         for block in model.blocks:  # type: ignore[union-attr]
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)

@@ -28,16 +28,13 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = 4
+FAMILIES = ("bert", "gemma3", "gpt2", "llama", "mixtral", "qwen3_moe", "t5")
 IMPORTED = [
     "torch.distributed.fsdp",
     "torch.nn.parallel",
     "pytest",
     "chunkft",
-    "transformers.modeling_utils",
-    *(
-        f"transformers.models.{name}.modeling_{name}"
-        for name in ("bert", "gpt2", "llama", "mixtral", "qwen3")
-    ),
+    *(f"transformers.models.{name}.modeling_{name}" for name in FAMILIES),
 ]
 
 
@@ -71,7 +68,12 @@ class RanksFailed(AssertionError):
         head = f"{what} failed on rank {', '.join(map(str, order))} of {len(outcomes)}"
         if silent:
             head += f"; no answer from rank {', '.join(map(str, silent))}"
-        super().__init__("\n".join([head, *(f"--- rank {rank}: {failed[rank]}" for rank in order)]))
+        first: dict[str, int] = {}
+        for rank in order:
+            text = str(failed[rank])
+            same = first.setdefault(text, rank)
+            head += f"\n--- rank {rank}: {text if same == rank else f'as rank {same}'}"
+        super().__init__(head)
 
 
 class Pool:

@@ -1,4 +1,4 @@
-"""The pool of processes: results by rank; every way in which a rank can fail is told and does not reach the next run."""
+"""The pool of processes: results by rank; however a rank fails, that is told and does not reach the next run."""
 
 import os
 import signal

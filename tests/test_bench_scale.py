@@ -11,7 +11,7 @@ import torch
 from bench import plain_llama, scale, scale_setup, scale_table, wire
 from bench.scale_setup import Case
 
-SIZE = plain_llama.Shape(32, 3, 48, 4, 2, 72)
+SIZE = plain_llama.Shape(96, 3, 144, 4, 2, 200)
 GROUP = SimpleNamespace(size=lambda: 4, rank=lambda: 1)
 
 

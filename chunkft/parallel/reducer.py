@@ -284,7 +284,7 @@ class Reducer:
         exact = torch.float64 if body.dtype == torch.float64 else torch.float32
         total = body.sum(0, dtype=exact).mul_(1 / self.ranks.size)
         if self.copies is not None:
-            total = self.copies.total(total, REDUCING).mul_(1 / self.copies.size)
+            total = self.copies.total(total, REDUCING, "gradients").mul_(1 / self.copies.size)
         present = [1.0] * len(load.leaves)
         if load.absent:
             there = top[:, : len(load.leaves)].amax(0)

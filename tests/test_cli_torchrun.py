@@ -10,7 +10,6 @@ import sys
 
 import pytest
 from clitools import (
-    Launcher,
     assert_same_weights,
     environment,
     losses_of,
@@ -19,7 +18,7 @@ from clitools import (
     sums,
     weights_of,
 )
-from torchrun_rigs import Ranks, free_port
+from torchrun_rigs import RankLauncher, Ranks, free_port
 
 from chunkft.cli.errors import UserError
 from chunkft.cli.launch import Launch, launched
@@ -31,7 +30,7 @@ STEPS = 14
 
 @pytest.fixture(scope="module")
 def launcher():
-    return Launcher()
+    return RankLauncher()
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +183,127 @@ def test_one_process_goes_on_with_the_run_of_two(root, launcher, tmp_path):
     log = (tmp_path / "log").read_text()
     assert "note: the run was on 2 processes, and is on 1 now" in log
     assert losses_of(out)[-1][0] == 9
+
+
+def fail_at(step, error):
+    """Makes the run of this process fail at the end of a step."""
+    from chunkft.cli.shared_trainer import SharedTrainer
+
+    whole = SharedTrainer._exchange
+
+    def exchange(self, *args):
+        if self.state.global_step == step:
+            raise error
+        whole(self, *args)
+
+    SharedTrainer._exchange = exchange
+
+
+def fail_on_rank_1():
+    if os.environ["RANK"] == "1":
+        fail_at(4, ArithmeticError("the fault of this test"))
+
+
+def fail_to_write():
+    if os.environ["RANK"] == "0":  # its checkpoints are larger than a file may be
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def fail_to_finish():
+    from chunkft.cli.outputs import RunDirectory
+
+    def save_model(self, *args):
+        raise OSError(28, "No space left on device")
+
+    RunDirectory.save_model = save_model
+
+
+def test_the_rank_that_raises_is_named_with_its_traceback_and_the_others_say_why_they_end(
+    root, launcher, tmp_path
+):
+    run = Ranks(launcher, tmp_path / "ranks", 2, arguments(root, tmp_path / "out", 4), before=fail_on_rank_1)
+    assert run.wait() == 1
+    assert "rank 1: Traceback (most recent call last)" in run.log
+    assert run.log.count("chunkft: rank 1: ArithmeticError: the fault of this test") == 1
+    assert (
+        "chunkft: rank 0: stopped, because rank 1 failed: ArithmeticError: the fault of this test" in run.log
+    )
+    assert run.statuses()[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "reason"), [(fail_to_write, "File too large"), (fail_to_finish, "No space left on device")]
+)
+def test_all_ranks_end_when_rank_0_cannot_write(root, launcher, tmp_path, before, reason):
+    run = Ranks(launcher, tmp_path / "ranks", 2, arguments(root, tmp_path / "out", 4, steps=4), before=before)
+    assert run.wait() == 1
+    assert run.statuses() == {0: 1, 1: 1}, run.log
+    said = [line for line in run.log.splitlines() if line.startswith("chunkft: rank")]
+    assert len(said) == 2, run.log
+    assert all(reason in line for line in said)
+    assert any(line.startswith("chunkft: rank 1: stopped, because rank 0 failed") for line in said)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_wrong_input_is_told_once(root, launcher, tmp_path):
+    wrong = arguments(root, tmp_path / "out", 4, data=root / "absent.jsonl")
+    run = Ranks(launcher, tmp_path / "ranks", 2, wrong)
+    assert run.wait() == 1
+    assert run.statuses() == {0: 2, 1: 2}
+    assert run.log.count("chunkft:") == 1
+    assert "absent.jsonl" in run.log
+
+
+def test_sharded_weights_give_the_run_of_one_process_and_resume(root, launcher, tmp_path):
+    changes = {"optimizer": "adamw", "steps": 6}
+    assert launcher.run(arguments(root, tmp_path / "one", 8, **changes), tmp_path / "log") == 0
+    out = tmp_path / "out"
+    first = [*arguments(root, out, 4, **changes), "--fsdp"]
+    run = Ranks(launcher, tmp_path / "first", 2, first, restarts=1)
+    run.until_step(out, 5)
+    os.kill(run.pid(0), signal.SIGKILL)
+    assert run.wait() == 0, run.log
+    assert "resuming at step 3 from" in run.log
+    assert "2 processes (shards of the weights)" in run.log
+    assert_same_run(tmp_path / "one", out)
+    one, two = weights_of(tmp_path / "one"), weights_of(out)
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (["--fsdp"], "--fsdp needs torchrun"),
+        (["--dist-timeout", "5"], "--dist-timeout 5 needs torchrun"),
+        (["--fsdp", "--weights", "stream"], "--fsdp and --weights stream exclude each other"),
+    ],
+)
+def test_options_of_many_processes_are_refused_without_them(root, launcher, tmp_path, extra, text):
+    command = [*arguments(root, tmp_path / "out", 4), *extra]
+    assert launcher.run(command, tmp_path / "log") == 2
+    assert text in (tmp_path / "log").read_text()
+
+
+def test_the_place_of_a_process_is_read_from_the_environment():
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    found = place | {"MASTER_ADDR": "host", "MASTER_PORT": "1", "TORCHELASTIC_MAX_RESTARTS": "2"}
+    assert launched(found) == Launch(3, 4, 1, 2, 0, True)
+    assert launched(place) is None
+    assert launched({}) is None
+    with pytest.raises(UserError, match="RANK=4 is not below WORLD_SIZE=4"):
+        launched(found | {"RANK": "4"})
+    with pytest.raises(UserError, match="WORLD_SIZE='many'"):
+        launched(found | {"WORLD_SIZE": "many"})
+
+
+def test_shares_of_a_global_batch_are_its_rows_each_once_and_none_is_empty():
+    rows = [{"input_ids": [number, 9], "labels": [number, 9]} for number in range(11)]
+    for indices in (list(range(6)), [7, 3, 10], [4]):
+        shares = [RankRows(rows, rank, 2).__getitems__(indices) for rank in range(3)]
+        learned = [row for share in shares for row in share if row["labels"] != [-100]]
+        assert learned == [rows[index] for index in indices]
+        assert all(1 <= len(share) <= 2 for share in shares)

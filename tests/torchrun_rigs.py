@@ -5,12 +5,21 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clitools import Launcher, losses_of_killed
 
 LIMIT = 120
+PRELOADED = ("chunkft.cli.run", "chunkft.cli.demo", "datasets", "tokenizers")
+NEEDED_BY_RANKS = (
+    "torch.distributed.launcher.api",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "transformers.models.llama.modeling_llama",
+    "matplotlib.pyplot",
+)
 
 
 def free_port() -> int:
@@ -20,8 +29,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def rank_main(arguments: list[str], folder: str) -> int:
-    """What each rank does: leaves its process id in `folder`, and runs the command."""
+def rank_main(arguments: list[str], folder: str, before: Callable[[], None] | None) -> int:
+    """What each rank does: leaves its process id in `folder`, calls `before`, and runs the command."""
     import torch
 
     from chunkft.cli import main
@@ -29,6 +38,8 @@ def rank_main(arguments: list[str], folder: str) -> int:
     torch.set_num_threads(1)
     rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     (Path(folder) / f"{rank}.{attempt}.pid").write_text(str(os.getpid()))
+    if before is not None:
+        before()
     status = main(arguments)
     (Path(folder) / f"{rank}.{attempt}.status").write_text(str(status))
     sys.stdout.flush()
@@ -38,7 +49,9 @@ def rank_main(arguments: list[str], folder: str) -> int:
     return status
 
 
-def agent_main(ranks: int, restarts: int, arguments: list[str], folder: str) -> None:
+def agent_main(
+    ranks: int, restarts: int, arguments: list[str], folder: str, before: Callable[[], None] | None
+) -> None:
     """Is torchrun: starts the ranks by torch's elastic agent; output goes to the file `log` in `folder`."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -58,22 +71,36 @@ def agent_main(ranks: int, restarts: int, arguments: list[str], folder: str) -> 
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, rank_main)(arguments, folder)
+        elastic_launch(config, rank_main)(arguments, folder, before)
     except BaseException as error:
         print(f"torchrun: {type(error).__name__}", flush=True)
         os._exit(1)
+
+
+class RankLauncher(Launcher):
+    """A launcher that has also imported what several ranks need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._context.set_forkserver_preload([*PRELOADED, *NEEDED_BY_RANKS])
 
 
 class Ranks:
     """A run of the command on several ranks, in `folder`."""
 
     def __init__(
-        self, launcher: Launcher, folder: Path, ranks: int, arguments: list[object], restarts: int = 0
+        self,
+        launcher: Launcher,
+        folder: Path,
+        ranks: int,
+        arguments: list[object],
+        restarts: int = 0,
+        before: Callable[[], None] | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.process: Any = launcher._context.Process(
-            target=agent_main, args=(ranks, restarts, [*map(str, arguments)], str(folder))
+            target=agent_main, args=(ranks, restarts, [*map(str, arguments)], str(folder), before)
         )
         self.process.start()
 

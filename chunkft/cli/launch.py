@@ -100,16 +100,18 @@ def joined(launch: Launch, device: torch.device, timeout: int) -> Iterator[Ranks
         timeout: seconds that a process waits for another.
     """
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     limit = timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+    store, rank, world = next(rendezvous("env://", timeout=limit))
     options: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options["device_id"] = device
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("chunkft/group", store),
+        store=PrefixStore("chunkft/group", store),
         rank=rank,
         world_size=world,
         timeout=limit,
@@ -118,7 +120,7 @@ def joined(launch: Launch, device: torch.device, timeout: int) -> Iterator[Ranks
     control = dist.new_group(backend="gloo", timeout=limit)
     hidden = {name: os.environ.pop(name) for name in HIDDEN if name in os.environ}
     try:
-        yield Ranks(rank, world, control, dist.PrefixStore("chunkft/told", store))
+        yield Ranks(rank, world, control, PrefixStore("chunkft/told", store))
         # only where all went well: the others may be gone, and some backends wait for them
         dist.destroy_process_group()
     finally:

@@ -76,7 +76,8 @@ class SharedTrainer(FinetuneTrainer):
         self.stop = stop
         self.shards = sharded(self.model)
         self.measures = not self.shards
-        self._sums_loss = self.model_accepts_loss_kwargs and self.compute_metrics is None
+        takes_count = bool(getattr(self, "model_accepts_loss_kwargs", False))
+        self._sums_loss = takes_count and self.compute_metrics is None
         self.model_accepts_loss_kwargs = True  # the loss is normalised here: Trainer must not divide it again
         self._told = 0
         self._met = 0

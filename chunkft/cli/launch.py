@@ -104,14 +104,16 @@ def joined(launch: Launch, device: torch.device, timeout: int) -> Iterator[Ranks
     from torch.distributed.rendezvous import rendezvous
 
     limit = timedelta(seconds=timeout)
-    store, rank, world = next(rendezvous("env://", timeout=limit))
+    outer, rank, world = next(rendezvous("env://", timeout=limit))
+    # torchrun may keep one store for all attempts: an address of the last one must not be read in this one
+    store = PrefixStore(f"chunkft/{launch.restarts}", outer)
     options: dict[str, Any] = {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         options["device_id"] = device
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=PrefixStore("chunkft/group", store),
+        store=PrefixStore("group", store),
         rank=rank,
         world_size=world,
         timeout=limit,
@@ -120,7 +122,7 @@ def joined(launch: Launch, device: torch.device, timeout: int) -> Iterator[Ranks
     control = dist.new_group(backend="gloo", timeout=limit)
     hidden = {name: os.environ.pop(name) for name in HIDDEN if name in os.environ}
     try:
-        yield Ranks(rank, world, control, PrefixStore("chunkft/told", store))
+        yield Ranks(rank, world, control, PrefixStore("told", store))
         # only where all went well: the others may be gone, and some backends wait for them
         dist.destroy_process_group()
     finally:

@@ -13,9 +13,8 @@ from chunkft.cli.errors import UserError
 from chunkft.cli.models import resolve_device
 from chunkft.cli.ranks import Ranks
 
-__all__ = ["DEFAULT_TIMEOUT", "Launch", "device_of", "joined", "launched"]
+__all__ = ["Launch", "device_of", "joined", "launched"]
 
-DEFAULT_TIMEOUT = 600
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Trainer and Accelerate take these for an order to wrap the model in DistributedDataParallel
 HIDDEN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")

@@ -128,7 +128,9 @@ class Team:
         self._reducer.on_gradient = self._settle_cleared
         root = self._attachment.model
         if self._sharded is None:
-            self.ranks.copy_from_first([*root.parameters(), *root.buffers()], "giving all ranks the same weights")
+            self.ranks.copy_from_first(
+                [*root.parameters(), *root.buffers()], "giving all ranks the same weights"
+            )
 
     def watch(self) -> None:
         """Know of every backward pass from now on; the first chunk is active."""

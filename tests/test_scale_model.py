@@ -138,9 +138,8 @@ def test_interleaved_chunks_of_replicas_break_the_promise_on_many_ranks():
 @pytest.mark.parametrize("name", ["8B", "70B"])
 @pytest.mark.parametrize("ranks", [2, 3, 64])
 def test_bytes_are_those_of_the_buckets_that_chunkft_makes(name, ranks):
-    from chunkft.parallel.owners import make_buckets
-
     from chunkft.autograd import Slice
+    from chunkft.parallel.owners import make_buckets
 
     setting = Setting(SHAPES[name], "replicas", ranks)
     gradients = rows = 0

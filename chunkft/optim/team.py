@@ -234,8 +234,8 @@ class Team:
         self._reducer.close_step(every_pass=self._scaled)
         if scales and (scales != self.ranks.size or _differ(sum_of_scales, of_scales, scales)):
             raise RuntimeError(
-                "the GradScalers of the ranks have different scales, so that gradients cannot be averaged; give them the "
-                "same init_scale and step them together"
+                "the GradScalers of the ranks have different scales, so that gradients cannot be averaged; give them "
+                "the same init_scale and step them together"
             )
         if not count:
             return None
@@ -294,7 +294,7 @@ class Team:
         return self._squares
 
     def parts(self, name: str) -> list[Tensor]:
-        """This rank's gradients of a weight."""
+        """Gradients of a weight that are at this rank."""
         return [leaf.grad for piece, leaf in self.pairs if piece.name == name and leaf.grad is not None]
 
     def changed(self) -> None:

@@ -10,9 +10,13 @@ from chunkft.optim import (
     ChunkOptimizer,
     MemoryPlan,
     MemoryReport,
+    ShardedState,
     load_checkpoint,
+    load_sharded,
+    merge_states,
     plan_memory,
     save_checkpoint,
+    save_sharded,
 )
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
@@ -32,14 +36,18 @@ __all__ = [
     "MemoryPlan",
     "MemoryReport",
     "ParameterSpec",
+    "ShardedState",
     "Slice",
     "WeightStream",
     "attach",
     "load_checkpoint",
+    "load_sharded",
     "load_streamed",
+    "merge_states",
     "partition",
     "plan_memory",
     "save_checkpoint",
+    "save_sharded",
     "save_streamed",
     "saved_activations",
 ]

@@ -18,6 +18,7 @@ from chunkft.optim import (
     save_checkpoint,
     save_sharded,
 )
+from chunkft.parallel import token_mean
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
 from chunkft.weights import WeightStream
@@ -50,6 +51,7 @@ __all__ = [
     "save_sharded",
     "save_streamed",
     "saved_activations",
+    "token_mean",
 ]
 
 

@@ -155,7 +155,7 @@ class _Saver:
 
     def __init__(self, team: Team | None) -> None:
         reached = [] if team is None else [team.ranks, *([] if team.copies is None else [team.copies])]
-        groups = [cpu_channel_of(ranks.group) for ranks in reached]
+        groups = [cpu_channel_of(ranks.channel) for ranks in reached]
         self._gathers: list[Gather] = [partial(_objects, group) for group in groups]
         self._group = groups[0] if groups else None
         self._rank = 0 if team is None else team.ranks.rank

@@ -41,6 +41,7 @@ class Restored:
     updates: int
     skipped: int
     gradients: dict[Slice, Tensor]
+    passes: int  # backward passes of a step
 
 
 def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
@@ -133,6 +134,8 @@ def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:
     optimizer._own_plan = restored.plan
     if optimizer._team is None:
         optimizer.plan = restored.plan
+    else:
+        optimizer._team.passes = restored.passes
     for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
         group.update(loaded)
     optimizer.updates = restored.updates
@@ -179,6 +182,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         optimizer._base_kwargs,
     )
     updates, skipped = _count(position, "updates"), _count(position, "skipped")
+    passes = max(1, _count({"passes": 1, **position}, "passes"))
     for piece, entry in origins.items():
         _check_range(saved["state"][piece.name], entry)
     check_values(optimizer, saved["state"], groups, None if team is None else plan)
@@ -190,7 +194,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         store.clear()
         raise
     done = min(done, optimizer.interval - 1)  # the interval may have become shorter
-    return Restored(plan, store, groups, index, done, updates, skipped, gradients)
+    return Restored(plan, store, groups, index, done, updates, skipped, gradients, passes)
 
 
 def _new_states(

@@ -63,6 +63,7 @@ def optimizer_header(optimizer: ChunkOptimizer) -> dict[str, Any]:
             "interval_position": optimizer.interval_position,
             "updates": optimizer.updates,
             "skipped": optimizer.skipped,
+            **({} if optimizer._team is None else {"passes": optimizer._team.passes}),
         },
         "plan": optimizer.plan.to_dict(),
     }

@@ -306,6 +306,15 @@ class Team:
         self._attachment.wiring.bound[name].gradients.add(dense)
 
     @property
+    def passes(self) -> int:
+        """How many backward passes a step is expected to have: where that is right, gradients are summed in one order."""
+        return self._reducer.expected
+
+    @passes.setter
+    def passes(self, count: int) -> None:
+        self._reducer.expected = count
+
+    @property
     def device(self) -> torch.device:
         """Where tensors are that ranks send each other."""
         return self._attachment.device

@@ -133,7 +133,14 @@ def load(optimizer: Any, folder: Path, way: str, group: Any, model: nn.Module, s
 
 
 def resume(
-    group: Any, case: Case, kind: str, folder: Path, ways: tuple[str, ...], before: int, after: int, saved_by: int
+    group: Any,
+    case: Case,
+    kind: str,
+    folder: Path,
+    ways: tuple[str, ...],
+    before: int,
+    after: int,
+    saved_by: int,
 ) -> dict[str, Run]:
     """Go on from each of the ways in which a run was saved."""
     weights = torch.load(folder / "weights", weights_only=True)
@@ -158,7 +165,11 @@ def rows(whole: dict[str, Any]) -> dict[tuple[str, str], Tensor]:
             found[name, key] = tensor
         counts = torch.zeros(shape)
         for one in entry["ranges"]:
-            part = counts if one["dim"] is None else counts.narrow(one["dim"], one["start"], one["stop"] - one["start"])
+            part = (
+                counts
+                if one["dim"] is None
+                else counts.narrow(one["dim"], one["start"], one["stop"] - one["start"])
+            )
             part.fill_(float(one["values"]["step"]))
         found[name, "step"] = counts
     return found
@@ -279,7 +290,9 @@ def refusals(group: Any, case: Case, folder: Path) -> dict[str, tuple[str, str]]
     if rank == 1:
         (folder / "broken").write_bytes((folder / "file").read_bytes()[:-1])
     dist.barrier(group)
-    found["broken"] = error_of(chunkft.load_checkpoint, optimizer, folder / ("file" if rank != 1 else "broken"))
+    found["broken"] = error_of(
+        chunkft.load_checkpoint, optimizer, folder / ("file" if rank != 1 else "broken")
+    )
     found["no checkpoint"] = error_of(chunkft.load_sharded, optimizer, folder)
     (folder / "other").mkdir(exist_ok=True)
     (folder / "other" / "mine").touch()
@@ -289,12 +302,16 @@ def refusals(group: Any, case: Case, folder: Path) -> dict[str, tuple[str, str]]
     asked = {"optimizer": chunkft.ShardedState(optimizer)}
     dcp.save(asked, checkpoint_id=folder / "both", process_group=group)
     asked = {"optimizer": chunkft.ShardedState(fresh)}
-    found["no directory"] = error_of(lambda: dcp.load(asked, checkpoint_id=folder / "both", process_group=group))
+    found["no directory"] = error_of(
+        lambda: dcp.load(asked, checkpoint_id=folder / "both", process_group=group)
+    )
     fresh.detach()
     found["missing parts"] = error_of(chunkft.merge_states, parts[1:])
     mixed = [*parts[:1], {**parts[1], "cursor": {**parts[1]["cursor"], "updates": 3}}, *parts[2:]]
     found["mixed parts"] = error_of(chunkft.merge_states, mixed)
-    assert all(torch.equal(one, rows(whole)[key]) for key, one in rows(optimizer.full_state_dict(True)).items())
+    assert all(
+        torch.equal(one, rows(whole)[key]) for key, one in rows(optimizer.full_state_dict(True)).items()
+    )
     assert digest(model) == weights
     # another file on one rank: what it holds is not what the others go on from
     take(case, model, optimizer, rank, world, range(6, 8))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from nsight import check_nsight
 from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,7 +47,32 @@ def names() -> dict[str, object]:
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, vocab_size=128
     )
     ids = torch.randint(0, 128, (3, 2, 12))
-    return {"model": LlamaForCausalLM(config), "loader": [{"input_ids": i, "labels": i} for i in ids]}
+    return {
+        "model": LlamaForCausalLM(config),
+        "loader": [{"input_ids": i, "labels": i} for i in ids],
+        "logits": torch.randn(24, 128, requires_grad=True),
+        "labels": torch.randint(0, 128, (24,)),
+    }
+
+
+@contextmanager
+def _one_rank(code: str, folder: Path) -> Iterator[None]:
+    """A block that speaks of ranks runs as the only one of them."""
+    if "torch.distributed" not in code and "token_mean" not in code:
+        yield
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with mock.patch.dict(os.environ, place):
+        if "init_process_group" not in code:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("code", _blocks("python"))
@@ -54,7 +85,8 @@ def test_python_block_runs(
     monkeypatch.chdir(tmp_path)
     if "runs/first" in code:  # what the tutorial's first command leaves
         shutil.copytree(ROOT / "chunkft" / "data" / "tiny-llama-bytes", tmp_path / "runs" / "first")
-    exec(compile(code, "page", "exec"), names)
+    with _one_rank(code, tmp_path):
+        exec(compile(code, "page", "exec"), names)
 
 
 def _commands() -> list[pytest.param]:

@@ -224,8 +224,11 @@ def fill_disk(group: Any, case: Case, kind: str, folder: Path, blocks: int) -> l
     limit = 0
     try:
         while not errors or errors[-1][0] != "nothing":
-            room = limit
-            checkpoint_module.open = lambda name, mode, room=room: FullDisk(Path(name).open(mode), room)
+
+            def opened(name: Any, mode: str, room: int = limit) -> FullDisk:
+                return FullDisk(Path(name).open(mode), room)
+
+            checkpoint_module.open = opened
             errors.append(error_of(chunkft.save_checkpoint, optimizer, path))
             dist.barrier(group)
             assert path.read_bytes() == old
@@ -298,7 +301,7 @@ def refusals(group: Any, case: Case, folder: Path) -> dict[str, tuple[str, str]]
     (folder / "other" / "mine").touch()
     dist.barrier(group)
     found["files"] = error_of(chunkft.save_sharded, optimizer, folder / "other")
-    fresh_model, fresh, *_ = start(group, case, "replicas")
+    _, fresh, *_ = start(group, case, "replicas")
     asked = {"optimizer": chunkft.ShardedState(optimizer)}
     dcp.save(asked, checkpoint_id=folder / "both", process_group=group)
     asked = {"optimizer": chunkft.ShardedState(fresh)}

@@ -1,4 +1,4 @@
-"""Checkpoints of many processes: resumed bit by bit, carried to other numbers of them, and safe when something fails."""
+"""Checkpoints of many processes: resumed bit by bit, carried to other numbers of them, safe when something fails."""
 
 import os
 import re

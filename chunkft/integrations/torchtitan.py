@@ -77,12 +77,15 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each part, packed: a dict from ``chunkft.N`` to a buffer."""
+        """The state of each part, packed: a dict from ``chunkft.N`` to a buffer.
+
+        Where ranks share the state, keys name the rank and the number of them as well, as each writes what it has.
+        """
         packed: dict[str, Any] = {}
-        for number, optimizer in enumerate(self.optimizers):
+        for name, optimizer in zip(self._names(), self.optimizers, strict=True):
             buffer = io.BytesIO()
             torch.save(optimizer.state_dict(), buffer)
-            packed[f"chunkft.{number}"] = buffer
+            packed[name] = buffer
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,7 +94,7 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
         Raises:
             ValueError: if it has another number of parts, or is not of this kind; nothing is changed then.
         """
-        names = [f"chunkft.{number}" for number in range(len(self.optimizers))]
+        names = self._names()
         if sorted(state_dict) != sorted(names):
             raise ValueError(f"state_dict has the entries {sorted(state_dict)}; allowed are {names}")
         states = []
@@ -101,6 +104,11 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
             states.append(torch.load(buffer, map_location="cpu", weights_only=True))
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+
+    def _names(self) -> list[str]:
+        teams = [optimizer._team for optimizer in self.optimizers]
+        whose = ["" if team is None else f".{team.ranks.rank}-of-{team.ranks.size}" for team in teams]
+        return [f"chunkft.{number}{rank}" for number, rank in enumerate(whose)]
 
     def detach(self) -> None:
         """Give every part back as it was, trained."""

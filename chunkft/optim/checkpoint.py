@@ -8,7 +8,8 @@ import math
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chunkft.autograd import Slice
-from chunkft.optim.restore import read_state, restore
+from chunkft.optim.gathering import GATHERING, Courier, Part, Stopped, described, known_to_all
+from chunkft.optim.restore import Restored, read_state, restore_together
 from chunkft.optim.serialize import (
     FORMAT,
     is_elementwise,
@@ -25,9 +27,10 @@ from chunkft.optim.serialize import (
     range_entry,
     saved_gradients,
     states_by_parameter,
+    states_to_save,
 )
 from chunkft.optim.state import State
-from chunkft.optim.switch import settle
+from chunkft.optim.together import gathers_of, together
 from chunkft.weights.format import DTYPES, encode_header
 
 if TYPE_CHECKING:
@@ -38,20 +41,40 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
     """Write the optimizer's state to a safetensors file without holding a second copy of it.
 
     The file is written beside ``path``, flushed to disk, then renamed: at any moment ``path`` is the old
-    checkpoint or the new one.
+    checkpoint or the new one. Of many processes that share the state all call this; rank 0 writes, the others send
+    what they have block by block, and all return when the file is in its place.
 
     Args:
         optimizer: a ``ChunkOptimizer``.
-        path: file name; its directory must exist.
+        path: file name; its directory must exist. That of rank 0 counts.
 
     Raises:
-        OSError: if it cannot be written (names the file and its size); ``path`` is as it was before.
+        OSError: if it cannot be written (names the file and its size); ``path`` is as it was before. On all ranks.
+        RuntimeError: on all ranks, between ``backward`` and ``step``, when gradients of the ranks are not summed yet.
     """
-    optimizer._check_attached("save_checkpoint")
-    settle(optimizer)
-    optimizer._check_between_steps("save_checkpoint")
     path = Path(os.path.abspath(path))  # whoever changes the directory meanwhile does not move the file
-    entries, header = _layout(optimizer)
+    team = optimizer._team
+    if team is None:
+        states = states_to_save(optimizer, "save_checkpoint")
+        _write(path, *_layout(optimizer, states))
+        return
+    gathers, rank = gathers_of(team, GATHERING), team.ranks.rank
+    states = together(gathers, rank, partial(states_to_save, optimizer, "save_checkpoint"))
+    if team.copies is not None and team.copies.rank:
+        together(gathers, rank, lambda: None)  # others write what this one has as well
+        return
+    known, own = described(states, rank)
+    known = known_to_all(team.ranks, known)
+    entries, header = _layout(optimizer, known)
+    courier = Courier(team.ranks, team.device, own, [entry.remote for entry in entries])
+    if rank:
+        together(gathers, rank, courier.serve)
+    else:
+        together(gathers, rank, partial(_write, path, entries, header, courier))
+
+
+def _write(path: Path, entries: list[_Entry], header: dict[str, Any], courier: Courier | None = None) -> None:
+    """Write a file; of what other ranks have with what the courier brings."""
     size = sum(entry.nbytes for entry in entries)
     # A name of its own: other threads and processes, on other machines too, may write the same checkpoint.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
@@ -59,24 +82,36 @@ def save_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
         with open(temporary, "xb") as file:
             _write_header(file, entries, header)
             for entry in entries:
-                entry.write(file)
+                if courier is not None:
+                    courier.begin()
+                entry.write(file, courier)
+            if courier is not None:
+                courier.begin()
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except Stopped:
+        _remove(temporary)  # why is told by the rank that failed
     except OSError as error:
         _remove(temporary)
+        if courier is not None:
+            courier.abandon()
         message = f"checkpoint path={os.fspath(path)!r} of {size:,} bytes cannot be written: {error.strerror}"
         raise OSError(error.errno, message) from error
     except BaseException:
         _remove(temporary)
+        if courier is not None:
+            courier.abandon()
         raise
-    _sync_directory(path.parent)
+    else:
+        _sync_directory(path.parent)
 
 
 def load_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> None:
-    """Continue from a file that ``save_checkpoint`` wrote; also with another number of chunks.
+    """Continue from a file that ``save_checkpoint`` wrote; also with another number of chunks, or of processes.
 
-    State goes from the file into host memory, slice by slice.
+    State goes from the file into host memory, slice by slice. Of many processes that share the state all call this,
+    and each reads what it needs: the file must be there for all of them.
 
     Args:
         optimizer: a ``ChunkOptimizer`` for the same model, base optimizer and master mode.
@@ -84,22 +119,29 @@ def load_checkpoint(optimizer: ChunkOptimizer, path: str | os.PathLike[str]) -> 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a whole checkpoint of chunkft, or of another model; nothing is changed then.
+        ValueError: if it is not a whole checkpoint of chunkft, or of another model; nothing is changed then. What one
+            rank cannot read, none does.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint path={os.fspath(path)!r} does not exist")
     where = f"checkpoint path={os.fspath(path)!r}"
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # Paged state is read from the file only when it has its place: inside of `with`.
-            restore(optimizer, read_state(optimizer, _read_header(file, where)))
-    except SafetensorError as error:
-        raise ValueError(f"{where} is not a whole safetensors file: {error}") from error
+    with contextlib.ExitStack() as stack:
+
+        def read() -> tuple[Restored, str]:
+            if not path.is_file():
+                raise FileNotFoundError(f"{where} does not exist")
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                saved, mark = _read_header(file, where)
+                return read_state(optimizer, saved), mark
+            except SafetensorError as error:
+                raise ValueError(f"{where} is not a whole safetensors file: {error}") from error
+
+        # Paged state is read from the file only when it has its place: while the file is open.
+        restore_together(optimizer, read)
 
 
-def _read_header(file: Any, where: str) -> dict[str, Any]:
-    """The saved state, its tensors as lazy slices of the file."""
+def _read_header(file: Any, where: str) -> tuple[dict[str, Any], str]:
+    """The saved state, its tensors as lazy slices of the file, and a checksum of what describes it."""
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{where} has format {metadata.get('format')!r}; allowed is {FORMAT!r}")
@@ -109,7 +151,7 @@ def _read_header(file: Any, where: str) -> dict[str, Any]:
     saved = _decode(json.loads(text), file)
     for name, entry in saved["state"].items():
         entry["tensors"] = {key: file.get_slice(f"state/{name}/{key}") for key in entry["tensors"]}
-    return saved  # type: ignore[no-any-return]
+    return saved, metadata["crc32"]
 
 
 def _checksum(text: str) -> str:
@@ -120,7 +162,11 @@ class _Entry:
     """One tensor of the file, made of the pieces of a parameter; what no piece covers is zero."""
 
     def __init__(
-        self, key: str, dtype: torch.dtype, shape: tuple[int, ...], parts: dict[Slice | None, Tensor]
+        self,
+        key: str,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        parts: Mapping[Slice | None, Tensor | Part],
     ) -> None:
         self.key = key
         self.dtype = dtype
@@ -128,32 +174,44 @@ class _Entry:
         self.parts = parts
         self.nbytes = math.prod(shape) * dtype.itemsize
 
-    def write(self, file: IO[bytes]) -> None:
+    @property
+    def remote(self) -> list[Part]:
+        """What a courier brings, in the order in which ``write`` asks for it."""
+        return [part for part in self.parts.values() if isinstance(part, Part)]
+
+    def write(self, file: IO[bytes], courier: Courier | None) -> None:
         if any(piece is not None and piece.dim not in (0, None) for piece in self.parts):
             whole = torch.zeros(self.shape, dtype=self.dtype)
-            for piece, tensor in self.parts.items():
+            for piece, part in self.parts.items():
                 assert piece is not None
-                piece.of(whole).copy_(tensor)
+                if isinstance(part, Part):
+                    assert courier is not None
+                    part = courier.tensor(part)
+                piece.of(whole).copy_(part)
             _write_tensor(file, whole)
             return
         row_bytes = self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
         position = 0
-        for piece, tensor in self.parts.items():
+        for piece, part in self.parts.items():
             if piece is not None and piece.dim == 0:
                 _write_zeros(file, (piece.start - position) * row_bytes)
                 position = piece.stop
-            _write_tensor(file, tensor)
+            if isinstance(part, Tensor):
+                _write_tensor(file, part)
+            elif courier is not None and part.nbytes:
+                for block in courier.blocks(part):
+                    _write_tensor(file, block)
         if position:
             _write_zeros(file, (self.shape[0] - position) * row_bytes)
 
 
-def _layout(optimizer: ChunkOptimizer) -> tuple[list[_Entry], dict[str, Any]]:
+def _layout(optimizer: ChunkOptimizer, states: Mapping[Slice, State]) -> tuple[list[_Entry], dict[str, Any]]:
     entries: list[_Entry] = []
     state: dict[str, Any] = {}
-    for name, shape, pieces in states_by_parameter(optimizer):
+    for name, shape, pieces in states_by_parameter(states):
         keys = list(dict.fromkeys(key for key, _ in _elementwise(pieces)))
         for key in keys:
-            parts: dict[Slice | None, Tensor] = {
+            parts: dict[Slice | None, Tensor | Part] = {
                 piece: values[key]
                 for piece, values in pieces.items()
                 if is_elementwise(piece, key, values.get(key))
@@ -162,11 +220,12 @@ def _layout(optimizer: ChunkOptimizer) -> tuple[list[_Entry], dict[str, Any]]:
             entries.append(_Entry(f"state/{name}/{key}", dtype, shape, parts))
         ranges = [range_entry(piece, values) for piece, values in pieces.items()]
         state[name] = {"shape": list(shape), "tensors": keys, "ranges": ranges}
-    header = {**optimizer_header(optimizer), "state": state, "gradients": saved_gradients(optimizer)}
+    gradients = saved_gradients(optimizer) if optimizer._team is None else []
+    header = {**optimizer_header(optimizer), "state": state, "gradients": gradients}
     return entries, _encode(header, entries)
 
 
-def _elementwise(pieces: dict[Slice, State]) -> Iterator[tuple[str, Tensor]]:
+def _elementwise(pieces: dict[Slice, State]) -> Iterator[tuple[str, Any]]:
     for piece, values in pieces.items():
         for key, value in values.items():
             if is_elementwise(piece, key, value):
@@ -175,6 +234,10 @@ def _elementwise(pieces: dict[Slice, State]) -> Iterator[tuple[str, Tensor]]:
 
 def _encode(value: Any, entries: list[_Entry]) -> Any:
     """JSON form of a header; tensors become references to entries of their own, 0-d ones are written out."""
+    if isinstance(value, Part):
+        key = f"value/{len(entries)}"
+        entries.append(_Entry(key, value.dtype, value.shape, {None: value}))
+        return {"$tensor": key}
     if isinstance(value, Tensor):
         value = value.detach()
         if value.dim() == 0 and value.is_floating_point() and bool(torch.isfinite(value)):

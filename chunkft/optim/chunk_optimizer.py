@@ -36,11 +36,13 @@ from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.paging import PagingMeter, PagingReport
+from chunkft.optim.parts import full_state
 from chunkft.optim.planner.budget import DEFAULT_CHUNKS, choose
 from chunkft.optim.report import MemoryReport
-from chunkft.optim.restore import read_state, restore
+from chunkft.optim.restore import read_state, restore_together
 from chunkft.optim.rule import Groups, UpdateRule
 from chunkft.optim.serialize import optimizer_state
+from chunkft.optim.sharded_state import sharded_state
 from chunkft.optim.state import State
 from chunkft.optim.stepping import take
 from chunkft.optim.switch import (
@@ -328,7 +330,11 @@ class ChunkOptimizer(torch.optim.Optimizer):
         Returns:
             A dict with ``state`` (for each parameter its full-shape state tensors, and the step count and other
             values of each range of rows), ``param_groups``, ``cursor``, ``plan`` and, inside of an accumulation
-            window, ``gradients``.
+            window, ``gradients``. Of many processes that share the state each has its part: tensors of the slices
+            that it owns, which this rank of so many loads again, and ``chunkft.merge_states`` joins.
+
+        Raises:
+            RuntimeError: with a process group between ``backward`` and ``step``.
         """
         self._check_attached("state_dict")
         self._check_idle("state_dict")
@@ -346,10 +352,12 @@ class ChunkOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a ``state_dict``; also from one with other chunks, whose moments are cut anew.
 
-        With the same plan the run goes on bit-exactly; with another one it goes on at the start of the sweep.
+        With the same plan the run goes on bit-exactly; with another one it goes on at the start of the sweep. Of
+        many processes that share the state all call this, with their own part or with the same whole state.
 
         Raises:
-            ValueError: if it is not a state of chunkft, or of another model; nothing is changed then.
+            ValueError: if it is not a state of chunkft, or of another model, or the part of another rank; nothing is
+                changed then, on any rank.
         """
         self._check_attached("load_state_dict")
         self._check_idle("load_state_dict")
@@ -359,12 +367,39 @@ class ChunkOptimizer(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         with self._lock:
-            restore(self, read_state(self, state_dict))
-        self._replicas.forget_agreement()
-        if self._team is not None:
-            self._team.forget_agreement()
+            restore_together(self, lambda: (read_state(self, state_dict), repr(state_dict["cursor"])))
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def full_state_dict(self, everywhere: bool = False) -> dict[str, Any] | None:
+        """The ``state_dict`` of the whole state, of many processes that share it; all of them call this.
+
+        Args:
+            everywhere: whether each gets it; else rank 0 does.
+
+        Returns:
+            What one process with all of the state would give; None on other ranks. Hooks of ``state_dict`` do not run.
+
+        Raises:
+            RuntimeError: on all ranks, between ``backward`` and ``step``.
+        """
+        self._check_idle("full_state_dict")
+        with self._lock:
+            return full_state(self, everywhere)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """What this process has of the state as a flat dict for ``torch.distributed.checkpoint``; all ranks call this.
+
+        Keys are different on all ranks but for that of the header, which is the same bytes everywhere.
+        ``chunkft.ShardedState`` wraps it for ``dcp.save`` and ``dcp.load``. Tensors are those of the optimizer, not
+        copies: they are to be written before the next step.
+
+        Raises:
+            RuntimeError: on all ranks, between ``backward`` and ``step``.
+        """
+        self._check_idle("sharded_state_dict")
+        with self._lock:
+            return sharded_state(self).entries()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible after construction: the plan is fixed. Raises RuntimeError."""

@@ -13,6 +13,7 @@ from chunkft.kernels.companding import blocks_of
 from chunkft.optim.eight_bit import CODES, SCALE_KEYS, SCALES, is_coded
 from chunkft.optim.master import MASTER_DTYPES, STATE_KEYS
 from chunkft.optim.state import State
+from chunkft.plan import ChunkPlan
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -82,12 +83,24 @@ def check_groups(optimizer: ChunkOptimizer, groups: list[dict[str, Any]]) -> Non
             )
 
 
-def check_values(optimizer: ChunkOptimizer, state: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+def check_values(
+    optimizer: ChunkOptimizer,
+    state: dict[str, Any],
+    groups: list[dict[str, Any]],
+    plan: ChunkPlan | None = None,
+) -> None:
     """Raise ValueError that names parameter, key and value for state that no training leaves behind.
 
     Step counts must be whole and >= 0, moments finite numbers of the right dtype, means of squares >= 0 (they may be
     infinite). What a base optimizer of torch keeps must be there, and nothing else; others may keep what they like.
+
+    Args:
+        optimizer: that is to go on from it.
+        state: the entry ``state`` of a state_dict.
+        groups: its hyper-parameters.
+        plan: only tensors of the rows of its slices are looked at; None: all.
     """
+    rows = None if plan is None else _rows_of(plan)
     probes: dict[tuple[int, int], State] = {}
     for name, entry in state.items():
         mode = optimizer._modes[name]
@@ -124,7 +137,7 @@ def check_values(optimizer: ChunkOptimizer, state: dict[str, Any], groups: list[
         working = working_dtype(optimizer, name)
         for key, tensor in entry["tensors"].items():
             dtype = MASTER_DTYPES.get(mode) if key in own else CODES.get(key) if coded else None
-            _check_tensor(name, key, tensor, working, dtype)
+            _check_tensor(name, key, tensor, working, dtype, None if rows is None else rows[name])
 
 
 def working_dtype(optimizer: ChunkOptimizer, name: str) -> torch.dtype:
@@ -168,7 +181,26 @@ def _check_value(where: str, key: str, value: Any, expected: Any) -> None:
         raise _damaged(where, key, value, "a number")
 
 
-def _check_tensor(name: str, key: str, tensor: Any, working: torch.dtype, own: torch.dtype | None) -> None:
+def _rows_of(plan: ChunkPlan) -> dict[str, list[tuple[int, int]] | None]:
+    """Rows of each parameter of a plan; None for all."""
+    rows: dict[str, list[tuple[int, int]] | None] = {}
+    for piece in plan.slices():
+        known = rows.setdefault(piece.name, [])
+        if piece.dim != 0:
+            rows[piece.name] = None
+        elif known is not None:
+            known.append((piece.start, piece.stop))
+    return rows
+
+
+def _check_tensor(
+    name: str,
+    key: str,
+    tensor: Any,
+    working: torch.dtype,
+    own: torch.dtype | None,
+    rows: list[tuple[int, int]] | None,
+) -> None:
     dtype = tensor.dtype if isinstance(tensor, Tensor) else tensor[:0].dtype if tensor.get_shape() else None
     if own is not None and dtype is not None and dtype != own:
         raise _damaged(name, key, dtype, str(own))
@@ -177,7 +209,7 @@ def _check_tensor(name: str, key: str, tensor: Any, working: torch.dtype, own: t
         raise _damaged(name, key, dtype, str(working))
     if dtype is not None and not dtype.is_floating_point:
         return
-    for block in _blocks(tensor):
+    for block in _blocks(tensor, rows):
         _check_range(name, key, block)
 
 
@@ -191,7 +223,7 @@ def _check_range(where: str, key: str, tensor: Tensor) -> None:
         raise _damaged(where, key, bad, "numbers >= 0" if positive else "finite numbers")
 
 
-def _blocks(tensor: Any) -> Iterator[Tensor]:
+def _blocks(tensor: Any, windows: list[tuple[int, int]] | None) -> Iterator[Tensor]:
     """Parts of a tensor, or of a lazy slice of a file, that are little memory."""
     shape = tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
     if not math.prod(shape):
@@ -200,8 +232,9 @@ def _blocks(tensor: Any) -> Iterator[Tensor]:
         yield tensor if isinstance(tensor, Tensor) else tensor[:]
         return
     rows = max(1, BLOCK // math.prod(shape[1:]))
-    for start in range(0, shape[0], rows):
-        yield tensor[start : start + rows]
+    for first, last in [(0, shape[0])] if windows is None else windows:
+        for start in range(first, last, rows):
+            yield tensor[start : min(last, start + rows)]
 
 
 def _probe(optimizer: ChunkOptimizer, group: dict[str, Any], dims: int) -> State:

@@ -15,20 +15,52 @@ from chunkft.optim.state import State, detached
 from chunkft.plan import Chunk, ChunkPlan
 
 Origins = dict[Slice, dict[str, Any]]
+Window = tuple[str, int | None, int, int]  # name, dim, start, stop
 
 
-def merged(plan: ChunkPlan) -> list[list[tuple[str, int | None, int, int]]]:
-    """What is active in each chunk, without regard to how it is split into slices; first what always is."""
+def merged(plan: ChunkPlan) -> list[list[Window]]:
+    """What is active in each chunk, without regard to how it is split into slices; first what always is.
+
+    A parameter that is in one chunk as a whole counts as atomic, however it is cut there.
+    """
     result = []
     for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):
-        windows: list[tuple[str, int | None, int, int]] = []
+        windows: list[Window] = []
+        shapes = {piece.name: piece.parameter_shape for piece in pieces}
         for piece in sorted(pieces, key=lambda piece: (piece.name, piece.start)):
             if windows and windows[-1][:2] == (piece.name, piece.dim) and windows[-1][3] == piece.start:
                 windows[-1] = (*windows[-1][:3], piece.stop)
             else:
                 windows.append((piece.name, piece.dim, piece.start, piece.stop))
-        result.append(windows)
+        result.append([_atomic_if_whole(window, shapes[window[0]]) for window in windows])
     return result
+
+
+def _atomic_if_whole(window: Window, shape: tuple[int, ...]) -> Window:
+    name, dim, start, stop = window
+    if dim is not None and (start, stop) == (0, shape[dim]):
+        return name, None, 0, shape[0]
+    return window
+
+
+def near(state: dict[str, Any], plan: ChunkPlan) -> dict[str, Any]:
+    """Of the entry ``state`` of a state_dict the ranges that slices of a plan overlap."""
+    windows: dict[str, list[Slice]] = {}
+    for piece in plan.slices():
+        windows.setdefault(piece.name, []).append(piece)
+    found = {}
+    for name, entry in state.items():
+        ranges = [
+            one for one in entry["ranges"] if any(_overlaps(one, piece) for piece in windows.get(name, ()))
+        ]
+        if ranges:
+            found[name] = {**entry, "ranges": ranges}
+    return found
+
+
+def _overlaps(saved_range: dict[str, Any], piece: Slice) -> bool:
+    dim, start, stop = _window_of(saved_range)
+    return dim is None or piece.dim != dim or (start < piece.stop and piece.start < stop)
 
 
 def renamed(saved: dict[str, Any], ours: list[str]) -> dict[str, Any]:
@@ -73,7 +105,7 @@ def new_state(
         working: dtype of moments of 32 bits that were saved in 8.
     """
     coded = is_coded(entry)
-    keep = coded and bits == 8 and _window_of(entry) == (piece.dim, piece.start, piece.stop)
+    keep = coded and bits == 8 and _fits(entry, piece)
     state: State = dict(detached(entry["values"]))
     for key in entry["elementwise"]:
         if keep or not coded or key not in CODES:
@@ -108,7 +140,7 @@ def _parts(piece: Slice, saved: dict[str, Any], origins: Origins) -> list[Slice]
     if entry is None:
         return [piece]
     for saved_range in entry["ranges"]:
-        if _window_of(saved_range) == (piece.dim, piece.start, piece.stop):
+        if _fits(saved_range, piece):
             origins[piece] = saved_range
             return [piece]
     whole = piece.dim is None or piece.stop - piece.start == piece.parameter_shape[piece.dim]
@@ -182,6 +214,14 @@ def _same_range(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
 
 def _window_of(saved_range: dict[str, Any]) -> tuple[int | None, int, int]:
     return saved_range["dim"], saved_range["start"], saved_range["stop"]
+
+
+def _fits(saved_range: dict[str, Any], piece: Slice) -> bool:
+    """Whether a saved range is a slice, or both are the whole parameter."""
+    shape = piece.parameter_shape
+    windows = [_window_of(saved_range), (piece.dim, piece.start, piece.stop)]
+    first, other = (_atomic_if_whole((piece.name, *window), shape) for window in windows)
+    return first == other
 
 
 def _same(a: Any, b: Any) -> bool:

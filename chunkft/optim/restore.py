@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,16 +13,20 @@ from chunkft.autograd import Slice
 from chunkft.optim.arguments import probe_base
 from chunkft.optim.damage import check_groups, check_structure, check_values, working_dtype
 from chunkft.optim.paging import PagingMeter
-from chunkft.optim.recut import Origins, merged, new_state, recut, renamed
+from chunkft.optim.parts import from_part
+from chunkft.optim.recut import Origins, merged, near, new_state, recut, renamed
 from chunkft.optim.resident import ChunkResidency
-from chunkft.optim.serialize import FORMAT
+from chunkft.optim.serialize import FORMAT, PART_FORMAT
 from chunkft.optim.state import State, StateStore, detached
 from chunkft.optim.switch import Switch, settle, watch
+from chunkft.optim.together import gathers_of, shared, together
 from chunkft.plan import ChunkPlan, check_plan
 from chunkft.schedule import active_chunk
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+LOADING = "loading the optimizer's state"
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Restored:
     updates: int
     skipped: int
     gradients: dict[Slice, Tensor]
+    passes: int  # backward passes of a step
 
 
 def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
@@ -50,19 +55,53 @@ def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
         ValueError: if it is damaged, or not of this model, base optimizer or master mode.
     """
     found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
-    if found != FORMAT:
+    if found not in (FORMAT, PART_FORMAT):
         raise ValueError(
             f"state_dict has format {found!r}; allowed is {FORMAT!r}, made by state_dict() of chunkft"
         )
     try:
+        if found == PART_FORMAT:
+            saved = from_part(saved)
         check_structure(saved["state"])
         saved = renamed(saved, [piece.name for piece in optimizer.plan.slices()])
+        if found == PART_FORMAT:
+            _check_part(optimizer, saved)
         _check_header(optimizer, saved)
         return _read(optimizer, saved)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"state_dict is damaged: an entry is missing or of the wrong kind ({type(error).__name__}: {error})"
         ) from error
+
+
+def restore_together(optimizer: ChunkOptimizer, read: Callable[[], tuple[Restored, str]]) -> None:
+    """Go on from what was read; in a team on all ranks, or on none if one of them could not read.
+
+    Args:
+        optimizer: the one to continue.
+        read: checks and reads; gives also a mark that is the same on all ranks if they read the same.
+
+    Raises:
+        What ``read`` raises, on any rank; nothing is changed then.
+        ValueError: if ranks read different checkpoints.
+    """
+    team = optimizer._team
+    rank = 0 if team is None else team.ranks.rank
+    gathers = gathers_of(team, LOADING)
+    restored, mark = together(gathers, rank, read)
+    first = shared(gathers, mark)
+    together(gathers, rank, partial(_check_mark, mark, first))
+    together(gathers, rank, partial(restore, optimizer, restored))
+    optimizer._replicas.forget_agreement()
+    if team is not None:
+        team.forget_agreement()
+
+
+def _check_mark(mark: str, first: str) -> None:
+    if mark != first:
+        raise ValueError(
+            "the ranks read different checkpoints: this one is not that of rank 0; give all of them the same one"
+        )
 
 
 def restore(optimizer: ChunkOptimizer, restored: Restored) -> None:
@@ -95,6 +134,8 @@ def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:
     optimizer._own_plan = restored.plan
     if optimizer._team is None:
         optimizer.plan = restored.plan
+    else:
+        optimizer._team.passes = restored.passes
     for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
         group.update(loaded)
     optimizer.updates = restored.updates
@@ -113,18 +154,23 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
     team = optimizer._team
     ours = given if team is None else optimizer.plan
     same = merged(ours) == merged(saved_plan)
-    if same and team is None:
+    state = saved["state"] if team is None else near(saved["state"], given)
+    saved = {**saved, "state": state}
+    # Shards have rows also of what one process has as a whole.
+    atomic = {spec.name for spec in optimizer._specs if not spec.dims}
+    of_shards = any(piece.dim is not None and piece.name in atomic for piece in saved_plan.slices())
+    if same and team is None and not of_shards:
         check_plan(saved_plan, optimizer._specs)
     origins: Origins = {}
     # Slices may be cut to the pages, or the ranks, of this optimizer, which the saving one need not have had.
-    kept = same and team is None and isinstance(optimizer._residency, ChunkResidency)
+    kept = same and team is None and not of_shards and isinstance(optimizer._residency, ChunkResidency)
     plan = recut(saved_plan if kept else given, saved["state"], origins)
     position = saved["cursor"]
     index = _count(position, "interval_index")
     done = _count(position, "interval_position")
     if not same:
         index, done = index // len(saved_plan) * len(plan), 0
-    gradients = _gradients(optimizer, saved.get("gradients", []), plan, index, same)
+    gradients = _gradients(optimizer, saved.get("gradients", []), plan, index, same and team is None)
     groups = [
         detached({key: value for key, value in entry.items() if key != "params"})
         for entry in saved["param_groups"]
@@ -136,9 +182,10 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         optimizer._base_kwargs,
     )
     updates, skipped = _count(position, "updates"), _count(position, "skipped")
+    passes = max(1, _count({"passes": 1, **position}, "passes"))
     for piece, entry in origins.items():
         _check_range(saved["state"][piece.name], entry)
-    check_values(optimizer, saved["state"], groups)
+    check_values(optimizer, saved["state"], groups, None if team is None else plan)
     store = optimizer._store.successor(plan)
     try:
         for pieces in (plan.always, *(chunk.slices for chunk in plan.chunks)):
@@ -147,7 +194,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         store.clear()
         raise
     done = min(done, optimizer.interval - 1)  # the interval may have become shorter
-    return Restored(plan, store, groups, index, done, updates, skipped, gradients)
+    return Restored(plan, store, groups, index, done, updates, skipped, gradients, passes)
 
 
 def _new_states(
@@ -191,6 +238,20 @@ def _gradients(
             )
         found[piece] = entry["tensor"].detach()
     return found
+
+
+def _check_part(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> None:
+    """Raise ValueError for the state of one rank, if this is another one, or ranks share the state in another way."""
+    team = optimizer._team
+    rank, ranks = saved["part"]["rank"], saved["part"]["ranks"]
+    plan = ChunkPlan.from_dict(saved["plan"])
+    here = None if team is None else (team.ranks.rank, team.ranks.size)
+    if here != (rank, ranks) or (plan.always, plan.chunks) != (optimizer.plan.always, optimizer.plan.chunks):
+        raise ValueError(
+            f"state_dict is the part of rank {rank} of {ranks}, and can be loaded by this rank of so many with the "
+            "same plan only; join the parts of all ranks by chunkft.merge_states([...]), or save by full_state_dict(), "
+            "chunkft.save_checkpoint or chunkft.save_sharded, which other numbers of ranks can load"
+        )
 
 
 def _check_header(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> None:

@@ -305,6 +305,25 @@ class Team:
         """Add a gradient of the whole weight to what this rank computed."""
         self._attachment.wiring.bound[name].gradients.add(dense)
 
+    @property
+    def passes(self) -> int:
+        """How many backward passes a step is expected to have: where that is right, gradients are summed in one order."""
+        return self._reducer.expected
+
+    @passes.setter
+    def passes(self, count: int) -> None:
+        self._reducer.expected = count
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are that ranks send each other."""
+        return self._attachment.device
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether this rank has gradients, of its own slices or for other ranks."""
+        return self._reducer.is_open or any(leaf.grad is not None for _, leaf in self.pairs)
+
     # --- in the backward pass
 
     @_disable_dynamo

@@ -3,7 +3,7 @@
 from chunkft.parallel.fsdp import ShardedWeights, is_sharded
 from chunkft.parallel.loss import token_mean
 from chunkft.parallel.owners import Bucket, Ownership, make_buckets
-from chunkft.parallel.ranks import KINDS, Ranks
+from chunkft.parallel.ranks import KINDS, Ranks, cpu_channel_of, objects_of
 from chunkft.parallel.reducer import Reducer
 from chunkft.parallel.shards import expand, owner_of, rows_of, shard_specs
 from chunkft.parallel.shown import DividedGradients
@@ -17,9 +17,11 @@ __all__ = [
     "Ranks",
     "Reducer",
     "ShardedWeights",
+    "cpu_channel_of",
     "expand",
     "is_sharded",
     "make_buckets",
+    "objects_of",
     "owner_of",
     "rows_of",
     "shard_specs",

@@ -18,6 +18,7 @@ KINDS = ("gradients", "weights", "control")
 # One for each group of users, whatever the number of optimizers: it is a communicator of its own.
 _made = 0
 _channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_cpu_channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 class Pending:
@@ -121,10 +122,7 @@ class Ranks:
 
     def objects(self, value: Any, doing: str) -> list[Any]:
         """The objects of all ranks, pickled on the way."""
-        found: list[Any] = [None] * self.size
-        with explained(doing):
-            dist.all_gather_object(found, value, group=self.channel)
-        return found
+        return objects_of(self.channel, value, doing)
 
     def send(self, tensor: Tensor, to: int, doing: str) -> None:
         """Send a contiguous tensor to a rank of the group that calls ``receive``."""
@@ -135,6 +133,11 @@ class Ranks:
         """Fill a contiguous tensor with what a rank sends."""
         with explained(doing):
             dist.recv(into, group=self.channel, group_src=source)
+
+    def share(self, tensor: Tensor, source: int, doing: str) -> None:
+        """Fill a contiguous tensor on every rank with that of one of them; all call it."""
+        with explained(doing):
+            dist.broadcast(tensor, group=self.channel, group_src=source)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank sent since the last call, by kind: a ring is assumed for what has several ways."""
@@ -153,7 +156,35 @@ def channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return result
 
 
-def _new_group_like(group: dist.ProcessGroup) -> Any:
+def cpu_channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A communicator of the members of a group over CPUs (gloo), for threads that work beside training.
+
+    Raises:
+        RuntimeError: if torch was built without gloo.
+    """
+    if not dist.is_gloo_available():
+        raise RuntimeError(
+            "the backend 'gloo' is not available in this build of torch; sharded checkpoints need it for the ranks to "
+            "agree while they train on"
+        )
+    known = _cpu_channels.get(group)
+    if known is None or known not in dist.distributed_c10d._world.pg_map:
+        with explained("making a communicator over CPUs"):
+            known = _new_group_like(group, "gloo")
+        _cpu_channels[group] = known
+    result: dist.ProcessGroup = known
+    return result
+
+
+def objects_of(group: dist.ProcessGroup, value: Any, doing: str) -> list[Any]:
+    """The objects of all ranks of a group, pickled on the way."""
+    found: list[Any] = [None] * group.size()
+    with explained(doing):
+        dist.all_gather_object(found, value, group=group)
+    return found
+
+
+def _new_group_like(group: dist.ProcessGroup, backend: str | None = None) -> Any:
     """Another group of the members of one, made by them alone.
 
     Such groups get a name from their members and the number of groups that a process knows (torch 2.11 to 2.13), which
@@ -169,7 +200,9 @@ def _new_group_like(group: dist.ProcessGroup) -> Any:
     fillers = [object() for _ in range(_made - len(names))]
     names.update((filler, f"filler {number}") for number, filler in enumerate(fillers))
     try:
-        return dist.new_group(ranks, timeout=_timeout_of(group), use_local_synchronization=True)
+        return dist.new_group(
+            ranks, timeout=_timeout_of(group), backend=backend, use_local_synchronization=True
+        )
     finally:
         for filler in fillers:
             names.pop(filler, None)

@@ -89,7 +89,7 @@ class Reducer:
         self._waiting: dict[str, int] = {}  # leaves of a name without a gradient in this backward pass
         self._handles: list[RemovableHandle] = []
         self._next = 0  # the first bucket that was not sent
-        self._expected = 1
+        self.expected = 1  # backward passes of a step, as far as is known
         self.backwards = 0  # passes since the last step
         self.on_gradient: Callable[[], None] = lambda: None  # the first of a backward pass is about to come
         self._running = False
@@ -149,7 +149,7 @@ class Reducer:
         """A backward pass is over: if it was one that sends, what it left goes now, and all arrive."""
         self.backwards += 1
         self._running = False
-        if self.backwards >= self._expected:
+        if self.backwards >= self.expected:
             self.flush()
         else:
             self._rearm()
@@ -169,7 +169,7 @@ class Reducer:
     def close_step(self, every_pass: bool) -> None:
         """A step is done: learn how many backward passes it had; ``every_pass`` sends in each from now on."""
         if self.backwards or every_pass:
-            self._expected = 1 if every_pass else self.backwards
+            self.expected = 1 if every_pass else self.backwards
         self.backwards = 0
         self._running = False
 
@@ -208,7 +208,7 @@ class Reducer:
 
     @property
     def _sends(self) -> bool:
-        return self.backwards + 1 >= self._expected
+        return self.backwards + 1 >= self.expected
 
     def _begin(self) -> None:
         if not self._running:

@@ -273,7 +273,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return isinstance(self._residency, BackwardResidency)
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """State of the active slices, by leaf.
 
         Raises:

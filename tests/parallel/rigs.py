@@ -155,12 +155,12 @@ def train_dense_sharded(group: Any, case: Case) -> Trained:
     return _loop(case, model, optimizer, dist.get_rank(group), group.size())
 
 
-def sharded(model: nn.Module, group: Any) -> nn.Module:
-    """The model after ``fully_shard`` of each of its blocks and of itself."""
-    mesh = DeviceMesh.from_group(group, "cpu")
+def sharded(model: nn.Module, group: Any, **options: Any) -> nn.Module:
+    """The model after ``fully_shard`` of each of its blocks and of itself, with options of it."""
+    options = {"mesh": DeviceMesh.from_group(group, "cpu")} | options
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
     return model
 
 

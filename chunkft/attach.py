@@ -91,6 +91,14 @@ class Attachment:
         residence = self.wiring.residence
         return next(iter(self.model.parameters())).device if residence is None else residence.device
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of this name; where it is sharded the shard, also while its module holds the whole.
+
+        Raises:
+            RuntimeError: if it is gone, or not what it was when the model was attached.
+        """
+        return self._places.current(name)
+
     def leaf_device(self, name: str) -> torch.device:
         """Where the leaves of a parameter are, or are going to be."""
         residence = self.wiring.residence
@@ -105,8 +113,9 @@ class Attachment:
 
     def sample(self, name: str) -> Tensor:
         """A tensor of the dtype of a parameter and on the device of its leaves, for those who ask no more of one."""
-        parameter, device = self.model.get_parameter(name), self.leaf_device(name)
-        if parameter.device == device:
+        parameter, device = self.parameter(name), self.leaf_device(name)
+        residence = self.wiring.residence
+        if residence is None or not residence.streams(name):
             return parameter
         return torch.empty(0, dtype=parameter.dtype, device=device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,12 @@ def reshard(model: nn.Module) -> None:
 
     Groups with a part in a forward or backward pass that runs stay as they are.
     """
-    for group in sharded_groups(model):
+    reshard_groups(sharded_groups(model))
+
+
+def reshard_groups(groups: Iterable[Any]) -> None:
+    """The same for some groups."""
+    for group in groups:
         if group._training_state.name != "IDLE":
             continue
         if group._all_gather_result is not None:  # begun ahead of a forward pass that did not come

@@ -66,7 +66,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         with_scaler = chunkft.ChunkAdamW(
             scaled, lr=1e-2, chunks=3, interval=2, process_group=dist.group.WORLD
         )
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (4 + 3 * rank))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
         for step in range(5):
             loss = share_of(rank, step, scaled)
             scaler.scale(loss * float("inf") if step == 2 and rank == 0 else loss).backward()
@@ -74,6 +74,16 @@ def worker(rank: int, port: int, folder: str) -> None:
             scaler.update()
         result["scaled"] = weights(scaled)
         result["scaled skipped"] = with_scaler.skipped
+        result["scale"] = scaler.get_scale()
+        with_scaler.detach()
+
+        with_scaler = chunkft.ChunkAdamW(scaled, lr=1e-2, chunks=3, process_group=dist.group.WORLD)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (4 + 3 * rank))
+        scaler.scale(share_of(rank, 0, scaled)).backward()
+        try:
+            scaler.step(with_scaler)
+        except RuntimeError as error:
+            result["scales differ"] = str(error)
 
         gated = Gated()
         plain = chunkft.ChunkOptimizer(gated, torch.optim.SGD, lr=0.5, chunks=1, process_group="default")
@@ -118,9 +128,15 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_by_all(results)
     assert [result["skipped"] for result in results] == [1, 1]
 
 
-def test_processes_with_scalers_of_different_scale_stay_bit_identical(results):
+def test_processes_with_scalers_stay_bit_identical_and_scale_alike(results):
     assert [result["scaled skipped"] for result in results] == [1, 1]
+    assert [result["scale"] for result in results] == [2.0**6, 2.0**6]
     assert_same_weights(results[0]["scaled"], results[1]["scaled"])
+
+
+def test_scalers_of_different_scale_are_refused_on_every_process(results):
+    for result in results:
+        assert "different scales" in result["scales differ"]
 
 
 def test_a_parameter_without_gradient_on_one_process_counts_as_zero_there(results):

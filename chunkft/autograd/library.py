@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chunkft import tracing
-from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradient
+from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradients
 from chunkft.autograd.stash import arrive, current_stash
 from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
@@ -146,9 +146,8 @@ def _matmul_gradients(
     if pairs:
         windows = [window for window, _ in pairs]
         whole, parts = _unpack(kept, weight, windows, flat.shape[0], width, input_major, owner)
-        for position, (window, leaf) in enumerate(pairs):
-            x = parts[0] if whole else parts[position]
-            gradient = slice_gradient(flat, x, window, width, whole, input_major)
+        gradients = slice_gradients(flat, parts, windows, width, whole, input_major)
+        for (_, leaf), gradient in zip(pairs, gradients, strict=True):
             stash.add(number, leaf, gradient.to(leaf.dtype))
     bias = owner.module._parameters.get("bias")
     if bias is not None and records(bias):

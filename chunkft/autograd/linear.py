@@ -13,7 +13,7 @@ from torch.autograd.function import Function
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
 from chunkft.autograd.stand_ins import stand_in_of
-from chunkft.kernels.torch_wgrad import saved_columns
+from chunkft.kernels.torch_wgrad import needs_blocks, saved_columns
 from chunkft.kernels.wgrad import wgrad
 
 Active = Sequence[tuple[Slice, Tensor]]
@@ -139,18 +139,14 @@ class _SlicedMatmul(Function):
             dx = dx.reshape(ctx.input_shape)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
-        grads: list[Tensor | None] = []
-        inputs = iter(kept)
-        width = ctx.input_shape[-1]
-        backend = "torch" if twice else "auto"
-        needed = ctx.needs_input_grad[5:]
-        for number, (window, leaf) in enumerate(zip(ctx.windows, ctx.leaves, strict=True)):
-            if not needed[number]:
-                grads.append(None)
-                continue
-            x = kept[0] if ctx.whole else next(inputs)
-            gradient = slice_gradient(dy, x, window, width, ctx.whole, ctx.input_major, backend)
-            grads.append(gradient.to(leaf.dtype))
+        needed = ctx.needs_input_grad[5 : 5 + len(ctx.leaves)]
+        windows = [window for window, need in zip(ctx.windows, needed, strict=True) if need]
+        layout = ctx.input_shape[-1], ctx.whole, ctx.input_major
+        computed = iter(slice_gradients(dy, kept, windows, *layout, "torch" if twice else "auto"))
+        grads = [
+            next(computed).to(leaf.dtype) if need else None
+            for leaf, need in zip(ctx.leaves, needed, strict=True)
+        ]
         asked = None
         if ctx.needs_input_grad[3] and wants_weight(ctx, ctx.parameter_edge, len(ctx.leaves)):
             asked = placed(grads, ctx.windows, ctx.parameter.shape)
@@ -244,6 +240,69 @@ def slice_gradient(
     if dim == 0:
         return wgrad(left, right, rows=bounds, backend=backend)
     return wgrad(left, right, cols=bounds, backend=backend)
+
+
+def slice_gradients(
+    dy: Tensor,
+    kept: Sequence[Tensor],
+    windows: Sequence[Window],
+    width: int,
+    whole: bool,
+    input_major: bool,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """The gradients of several slices of a weight: one product for windows of rows, of which each gets its rows.
+
+    Args:
+        dy: gradient of the output as a matrix.
+        kept: what ``kept_inputs`` kept for these windows.
+        windows: of the slices.
+        width: columns of the input.
+        whole: whether all of the input was kept.
+        input_major: the layout of the weight.
+        backend: of ``wgrad``.
+
+    Returns:
+        A gradient for each window. Those of rows are contiguous, and may share memory with those of others. In fp32
+        on a CPU they have the bits of the dense one, which takes a product for each gap between windows.
+    """
+    apart = len(windows) < 2 or any(dim != 0 for dim, _, _ in windows)
+    exact = needs_blocks(dy)
+    if apart or (exact and not whole):
+        inputs = [kept[0]] * len(windows) if whole else kept
+        pairs = zip(inputs, windows, strict=True)
+        return [slice_gradient(dy, x, window, width, whole, input_major, backend) for x, window in pairs]
+    runs = _runs(windows)
+    if exact or len(runs) == 1 == len(kept):
+        products = [slice_gradient(dy, kept[0], run, width, whole, input_major, backend) for run in runs]
+    else:
+        parts = [part.reshape(-1, part.shape[-1]) for part in kept]
+        if whole:
+            cut = parts[0] if input_major else dy
+            parts = [cut.narrow(1, start, stop - start) for _, start, stop in runs]
+        rows = torch.cat(parts, 1)
+        right = dy if input_major else kept[0].reshape(-1, width)
+        products = [wgrad(rows, right, rows=slice(0, rows.shape[1]), backend=backend)]
+    gradients, left, row = [], iter(products), 0
+    product = next(left)
+    for _, start, stop in windows:
+        if row == product.shape[0]:
+            product, row = next(left), 0
+        size = stop - start
+        gradients.append(product if size == product.shape[0] else product.narrow(0, row, size))
+        row += size
+    return gradients
+
+
+def _runs(windows: Sequence[Window]) -> list[Window]:
+    """Windows of rows in their order, those that adjoin the one before joined with it."""
+    runs: list[Window] = []
+    for dim, start, stop in windows:
+        if runs and runs[-1][2] == start:
+            runs[-1] = dim, runs[-1][1], stop
+        else:
+            runs.append((dim, start, stop))
+    return runs
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None, input_major: bool) -> Tensor:

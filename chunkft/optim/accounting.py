@@ -59,7 +59,7 @@ class MemoryMeter:
         if isinstance(optimizer._store, PagedStore):
             self._raise({"state_new": optimizer._store.new_peak})
             optimizer._store.new_peak = 0
-        predicted, full = predict(optimizer, optimizer.plan), predict_full(optimizer)
+        predicted, full = predict(optimizer, optimizer._own_plan, optimizer.plan), predict_full(optimizer)
         parts = {
             name: MemoryPart(
                 predicted=predicted[name], now=now[name], peak=self._peaks[name], full=full[name]

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 MASTER_KEYS = frozenset(STATE_KEYS.values())
 
 
-def predict(optimizer: ChunkOptimizer, plan: ChunkPlan) -> dict[str, int | None]:
+def predict(
+    optimizer: ChunkOptimizer, plan: ChunkPlan, seen: ChunkPlan | None = None
+) -> dict[str, int | None]:
     """The most bytes of each kind that exist at a time in a run from its start over all chunks of ``plan``.
+
+    Of many ranks, ``plan`` is what this one owns, and ``seen`` that of all, whose gradients each of them computes.
 
     A parameter that never gets a gradient is counted as if it did. With ``update="backward"`` gradients are taken to
     come in the reverse order of the stream, those of all active slices of a parameter at once. State is None if the
@@ -37,7 +41,7 @@ def predict(optimizer: ChunkOptimizer, plan: ChunkPlan) -> dict[str, int | None]
     found: dict[str, int | None] = {
         **counted,
         "leaves": _beside(attachment, plan),
-        "gradients": gradient_peak(optimizer, plan),
+        "gradients": gradient_peak(optimizer, plan if seen is None else seen),
         "gradients_host": max(
             sum(
                 piece.numel * weight_of(piece.name).element_size()

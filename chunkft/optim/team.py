@@ -128,6 +128,8 @@ class Team:
         self._reducer.on_gradient = self._settle_cleared
         root = self._attachment.model
         self._attachment.hold([root.register_forward_hook(_Leave(self))])
+        if self._sharded is None:
+            self.ranks.copy_from_first([*root.parameters(), *root.buffers()], "giving all ranks the same weights")
 
     def owner_of(self, piece: Slice) -> int:
         """The rank that owns a slice."""

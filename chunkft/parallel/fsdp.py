@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from chunkft.autograd import Slice, SliceGradients, is_transformed, make_hollow, reached, record, records
 from chunkft.autograd.hooks import Hook
 from chunkft.bound import Bound
-from chunkft.gathered import reshard, sharded_groups
+from chunkft.gathered import reshard, reshard_groups, sharded_groups
 from chunkft.parallel.gathered_places import GatheredBound, GatheredPlaces
 from chunkft.parallel.shards import Span, rows_of
 from chunkft.places import Places
@@ -73,9 +73,11 @@ class ShardedWeights:
         self._active: set[int] = set()  # ids of the groups with active weights
         self._group_of = {id(param): group for group in groups for param in group.fsdp_params}
         hook = _Reach(weakref.ref(self))
-        self._handles = [
-            module.register_forward_hook(hook, prepend=True) for group in groups for module in group.modules
-        ]
+        self._groups_of: dict[nn.Module, set[int]] = {}  # ids, by module of ``fully_shard``
+        for group in groups:
+            for module in group.modules:
+                self._groups_of.setdefault(module, set()).add(id(group))
+        self._handles = [module.register_forward_hook(hook, prepend=True) for module in self._groups_of]
 
     def rows(self, name: str) -> list[Span]:
         """Global rows ``[start, stop)`` of a parameter that each rank of ``group`` holds; empty ones at the end."""
@@ -107,7 +109,7 @@ class ShardedWeights:
 
     def written(self) -> None:
         """Own rows were updated: modules that still hold gathered weights give them up, and gather anew when called."""
-        reshard(self.model)
+        reshard_groups(self._groups)
 
     def memory(self) -> dict[str, int]:
         """Bytes of the shards of this rank: see ``WeightStream.memory``; a gathered module comes on top of them."""
@@ -176,7 +178,7 @@ class ShardedWeights:
         self._handles.clear()
         for param in self._params.values():
             record(param._unsharded_param, records(param.sharded_param))
-        reshard(self.model)
+        reshard_groups(self._groups)
 
     def reach(self, module: nn.Module, output: Any, inputs: Any) -> Any:
         """The output of a module of ``fully_shard`` whose backward pass all ranks come to, if its weights are active.
@@ -186,8 +188,7 @@ class ShardedWeights:
         """
         if not torch.is_grad_enabled() or is_transformed():
             return None
-        groups = (group for group in self._groups if module in group.modules)
-        if all(id(group) not in self._active for group in groups):
+        if self._active.isdisjoint(self._groups_of[module]):
             return None
         tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point()]
         return None if any(one.requires_grad for one in tensors) else reached(output, module, inputs)

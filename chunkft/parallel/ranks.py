@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 KINDS = ("gradients", "weights", "control")
 
 # One for each group of users, whatever the number of optimizers: it is a communicator of its own.
+_made = 0
 _channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
@@ -106,6 +107,18 @@ class Ranks:
         self._sent["control"] += (self.size - 1) * values.numel() * values.element_size()
         return found
 
+    @torch.no_grad()
+    def copy_from_first(self, tensors: Iterable[Tensor], doing: str) -> None:
+        """Give all ranks the values that rank 0 of the group has."""
+        for tensor in tensors:
+            if tensor.is_meta or not tensor.numel():
+                continue
+            values = tensor.detach().contiguous()
+            with explained(doing):
+                dist.broadcast(values, group=self.channel, group_src=0)
+            if values.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(values)
+
     def objects(self, value: Any, doing: str) -> list[Any]:
         """The objects of all ranks, pickled on the way."""
         found: list[Any] = [None] * self.size
@@ -134,12 +147,32 @@ def channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
     known = _channels.get(group)
     if known is None or known not in dist.distributed_c10d._world.pg_map:
         with explained("making a communicator of its own"):
-            known = dist.new_group(
-                dist.get_process_group_ranks(group), timeout=_timeout_of(group), use_local_synchronization=True
-            )
+            known = _new_group_like(group)
         _channels[group] = known
     result: dist.ProcessGroup = known
     return result
+
+
+def _new_group_like(group: dist.ProcessGroup) -> Any:
+    """Another group of the members of one, made by them alone.
+
+    Such groups get a name from their members and the number of groups that a process knows (torch 2.11 to 2.13), which
+    members of different other groups know differently many of: they would wait under different names. So they agree on
+    a number, that no such group had before.
+    """
+    global _made
+    ranks = dist.get_process_group_ranks(group)
+    names: dict[Any, Any] = dist.distributed_c10d._world.pg_names
+    found: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(found, max(len(names), _made), group=group)
+    _made = max(found) + 1
+    fillers = [object() for _ in range(_made - len(names))]
+    names.update((filler, f"filler {number}") for number, filler in enumerate(fillers))
+    try:
+        return dist.new_group(ranks, timeout=_timeout_of(group), use_local_synchronization=True)
+    finally:
+        for filler in fillers:
+            names.pop(filler, None)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> Any:

@@ -6,9 +6,11 @@ other steps are as they would be.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import rigs
@@ -47,7 +49,7 @@ SHARED |= {
 @contextmanager
 def launched(group: Any) -> Iterator[None]:
     """The environment of a process that torchrun started, and no state of an accelerator before."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):  # plugins leave variables there
         if group.size() > 1:
             for name in ("RANK", "LOCAL_RANK"):
                 patch.setenv(name, str(dist.get_rank(group)))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import bench_tables, common, doc_numbers, doc_tables, planner_table, quality
+from . import bench_tables, common, doc_numbers, doc_tables, planner_table, quality, scale, scale_table
 from .doc_tables import markdown
 
 DOC = common.REPO / "docs" / "quality.md"
@@ -34,6 +34,7 @@ PAGES = (
             "profiling",
             "quality",
             "recipes",
+            "scale",
             "semantics",
             "streaming",
             "tutorial",
@@ -192,6 +193,12 @@ def tables(summary: dict[str, Any], results: Path) -> dict[str, str]:
         ("residency", "residency-cpu", bench_tables.residency),
         ("streamed", "streamed-cpu", bench_tables.streamed),
         ("planner", "planner-table", lambda found: planner_table.markdown(found["cells"]) + "\n"),
+        ("scale-bytes", "scale-predicted", scale_table.bytes_table),
+        ("scale-memory", "scale-predicted", scale_table.memory_table),
+        ("scale-cards", "scale-predicted", scale_table.cards_table),
+        ("scale-steps", "scale-predicted", scale_table.step_table),
+        ("scale-limits", "scale-predicted", scale_table.limits_table),
+        ("scale-counted", "scale-cpu", scale.table),
         ("cross-entropy", "cross-entropy-cpu", bench_tables.cross_entropy),
     )
     for name, file, make in single:

@@ -14,6 +14,7 @@ from chunkft.optim import (
     plan_memory,
     save_checkpoint,
 )
+from chunkft.parallel import token_mean
 from chunkft.partitions import partition
 from chunkft.plan import Chunk, ChunkPlan, ParameterSpec
 from chunkft.weights import WeightStream
@@ -42,6 +43,7 @@ __all__ = [
     "save_checkpoint",
     "save_streamed",
     "saved_activations",
+    "token_mean",
 ]
 
 

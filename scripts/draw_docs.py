@@ -15,6 +15,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(Path(__file__).resolve().parent)]
 
+import draw_scale  # noqa: E402
 import svg  # noqa: E402
 
 IMAGES = REPO / "docs" / "images"
@@ -340,6 +341,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "equal-time.svg": accuracy,
     "streamed-step.svg": streamed_step,
     "streamed-depth.svg": streamed_depth,
+    "scale.svg": draw_scale.scale,
 }
 
 

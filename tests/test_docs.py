@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from nsight import check_nsight
+from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chunkft.cli.arguments import parse
@@ -83,6 +84,13 @@ def test_command_exists(line: str) -> None:
             parse(started[1:])
     elif words[0] == "chunkft":
         parse(words[1:])
+    elif words[0] == "torchrun":
+        launched = get_args_parser().parse_args(words[1:])
+        if launched.module:
+            assert launched.training_script == "chunkft"
+            parse(launched.training_script_args)
+        else:
+            assert (ROOT / launched.training_script).is_file(), f"{launched.training_script} does not exist"
     elif words[0] == "python":
         script = words[2] if words[1] == "-m" else words[1]
         file = ROOT / (script.replace(".", "/") + ".py" if words[1] == "-m" else script)

@@ -1,11 +1,12 @@
 """The `chunkft` command: parses the arguments, runs a subcommand, and turns mistakes into one line."""
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from chunkft.cli.arguments import parse
-from chunkft.cli.errors import UserError
+from chunkft.cli.errors import PeerError, UserError
 
 __all__ = ["UserError", "main"]
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return finetune(command.finetune, given=command.given, resume=command.resume)
     except UserError as error:
         return _report(str(error), USAGE_ERROR, debug)
+    except PeerError as error:
+        status = USAGE_ERROR if error.usage else FAILURE
+        return status if error.silent else _report(f"{_rank()}{error}", status, debug)
     except KeyboardInterrupt:
         return _report("stopped", INTERRUPTED, debug)
     except BrokenPipeError:
@@ -57,8 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and not missing.startswith("chunkft"):
             return _report(f"this needs the package {missing}, which is not installed", FAILURE, debug)
-        hint = "" if debug else " (--debug shows where)"
-        return _report(f"{type(error).__name__}: {_first_line(error)}{hint}", FAILURE, debug)
+        rank = _rank()
+        hint = "" if debug or rank else " (--debug shows where)"
+        return _report(
+            f"{rank}{type(error).__name__}: {_first_line(error)}{hint}", FAILURE, debug or bool(rank)
+        )
+
+
+def _rank() -> str:
+    """Which process speaks, where torchrun started several."""
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ
+    return "" if alone else f"rank {os.environ.get('RANK', '?')}: "
 
 
 def _first_line(error: BaseException) -> str:
@@ -68,6 +81,7 @@ def _first_line(error: BaseException) -> str:
 
 def _report(message: str, status: int, debug: bool) -> int:
     if debug:
-        traceback.print_exc()
+        # in one piece, so that those of several processes do not mix
+        print(f"{_rank()}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
     print(f"chunkft: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status

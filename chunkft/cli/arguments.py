@@ -159,7 +159,12 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         type=_number(),
         help="clip the norm of the active gradients; 0: never (default 1; 0 with --update backward)",
     )
-    add("--batch-size", type=_integer(1), help="sequences per forward pass (default 8)")
+    add(
+        "--batch-size",
+        type=_integer(1),
+        help="sequences of a forward pass of one process (default 8); under torchrun a step learns from processes x"
+        " batch-size x grad-accum",
+    )
     add("--grad-accum", type=_integer(1), help="forward passes per optimizer step (default 1)")
     add("--seq-len", type=_integer(8), help="longest sequence in tokens; longer data is cut (default 512)")
     add(
@@ -196,6 +201,17 @@ def _finetune_parser(parser: argparse.ArgumentParser) -> None:
         help="evaluate so often (default: before and after)",
     )
     add("--save-every", type=_integer(1), metavar="STEPS", help="write a checkpoint so often (default 500)")
+    add(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: shard the weights over the processes (FSDP2), in place of a replica on each",
+    )
+    add(
+        "--dist-timeout",
+        type=_integer(1),
+        metavar="SECONDS",
+        help="under torchrun: how long a process waits for another before it ends with an error (default 600)",
+    )
     add("--out", metavar="DIR", help="where the model and the reports go (default runs/NAME-N)")
     add(
         "--resume",
@@ -303,6 +319,8 @@ def _check(values: dict[str, Any]) -> None:
                 raise UserError(f"--{name.replace('_', '-')} {values[name]} needs --optimizer chunkadamw")
     if values.get("update") == "backward":
         _check_backward(values)
+    if "fsdp" in values and values.get("weights") == "stream":
+        raise UserError("--fsdp and --weights stream exclude each other: choose where weights are kept")
     if values.get("weights") != "stream":
         for name in ("update_on", "resident_blocks", "weights_dir", "offload_inputs"):
             if name in values:
@@ -325,6 +343,10 @@ def _check(values: dict[str, Any]) -> None:
         if "out" not in values:
             raise UserError("--resume needs --out DIR, the directory of the run to go on with")
         return
+    if "fsdp" in values and "model" not in values:
+        raise UserError(
+            "--fsdp needs --model DIR|ID and --data FILE; the embedded model is trained as replicas"
+        )
     if "model" not in values and "data" in values:
         raise UserError(
             f"--data {values['data']} needs --model DIR|ID (without both, the embedded model and task run)"

@@ -11,6 +11,7 @@ from chunkft.cli.job import Job, place_of
 from chunkft.cli.models import enable_gradient_checkpointing, load_causal, load_tokenizer, resolve_dtype
 from chunkft.cli.outputs import RunDirectory
 from chunkft.cli.problems import Problem, answer_of, embedded_model_dir, exact_match, generate
+from chunkft.cli.ranks import Ranks
 from chunkft.cli.report import write_json
 from chunkft.cli.run import Finetuning
 from chunkft.cli.settings import FinetuneSettings
@@ -80,14 +81,17 @@ def demo_job(
     )
 
 
-def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.device, resume: bool) -> int:
+def run_demo(
+    directory: RunDirectory, settings: FinetuneSettings, device: torch.device, resume: bool, ranks: Ranks
+) -> int:
     """Trains the embedded model, prints exact match on held-out problems before and after; returns the exit
     status.
     """
     held_out = generate(HELD_OUT_PROBLEMS, settings.seed, "heldout")
-    job = demo_job(settings, device, held_out)
-    before = exact_match(job.model, job.tokenizer, held_out)
-    run = Finetuning(directory, settings, device, job, resume)
+    with ranks.agreed():
+        job = demo_job(settings, device, held_out)
+    before = exact_match(job.model, job.tokenizer, held_out) if ranks.first else 0.0
+    run = Finetuning(directory, settings, device, job, resume, ranks)
     try:
         return _carried_out(run, held_out, before)
     finally:
@@ -95,12 +99,20 @@ def run_demo(directory: RunDirectory, settings: FinetuneSettings, device: torch.
 
 
 def _carried_out(run: Finetuning, held_out: list[Problem], before: float) -> int:
-    job = run.job
     run.introduce()
-    print(f"exact match before: {before:.1%}", flush=True)
+    if run.ranks.first:
+        print(f"exact match before: {before:.1%}", flush=True)
     if not run.train():
         return run.stopped()
     run.save()
+    with run.ranks.agreed():
+        if run.ranks.first:
+            _judge(run, held_out, before)
+    return 0
+
+
+def _judge(run: Finetuning, held_out: list[Problem], before: float) -> None:
+    job = run.job
     after = exact_match(job.model, job.tokenizer, held_out)
     scores = {"problems": len(held_out), "before": before, "after": after}
     write_json(run.directory.path / "exact_match.json", scores)
@@ -110,7 +122,6 @@ def _carried_out(run: Finetuning, held_out: list[Problem], before: float) -> int
         "",
         *examples,
     )
-    return 0
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from chunkft.cli.data import (
     label_names,
 )
 from chunkft.cli.errors import UserError
+from chunkft.cli.fsdp import shard
 from chunkft.cli.models import (
     Place,
     check_positions,
@@ -33,6 +35,7 @@ from chunkft.cli.models import (
     pad_token,
     resolve_dtype,
 )
+from chunkft.cli.ranks import Ranks
 from chunkft.cli.settings import FinetuneSettings
 
 __all__ = [
@@ -67,7 +70,12 @@ class Job:
 
 
 def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
-    """Loads and checks what `settings` names; raises UserError for what cannot be trained."""
+    """Loads and checks what `settings` names; raises UserError for what cannot be trained.
+
+    A model that is to be sharded is loaded into host memory, from where its blocks come to `device` one by one.
+    """
+    target = device
+    device = torch.device("cpu") if settings.fsdp else target
     assert settings.model is not None
     assert settings.data is not None
     config = config_of(settings.model)
@@ -77,7 +85,7 @@ def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
             f"--seq-len {settings.seq_len}: {settings.model} was made for at most {longest} tokens"
         )
     tokenizer = load_tokenizer(settings.model)
-    dtype = resolve_dtype(settings.dtype, config, device)
+    dtype = resolve_dtype(settings.dtype, config, target)
     pad = pad_token(tokenizer, config)
     if settings.task == "causal-lm":
         job = _causal_job(settings, tokenizer, dtype, device, pad)
@@ -91,6 +99,8 @@ def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
         job.notes.append(note)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(job.model)
+    if settings.fsdp:
+        shard(job.model, target)
     return job
 
 
@@ -227,9 +237,11 @@ def _decay_groups(model: torch.nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 def build_optimizer(
-    model: torch.nn.Module, settings: FinetuneSettings, interval: int
+    model: torch.nn.Module, settings: FinetuneSettings, interval: int, ranks: Ranks | None = None
 ) -> torch.optim.Optimizer:
     """Makes the optimizer; decay touches weights of two or more dimensions only.
+
+    On several ranks it clips by itself, because only it knows the norm over all of them.
 
     Raises UserError for a value that the model does not allow, such as more chunks than rows, and if there is no place
     for its state.
@@ -258,8 +270,20 @@ def build_optimizer(
             state_dir=settings.state_dir,
             state_bits=settings.state_bits,
             seed=settings.seed,
+            **_of_ranks(settings, ranks),
         )
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"there is no place for the optimizer state: {error}") from error
+
+
+def _of_ranks(settings: FinetuneSettings, ranks: Ranks | None) -> dict[str, Any]:
+    if ranks is None or not ranks.launched:
+        return {}
+    options: dict[str, Any] = {"max_grad_norm": settings.clip_norm or None}
+    if not settings.fsdp:  # a sharded model brings its group
+        options["process_group"] = "default"
+    if settings.state_dir is not None:
+        options["state_dir"] = Path(settings.state_dir) / f"rank-{ranks.rank}"
+    return options

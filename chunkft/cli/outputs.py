@@ -31,6 +31,8 @@ MAY_CHANGE = frozenset(
         "epochs",
         "quiet",
         "out",
+        "fsdp",
+        "dist_timeout",
     )
 )
 EMBEDDED_NAME = "arithmetic"
@@ -63,9 +65,14 @@ class RunDirectory:
         return self.path / "memory.json"
 
     @property
-    def resume_command(self) -> str:
+    def recorded(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / RUN_FILE).is_file()
+
+    def resume_command(self, processes: int = 1) -> str:
         """What to type to go on with this run."""
-        return f"chunkft finetune --resume --out {self.path}"
+        program = "chunkft" if processes == 1 else f"torchrun --nproc-per-node {processes} -m chunkft"
+        return f"{program} finetune --resume --out {self.path}"
 
     def record(self, settings: FinetuneSettings) -> None:
         """Makes the directory, and writes down what the run is run with."""
@@ -75,10 +82,14 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / RUN_FILE, {"chunkft": chunkft.__version__, "settings": asdict(settings)})
 
-    def save_model(self, model: Any, tokenizer: Any, expected: int) -> None:
-        """Puts weights, config and tokenizer into the directory, each file complete or absent."""
+    def save_model(
+        self, model: Any, tokenizer: Any, expected: int, weights: dict[str, Any] | None = None
+    ) -> None:
+        """Puts weights (those of the model, or `weights`), config and tokenizer into the directory, each file complete
+        or absent.
+        """
         with staging(self.path, "model") as aside, writing(self.path / "model.safetensors", aside, expected):
-            model.save_pretrained(aside)
+            model.save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
             flush_tree(aside)
             for file in sorted(aside.iterdir()):

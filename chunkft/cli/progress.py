@@ -19,7 +19,7 @@ from chunkft.cli.report import human_bytes
 from chunkft.integrations.transformers import unwrap_optimizer
 from chunkft.optim import ChunkOptimizer
 
-__all__ = ["Metrics", "Progress", "resident_bytes"]
+__all__ = ["Metrics", "Progress", "peak_resident_bytes", "resident_bytes"]
 
 PLAIN_LINES = 20
 EVALUATED = ("eval_loss", "eval_accuracy", "eval_matthews")
@@ -54,6 +54,7 @@ class Metrics(TrainerCallback):
         self.path = path
         self.device = device
         self.tokens = 0
+        self.held: int | None = None  # of the largest process; None: of this one
         self.last: dict[str, Any] = {}
         self._started = 0.0
         self._trained: tuple[int | None, int | None] = (None, None)
@@ -118,7 +119,7 @@ class Metrics(TrainerCallback):
                 "step_seconds": round(self.last["step_seconds"], 6),
                 "grad_norm": logs.get("grad_norm"),
                 "tokens": self.tokens,
-                "rss": resident_bytes(self.device),
+                "rss": resident_bytes(self.device) if self.held is None else self.held,
             }
             self.tokens = 0
             self._write(self.last)

@@ -53,6 +53,9 @@ class FinetuneSettings:
     label_column: str | None = None
     out: str | None = None
     quiet: bool = False
+    fsdp: bool = False
+    dist_timeout: int = 600
+    processes: int = 1  # not an option: those that torchrun started
 
     @property
     def clip_norm(self) -> float:

@@ -25,24 +25,31 @@ class FinetuneTrainer(ChunkTrainer):
         self.metrics = metrics
         self.saved_peak: int | None = None
         self.peak_batch: dict[str, torch.Tensor] | None = None
+        self.measures = True
         self._measured: set[int] = set()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of Trainer; the first forward pass of every chunk is measured."""
         if not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self.metrics.tokens += int(inputs["attention_mask"].sum())
+        self.metrics.tokens += self._tokens(inputs)
         optimizer = self.chunk_optimizer
         chunk = -1 if optimizer is None else optimizer.active
-        if chunk in self._measured:
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        if chunk in self._measured or not self.measures:
+            return self._training_loss(model, inputs, *args, **kwargs)
         self._measured.add(chunk)
         with chunkft.saved_activations(model) as saved:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            loss = self._training_loss(model, inputs, *args, **kwargs)
         if self.saved_peak is None or saved.peak_bytes > self.saved_peak:
             self.saved_peak = saved.peak_bytes
             self.peak_batch = {name: value.detach().clone() for name, value in inputs.items()}
         return loss
+
+    def _tokens(self, inputs: dict[str, Any]) -> int:
+        return int(inputs["attention_mask"].sum())
+
+    def _training_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def activations_of_full_training(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int | None:

@@ -246,6 +246,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             if team is not None:
                 team.join(self)
             activate(self)
+            if team is not None:
+                team.watch()
             attachment.on_replaced = weakref.WeakMethod(self._bind_replaced)
             self._replicas = Replicas(self, group)
         except BaseException:

@@ -72,9 +72,10 @@ def average_gradients(leaves: Sequence[nn.Parameter], group: dist.ProcessGroup) 
 class Replicas:
     """Which processes train replicas of a model, and when their gradients are averaged.
 
-    A ``DistributedDataParallel`` shows itself in the first forward pass through it. Its reducer looked for parameters once, and the leaves change: from then on we
-    average in its place, at the end of every backward pass that it would synchronise, so that what clips or logs
-    gradients afterwards sees the average.
+    A ``DistributedDataParallel`` shows itself in the first forward pass through it. Its reducer looked for parameters
+    once, and the leaves change: from then on we average in its place, at the end of every backward pass that it would
+    synchronise, so that what clips or logs gradients afterwards sees the average. Every replica holds all state then.
+    Where a group was asked for, a ``Team`` divides state, and the wrapper is left with nothing to do.
 
     Args:
         optimizer: whose leaves are averaged.
@@ -163,8 +164,8 @@ class Replicas:
         group = self.group if self._asked else wrapper.process_group
         if optimizer.updates_in_backward and group is not None and group.size() > 1:
             raise ValueError(
-                "update='backward' cannot be used in a DistributedDataParallel, which would average gradients after their "
-                "update; do not wrap the model and pass process_group=, or use update='step'"
+                "update='backward' cannot be used in a DistributedDataParallel, which would average gradients after "
+                "their update; do not wrap the model and pass process_group=, or use update='step'"
             )
         self._idle(wrapper)
         self.group = group

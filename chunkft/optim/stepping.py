@@ -88,7 +88,11 @@ def _close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> 
     if team is not None and not team.close_backward():
         _pass_unreached(optimizer)
         return
-    if team is None and not residency.begun and all(leaf.grad is None for _, leaf in optimizer._attachment.active()):
+    if (
+        team is None
+        and not residency.begun
+        and all(leaf.grad is None for _, leaf in optimizer._attachment.active())
+    ):
         _pass_unreached(optimizer)
         return
     optimizer._attachment.called = False

@@ -127,9 +127,14 @@ class Team:
         self._reducer = Reducer(self.ranks, self.copies, agreed, self._attachment.wiring, arrived)
         self._reducer.on_gradient = self._settle_cleared
         root = self._attachment.model
-        self._attachment.hold([root.register_forward_hook(_Leave(self))])
         if self._sharded is None:
-            self.ranks.copy_from_first([*root.parameters(), *root.buffers()], "giving all ranks the same weights")
+            self.ranks.copy_from_first(
+                [*root.parameters(), *root.buffers()], "giving all ranks the same weights"
+            )
+
+    def watch(self) -> None:
+        """Know of every backward pass from now on; the first chunk is active."""
+        self._attachment.hold([self._attachment.model.register_forward_hook(_Leave(self))])
 
     def owner_of(self, piece: Slice) -> int:
         """The rank that owns a slice."""
@@ -229,8 +234,8 @@ class Team:
         self._reducer.close_step(every_pass=self._scaled)
         if scales and (scales != self.ranks.size or _differ(sum_of_scales, of_scales, scales)):
             raise RuntimeError(
-                "the GradScalers of the ranks have different scales, so that gradients cannot be averaged; give them the "
-                "same init_scale and step them together"
+                "the GradScalers of the ranks have different scales, so that gradients cannot be averaged; give them "
+                "the same init_scale and step them together"
             )
         if not count:
             return None
@@ -289,7 +294,7 @@ class Team:
         return self._squares
 
     def parts(self, name: str) -> list[Tensor]:
-        """This rank's gradients of a weight."""
+        """Gradients of a weight that are at this rank."""
         return [leaf.grad for piece, leaf in self.pairs if piece.name == name and leaf.grad is not None]
 
     def changed(self) -> None:

@@ -21,8 +21,8 @@ def token_mean(
         process_group: the ranks; None is the default group, or this process alone if there is none.
 
     Returns:
-        ``loss_sum * W / (tokens of all ranks)``, a scalar with the graph of ``loss_sum``. Its mean over the ranks is the
-        loss of the global batch. 0 where no token counts anywhere.
+        ``loss_sum * W / (tokens of all ranks)``, a scalar with the graph of ``loss_sum``. Its mean over the ranks is
+        the loss of the global batch. 0 where no token counts anywhere.
 
     Raises:
         ValueError: if ``tokens`` is negative.

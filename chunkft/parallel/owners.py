@@ -165,5 +165,9 @@ class Ownership:
 def _pieces(buckets: Sequence[Bucket]) -> tuple[Slice, ...]:
     """All pieces, in the order of the stream."""
     return tuple(
-        piece for bucket in reversed(buckets) for part in bucket.parts for piece in part if math.prod(piece.shape)
+        piece
+        for bucket in reversed(buckets)
+        for part in bucket.parts
+        for piece in part
+        if math.prod(piece.shape)
     )

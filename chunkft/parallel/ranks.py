@@ -92,11 +92,11 @@ class Ranks:
         self._sent[kind] += (self.size - 1) * own.numel() * own.element_size()
         return Pending(work, everything, own, doing)
 
-    def total(self, values: Tensor, doing: str) -> Tensor:
-        """Sums over the ranks, in place."""
+    def total(self, values: Tensor, doing: str, kind: str = "control") -> Tensor:
+        """Sums over the ranks, in place; ``kind`` is what the bytes count as."""
         with explained(doing):
             dist.all_reduce(values, group=self.channel)
-        self._sent["control"] += 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
+        self._sent[kind] += 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
         return values
 
     def rows(self, values: Tensor, doing: str) -> list[Tensor]:

@@ -16,6 +16,7 @@ from chunkft.parallel.owners import Bucket
 from chunkft.parallel.ranks import Pending, Ranks
 
 Pairs = Sequence[tuple[Slice, nn.Parameter]]
+AHEAD = 1  # buckets on their way while the next one is filled: more hold memory, and hide nothing
 REDUCING = "reducing gradients"
 
 
@@ -155,8 +156,11 @@ class Reducer:
 
     def flush(self) -> None:
         """Send what was not sent, and receive everything; all ranks call it."""
-        for load in self._loads[self._next :]:
-            self._send(load)
+        for number, load in enumerate(self._loads):
+            if number >= self._next:
+                self._send(load)
+            if number >= AHEAD:
+                self._receive(self._loads[number - AHEAD])
         for load in self._loads:
             self._receive(load)
         self._running = False
@@ -231,8 +235,8 @@ class Reducer:
         while self._next < len(self._loads) and not self._loads[self._next].missing:
             self._send(self._loads[self._next])
             self._next += 1
-            if self.arrived is not None and self._next > 1:
-                self._receive(self._loads[self._next - 2])
+            if self._next > AHEAD:
+                self._receive(self._loads[self._next - 1 - AHEAD])
 
     @torch.no_grad()
     def _send(self, load: _Load) -> None:
@@ -284,7 +288,7 @@ class Reducer:
         exact = torch.float64 if body.dtype == torch.float64 else torch.float32
         total = body.sum(0, dtype=exact).mul_(1 / self.ranks.size)
         if self.copies is not None:
-            total = self.copies.total(total, REDUCING).mul_(1 / self.copies.size)
+            total = self.copies.total(total, REDUCING, "gradients").mul_(1 / self.copies.size)
         present = [1.0] * len(load.leaves)
         if load.absent:
             there = top[:, : len(load.leaves)].amax(0)

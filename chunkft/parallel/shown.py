@@ -35,7 +35,7 @@ class Divided(Protocol):
         """For each name the sum of the squares of all elements, on all ranks; a collective at the first call."""
 
     def parts(self, name: str) -> list[Tensor]:
-        """This rank's gradients of a weight."""
+        """Gradients of a weight that are at this rank."""
 
     def changed(self) -> None:
         """Gradients were changed."""
@@ -67,7 +67,7 @@ class DividedGradients(Gradients):
         return norm.to(dtype or torch.float32)
 
     def tensors(self, operation: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
-        """This rank's parts."""
+        """The parts that are at this rank."""
         if operation not in _SCALING:
             self._refuse(str(operation))
         self._owner.complete()
@@ -88,7 +88,7 @@ class DividedGradients(Gradients):
 
     def _refuse(self, operation: str) -> NoReturn:
         raise RuntimeError(
-            f"{operation} is not possible for the .grad of {self._name!r}, whose parts are at different ranks; possible "
-            "are its Euclidean norm and scaling by numbers, on all ranks alike; this rank's parts are the .grad of "
+            f"{operation} is not possible for the .grad of {self._name!r}, whose parts are at different ranks; "
+            "possible are its Euclidean norm and scaling by numbers, on all ranks alike; this rank's parts are the .grad of "
             "optimizer.active_parameters()"
         )

@@ -196,6 +196,16 @@ def find_units(model: nn.Module, blocks: Blocks = None, tile_bytes: int | None =
     return Units(found, tuple(tables), tuple(rest))
 
 
+def block_names(model: nn.Module, blocks: Blocks = None) -> list[str]:
+    """Names of the modules that are the blocks of a model, in its order; ``blocks`` as for ``find_units``.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    model = uncompiled(model)
+    return _block_names(model, dict(model.named_modules()), blocks)
+
+
 def _check_options(blocks: object, tile_bytes: object) -> None:
     listed = isinstance(blocks, Sequence) and all(isinstance(name, str) for name in blocks)
     if blocks is not None and not listed:

@@ -24,7 +24,10 @@ FSDP2 = BY_BLOCK
 SLOW = {"timeout": 120.0}  # a process imports Trainer first
 RUNS = [
     (Case("llama", 2, 4, clip=0.5, accumulate=2, steps=16), FSDP2),
-    (Case("gpt2", 2, 4, clip=0.5, steps=16), {"activation_checkpointing": True, **BY_BLOCK}),
+    (
+        Case("gpt2", 2, 4, clip=0.5, steps=16, changes={"use_cache": False}),
+        {"activation_checkpointing": True, **BY_BLOCK},
+    ),
     (Case("llama", 2, 4, clip=0.5, steps=16), {"cpu_ram_efficient_loading": True}),
     (Case("llama", 2, 4, clip=0.5, accumulate=2, steps=16), None),
 ]
@@ -111,7 +114,7 @@ def test_a_checkpoint_of_trainer_resumes_to_the_same_bits(two, changes, tmp_path
     saving = {**changes, "save_strategy": "steps", "save_steps": 7}
     whole = two.run(2, by_trainer, str(tmp_path), saving, **SLOW)
     place = tmp_path / "checkpoint-7"
-    assert {path.name for path in tmp_path.glob("*")} == {"checkpoint-7"}
+    assert {path.name for path in tmp_path.glob("*")} == {"checkpoint-7", "checkpoint-10"}
     assert (place / "optimizer.safetensors").is_file()
     rest = two.run(2, by_trainer, str(tmp_path), {**changes, "resume": str(place)}, **SLOW)
     for (logs, weights, _, _), (all_logs, resumed, _, _) in zip(whole, rest, strict=True):
@@ -119,17 +122,10 @@ def test_a_checkpoint_of_trainer_resumes_to_the_same_bits(two, changes, tmp_path
         assert all(torch.equal(weights[name], value) for name, value in resumed.items())
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}}, "fsdp_config={'version': 2}"),
-        ({"fsdp": True, "save_strategy": "steps"}, "use chunkft.integrations.transformers.ChunkTrainer"),
-    ],
-    ids=["fsdp1", "checkpoints"],
-)
-def test_what_cannot_be_is_refused_by_trainer(two, changes, sentence, tmp_path):
+def test_checkpoints_that_trainer_cannot_write_are_refused_before_it_trains(two, tmp_path):
+    changes = {"fsdp": True, "save_strategy": "steps"}
     for said in two.run(2, refused_by_trainer, str(tmp_path), changes, **SLOW):
-        assert sentence in said
+        assert "use chunkft.integrations.transformers.ChunkTrainer" in said
 
 
 def refused_by_trainer(group, place, changes):

@@ -84,7 +84,7 @@ class ChunkCallback(TrainerCallback):
     """Adds `chunk` and `sweep` of the last step to what Trainer logs, and prepares the model for `torch_compile`.
 
     Raises ValueError when training begins with `update="backward"` and what it cannot do: `max_grad_norm` or
-    `gradient_accumulation_steps` above 1; and with checkpoints of state that ranks divide, which are for `ChunkTrainer`.
+    `gradient_accumulation_steps` above 1; and with checkpoints of state that ranks divide, which `ChunkTrainer` writes.
     """
 
     def __init__(self) -> None:

@@ -89,6 +89,6 @@ class DividedGradients(Gradients):
     def _refuse(self, operation: str) -> NoReturn:
         raise RuntimeError(
             f"{operation} is not possible for the .grad of {self._name!r}, whose parts are at different ranks; "
-            "possible are its Euclidean norm and scaling by numbers, on all ranks alike; this rank's parts are the .grad of "
-            "optimizer.active_parameters()"
+            "possible are its norm and scaling by numbers, on all ranks alike; the parts of this rank are the "
+            ".grad of optimizer.active_parameters()"
         )

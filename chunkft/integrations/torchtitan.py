@@ -51,7 +51,7 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
                 if isinstance(parameter, DTensor):
                     raise ValueError(
                         f"parameter {name!r} is a DTensor that fully_shard did not make: slices of parameters that are "
-                        "sharded by tensor parallelism are not supported; allowed are parts of fully_shard (FSDP2), and "
+                        "sharded by tensor parallelism are not supported; allowed are parts of fully_shard, and "
                         "plain tensors, whose replicas name their process_group"
                     )
         parameters = [p for part in self.model_parts for p in part.parameters() if p.requires_grad]
@@ -96,7 +96,7 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
         """Go on from ``state_dict()``.
 
         Raises:
-            ValueError: if it has another number of parts, is of another rank, or not of this kind; nothing is changed then.
+            ValueError: if it has another number of parts, is of another rank or another kind; nothing is changed then.
         """
         names = self._names()
         if sorted(state_dict) != sorted(names):

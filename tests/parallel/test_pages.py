@@ -30,9 +30,7 @@ def run_block(group, code, place):
     with (
         pytest.MonkeyPatch.context() as patch,
         accelerate_rigs.launched(group),
-        mock.patch.object(
-            PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-        ),
+        mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", DistributedType.MULTI_GPU)),
         mock.patch.object(PartialState, "set_device", on_cpu),
     ):
         patch.chdir(place)

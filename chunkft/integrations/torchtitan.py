@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from chunkft.optim import ChunkAdamW, ChunkOptimizer
+from chunkft.parallel import is_sharded
 
 
 class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
@@ -19,16 +21,18 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
 
     ``step()``, ``zero_grad()``, iteration, ``len()`` and hooks are those that torchtitan's trainer and its container of
     schedulers use. The state goes through ``torch.distributed.checkpoint`` as one packed entry for each part: that of
-    chunks that were never active does not exist, so tensors could not be announced before they are loaded.
+    chunks that were never active does not exist, so tensors could not be announced before they are loaded. Where ranks
+    divide state (parts that ``fully_shard`` shards, or a ``process_group``) each has an entry of its own, and as many
+    ranks load it.
 
     Args:
-        model_parts: modules that are trained by this process as a whole.
+        model_parts: modules, on which ``fully_shard`` may have been called.
         optimizer_cls: ``ChunkAdamW``, or a callable that takes a module and ``optimizer_kwargs``.
         optimizer_kwargs: of ``optimizer_cls``.
 
     Raises:
-        ValueError: if there are no parts, or a parameter is a DTensor (FSDP, tensor parallelism): a slice would not be
-            a range of the local memory. The parts are left as they were.
+        ValueError: if there are no parts, or a parameter is a DTensor otherwise than by ``fully_shard`` along its rows
+            (tensor parallelism): a slice would not be a range of the local memory. The parts are left as they were.
     """
 
     def __init__(
@@ -41,11 +45,14 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
         if not self.model_parts:
             raise ValueError("model_parts must hold at least one module, got none")
         for part in self.model_parts:
+            if is_sharded(part):
+                continue
             for name, parameter in part.named_parameters():
                 if isinstance(parameter, DTensor):
                     raise ValueError(
-                        f"parameter {name!r} is a DTensor: slices of sharded parameters (FSDP, tensor parallelism) are "
-                        "not supported; allowed are plain tensors; replicas name their process_group"
+                        f"parameter {name!r} is a DTensor that fully_shard did not make: slices of parameters that are "
+                        "sharded by tensor parallelism are not supported; allowed are parts of fully_shard, and "
+                        "plain tensors, whose replicas name their process_group"
                     )
         parameters = [p for part in self.model_parts for p in part.parameters() if p.requires_grad]
         self.optimizers: list[ChunkOptimizer] = []
@@ -77,10 +84,7 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each part, packed: a dict from ``chunkft.N`` to a buffer.
-
-        Where ranks share the state, keys name the rank and the number of them as well, as each writes what it has.
-        """
+        """The state of each part, packed: a dict from ``chunkft.N``, or ``chunkft.N.rankR``, to a buffer."""
         packed: dict[str, Any] = {}
         for name, optimizer in zip(self._names(), self.optimizers, strict=True):
             buffer = io.BytesIO()
@@ -92,7 +96,7 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
         """Go on from ``state_dict()``.
 
         Raises:
-            ValueError: if it has another number of parts, or is not of this kind; nothing is changed then.
+            ValueError: if it has another number of parts, is of another rank or another kind; nothing is changed then.
         """
         names = self._names()
         if sorted(state_dict) != sorted(names):
@@ -105,12 +109,14 @@ class ChunkOptimizersContainer(torch.optim.Optimizer, Stateful):
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
-    def _names(self) -> list[str]:
-        teams = [optimizer._team for optimizer in self.optimizers]
-        whose = ["" if team is None else f".{team.ranks.rank}-of-{team.ranks.size}" for team in teams]
-        return [f"chunkft.{number}{rank}" for number, rank in enumerate(whose)]
-
     def detach(self) -> None:
         """Give every part back as it was, trained."""
         for optimizer in self.optimizers:
             optimizer.detach()
+
+    def _names(self) -> list[str]:
+        """The entry of each part, under names that no other rank has if it is a part of the state only."""
+        return [
+            f"chunkft.{number}.rank{dist.get_rank()}" if optimizer.is_divided else f"chunkft.{number}"
+            for number, optimizer in enumerate(self.optimizers)
+        ]

@@ -4,11 +4,14 @@ import contextlib
 import os
 import signal
 import types
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import save_fsdp_model
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -18,9 +21,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from chunkft.attach import attach
 from chunkft.autograd import compilable
-from chunkft.integrations.checkpoints import clean_up, complete_checkpoints, publish, rotate, staging, writing
+from chunkft.integrations.accelerate import PreparedChunkAdamW, unwrap_optimizer
+from chunkft.integrations.checkpoints import (
+    CheckpointWriteError,
+    clean_up,
+    complete_checkpoints,
+    publish,
+    rotate,
+    staging,
+    writing,
+)
 from chunkft.optim import ChunkAdamW, ChunkOptimizer, load_checkpoint, save_checkpoint
 
 __all__ = [
@@ -37,12 +48,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 SCHEDULER_FILE = "scheduler.pt"
 STATE_FILE = "trainer_state.json"
 
-
-def unwrap_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside accelerate's wrapper, or the optimizer itself."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+_saved_by_us: weakref.WeakSet[ChunkOptimizer] = weakref.WeakSet()  # those of a ChunkTrainer
 
 
 def last_checkpoint(root: str | Path) -> Path | None:
@@ -58,8 +64,9 @@ class ChunkAdamWFactory:
     """For `Trainer(optimizer_cls_and_kwargs=(ChunkAdamWFactory, {"lr": ..., "chunks": ...}))`.
 
     The keywords are those of `ChunkAdamW`; Trainer passes no learning rate of its own. `weight_decay` counts for the
-    parameters that Trainer decays, which are neither biases nor of norms. Raises what `ChunkAdamW` raises; the model is
-    left as it was.
+    parameters that Trainer decays, which are neither biases nor of norms. Where Trainer shards the model (`fsdp=True`,
+    version 2) the optimizer is built of the shards. Raises what `ChunkAdamW` raises, and ValueError for FSDP1 and
+    DeepSpeed; the model is left as it was.
     """
 
     def __call__(self, model: torch.nn.Module, **kwargs: Any) -> ChunkAdamW:
@@ -70,21 +77,14 @@ class ChunkAdamWFactory:
             {"params": [weight for name, weight in trained if name in decayed]},
             {"params": [weight for name, weight in trained if name not in decayed], "weight_decay": 0.0},
         ]
-        known = "_chunkft" in model.__dict__
-        attachment = attach(model)
-        try:
-            return ChunkAdamW([group for group in groups if group["params"]], **kwargs)
-        except BaseException:
-            if not known:
-                attachment.detach()
-            raise
+        return PreparedChunkAdamW(model, [group for group in groups if group["params"]], **kwargs)
 
 
 class ChunkCallback(TrainerCallback):
     """Adds `chunk` and `sweep` of the last step to what Trainer logs, and prepares the model for `torch_compile`.
 
     Raises ValueError when training begins with `update="backward"` and what it cannot do: `max_grad_norm` or
-    `gradient_accumulation_steps` above 1.
+    `gradient_accumulation_steps` above 1; and with checkpoints of state that ranks divide, which `ChunkTrainer` writes.
     """
 
     def __init__(self) -> None:
@@ -107,6 +107,13 @@ class ChunkCallback(TrainerCallback):
                     f"TrainingArguments({name}={value}) cannot be combined with update='backward', which uses each"
                     f" gradient up in the backward pass: set it to {allowed}, or use update='step'"
                 )
+        saves = args.save_strategy != "no" and not args.save_only_model
+        if saves and optimizer.is_divided and optimizer not in _saved_by_us:
+            raise ValueError(
+                f"TrainingArguments(save_strategy={args.save_strategy.value!r}) cannot be used by Trainer itself with"
+                " state that ranks have parts of: use chunkft.integrations.transformers.ChunkTrainer,"
+                " save_only_model=True, or save_strategy='no'"
+            )
         if args.torch_compile:
             compilable(kwargs["model"])
 
@@ -144,10 +151,22 @@ class ChunkTrainer(Trainer):
         inner = unwrap_optimizer(self.optimizer)
         return inner if isinstance(inner, ChunkOptimizer) else None
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer does."""
+        made = super().create_optimizer(*args, **kwargs)
+        if self.chunk_optimizer is not None:
+            _saved_by_us.add(self.chunk_optimizer)
+        return made
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as Trainer does; `resume_from_checkpoint=True` takes the newest complete checkpoint."""
-        clean_up(self.args.output_dir)
+        self._by_first(lambda: clean_up(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves as Trainer does; what fails on one rank is raised on all."""
+        parent = super().save_model
+        self._together(lambda: parent(output_dir, _internal_call))
 
     def _get_output_dir(self, trial: Any) -> str:
         if self._staged is not None:
@@ -157,22 +176,70 @@ class ChunkTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         root = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        root.mkdir(parents=True, exist_ok=True)
-        with staging(root, name) as aside, writing(root / name, aside, self._checkpoint_bytes()):
+        parent = super()._save_checkpoint
+        with contextlib.ExitStack() as held:
+
+            def begin() -> Path:
+                root.mkdir(parents=True, exist_ok=True)
+                return held.enter_context(staging(root, name))
+
+            aside = self._by_first(begin)
+
+            def write() -> None:
+                if not aside.is_dir():
+                    raise FileNotFoundError(
+                        f"{aside}, which rank 0 made, is not there: all ranks need to share output_dir={str(root)!r}"
+                    )
+                with writing(root / name, aside, self._checkpoint_bytes()):
+                    parent(model, trial)
+
             self._staged = aside
             try:
-                super()._save_checkpoint(model, trial)
+                self._together(write)
             finally:
                 self._staged = None
             self._correct_best_path(aside / name, root / name)
-            publish(aside / name, root / name)
+            self._by_first(lambda: publish(aside / name, root / name))
         best = self.state.best_model_checkpoint
-        rotate(root, self.args.save_total_limit, Path(best) if best else None)
+        self._by_first(lambda: rotate(root, self.args.save_total_limit, Path(best) if best else None))
+
+    def _by_first(self, action: Callable[[], Any]) -> Any:
+        """What rank 0 does while the others wait: its result, or its error, on all."""
+        if self.args.world_size == 1:
+            return action()
+        found: list[Any] = [None]
+
+        def act() -> None:
+            if self.args.process_index == 0:
+                found[0] = action()
+
+        self._together(act)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _together(self, action: Callable[[], None]) -> None:
+        """What all ranks do; they end together, and what one raises is an error of all."""
+        if self.args.world_size == 1:
+            action()
+            return
+        error: Exception | None = None
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+        errors: list[str | None] = [None] * self.args.world_size
+        dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(errors):
+            if text is not None:
+                raise CheckpointWriteError(f"rank {rank} failed: {text}")
 
     def _correct_best_path(self, staged: Path, final: Path) -> None:
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / STATE_FILE))
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / STATE_FILE))
 
     def _checkpoint_bytes(self) -> int:
         weights: int = sum(value.numel() * value.element_size() for value in self.model.state_dict().values())
@@ -188,14 +255,26 @@ class ChunkTrainer(Trainer):
         if optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_checkpoint(optimizer, os.path.join(output_dir, OPTIMIZER_FILE))
-        torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
+        if self.is_fsdp_enabled:
+            self._together(
+                lambda: save_fsdp_model(
+                    self.accelerator.state.fsdp_plugin,
+                    self.accelerator,
+                    self.model,
+                    output_dir,
+                    adapter_only=True,
+                )
+            )
+        if optimizer.is_divided or self.args.should_save:
+            save_checkpoint(optimizer, os.path.join(output_dir, OPTIMIZER_FILE))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # Trainer loads with strict=False, which leaves a family whose saved names differ at its initial
         # weights.
         model = self.model if model is None else model
-        if not isinstance(model, PreTrainedModel):
+        if self.is_fsdp_enabled or not isinstance(model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         stored = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -130,6 +131,19 @@ def check_base(base: Any) -> None:
             "(schedule-free), and state of inactive slices is not there to swap them; use a base without them and a "
             "learning-rate schedule"
         )
+
+
+def refuse_state_dict_tools() -> None:
+    """Raise RuntimeError if ``get_optimizer_state_dict`` or ``set_optimizer_state_dict`` asks, through a wrapper too."""
+    frame: Any = sys._getframe(2)
+    for _ in range(2):
+        if frame is not None and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            raise RuntimeError(
+                "torch.distributed.checkpoint.state_dict looks for whole parameters in the state of an optimizer, and "
+                "chunkft has slices; use chunkft.save_checkpoint(optimizer, path), which all ranks call, with "
+                "Accelerate chunkft.integrations.accelerate.save_state, with Trainer ChunkTrainer"
+            )
+        frame = frame and frame.f_back
 
 
 def probe_base(

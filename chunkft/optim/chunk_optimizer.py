@@ -27,6 +27,7 @@ from chunkft.optim.arguments import (
     check_choices,
     check_memory,
     probe_base,
+    refuse_state_dict_tools,
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
@@ -266,9 +267,29 @@ class ChunkOptimizer(torch.optim.Optimizer):
         return self._interval_index // len(self.plan)
 
     @property
+    def is_divided(self) -> bool:
+        """Whether this process holds a part of the state, and others the rest."""
+        return self._team is not None
+
+    @property
     def updates_in_backward(self) -> bool:
         """Whether slices are updated inside of the backward pass (``update="backward"``)."""
         return isinstance(self._residency, BackwardResidency)
+
+    @property
+    def state(self) -> Any:
+        """State of the active slices, by leaf.
+
+        Raises:
+            RuntimeError: to ``torch.distributed.checkpoint.state_dict``, which would take a step with zero gradients to
+                find out what there is, and looks for whole parameters in it.
+        """
+        refuse_state_dict_tools()
+        return self._shown_state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._shown_state = value
 
     def active_parameters(self) -> Iterator[tuple[Slice, nn.Parameter]]:
         """Pairs of each active slice and the leaf that holds its weights and its gradient.

@@ -155,12 +155,12 @@ def train_dense_sharded(group: Any, case: Case) -> Trained:
     return _loop(case, model, optimizer, dist.get_rank(group), group.size())
 
 
-def sharded(model: nn.Module, group: Any) -> nn.Module:
-    """The model after ``fully_shard`` of each of its blocks and of itself."""
-    mesh = DeviceMesh.from_group(group, "cpu")
-    for block in _blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+def sharded(model: nn.Module, group: Any, **options: Any) -> nn.Module:
+    """The model after ``fully_shard`` of each of its blocks and of itself, with options of it."""
+    options = {"mesh": DeviceMesh.from_group(group, "cpu")} | options
+    for block in blocks(model):
+        fully_shard(block, **options)
+    fully_shard(model, **options)
     return model
 
 
@@ -186,6 +186,11 @@ def for_one_process(plan: ChunkPlan, model: nn.Module) -> ChunkPlan:
 
     chunks = tuple(replace(chunk, slices=joined(chunk.slices)) for chunk in plan.chunks)
     return ChunkPlan(chunks, joined(plan.always))
+
+
+def run(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, group: Any) -> Trained:
+    """Train a model of one's own making by the steps of a case."""
+    return _loop(case, model, optimizer, dist.get_rank(group), group.size())
 
 
 def batch_of(case: Case, step: int, part: int, rank: int, world: int) -> dict[str, Tensor]:
@@ -272,7 +277,7 @@ def _gradients_kept(model: nn.Module, last: bool) -> AbstractContextManager[None
     return nullcontext()
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The members of the outermost lists of modules."""
     found: set[nn.Module] = set()
     for module in model.modules():

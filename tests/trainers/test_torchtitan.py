@@ -103,14 +103,14 @@ def test_parts_are_given_back_where_one_is_refused():
         ChunkOptimizersContainer([])
 
 
-def test_sharded_parameters_are_refused_by_name(tmp_path):
+def test_parameters_of_tensor_parallelism_are_refused_by_name(tmp_path):
     import torch.distributed as dist
     from torch.distributed.tensor import distribute_module, init_device_mesh
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = distribute_module(nn.Linear(3, 5), init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="parameter 'weight' is a DTensor"):
+        with pytest.raises(ValueError, match="parameter 'weight' is a DTensor that fully_shard did not make"):
             ChunkOptimizersContainer([model], chunkft.ChunkAdamW, OPTIONS)
     finally:
         dist.destroy_process_group()

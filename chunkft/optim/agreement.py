@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from chunkft.parallel import Ranks
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
+
+COMPARING = "comparing how ranks train"
 
 
 def agree(optimizer: ChunkOptimizer, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -18,18 +25,79 @@ def agree(optimizer: ChunkOptimizer, group: dist.ProcessGroup, device: torch.dev
     Raises:
         RuntimeError: on every rank, if one of them differs; it names the rank and what is different.
     """
+
+    def rows(own: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(own) for _ in range(group.size())]
+        dist.all_gather(gathered, own, group=group)
+        return gathered
+
+    refuse(difference(optimizer, rows, device))
+
+
+def agree_all(optimizer: ChunkOptimizer, among: Sequence[Ranks], device: torch.device) -> None:
+    """The same among the ranks of a team: of one group, or of the rows and columns of a mesh."""
+    found = ""
+    for ranks in among:
+        found = difference(optimizer, partial(ranks.rows, doing=COMPARING), device) or found
+    if len(among) > 1:  # some see a difference that others do not
+        flag = torch.tensor([float(bool(found))], dtype=torch.float64, device=device)
+        for ranks in among:
+            ranks.total(flag, COMPARING)
+        found = found or ("others differ" if flag.item() else "")
+    refuse(found)
+
+
+def difference(
+    optimizer: ChunkOptimizer, rows: Callable[[Tensor], list[Tensor]], device: torch.device
+) -> str:
+    """Which rank differs first, and in what; empty if none does.
+
+    Args:
+        optimizer: of this rank.
+        rows: gives the tensors of all ranks for that of this one.
+        device: of the tensor, whose hashes are int64.
+    """
     aspects = _aspects(optimizer)
     own = torch.tensor([_hash(value) for value in aspects.values()], dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(gathered, own, group=group)
-    rows = [row.tolist() for row in gathered]
-    for rank, row in enumerate(rows):
-        different = [name for name, mine, first in zip(aspects, row, rows[0], strict=True) if mine != first]
+    found = [row.tolist() for row in rows(own)]
+    for rank, row in enumerate(found):
+        different = [name for name, mine, first in zip(aspects, row, found[0], strict=True) if mine != first]
         if different:
-            raise RuntimeError(
-                f"the processes of process_group do not train alike: rank {rank} of the group differs from rank 0 "
-                f"in {', '.join(different)}; build the same optimizer on each, or leave process_group out"
-            )
+            return f"rank {rank} of the group differs from rank 0 in {', '.join(different)}"
+    return ""
+
+
+def refuse(found: str) -> None:
+    """Raise RuntimeError for a difference."""
+    if found:
+        raise RuntimeError(
+            f"the processes of process_group do not train alike: {found}; build the same optimizer on each, or leave "
+            "process_group out"
+        )
+
+
+def position(optimizer: ChunkOptimizer) -> tuple[int, ...]:
+    """Where a run is in its schedule."""
+    return (
+        optimizer._interval_index,
+        optimizer.interval_position,
+        optimizer.active,
+        optimizer.interval,
+        optimizer.updates,
+        optimizer.skipped,
+    )
+
+
+def _options(optimizer: ChunkOptimizer) -> list[list[tuple[str, Any]]]:
+    """Hyper-parameters; tensors as their values."""
+    return [
+        [
+            (key, value.tolist() if isinstance(value, Tensor) else value)
+            for key, value in sorted(group.items())
+            if key not in ("params", "param_names")
+        ]
+        for group in optimizer.param_groups
+    ]
 
 
 def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
@@ -46,7 +114,9 @@ def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
         "seed": optimizer._seed,
         "base": (optimizer._base_class.__qualname__, sorted(optimizer._modes.items())),
         "precision of the moments": (rule.first_moment, rule.state_bits),
-        "position": (optimizer._interval_index, optimizer.interval_position, optimizer.active),
+        "max_grad_norm": optimizer.max_grad_norm,
+        "learning rate and other options": _options(optimizer),
+        "position": position(optimizer),
     }
 
 

@@ -134,7 +134,7 @@ def check_base(base: Any) -> None:
 
 
 def refuse_state_dict_tools() -> None:
-    """Raise RuntimeError if ``get_optimizer_state_dict`` or ``set_optimizer_state_dict`` asks, through a wrapper too."""
+    """Raise RuntimeError if ``get_optimizer_state_dict`` or ``set_optimizer_state_dict`` asks, also by a wrapper."""
     frame: Any = sys._getframe(2)
     for _ in range(2):
         if frame is not None and frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,9 +16,10 @@ from torch._compile import _disable_dynamo  # that of torch.compiler imports the
 
 from chunkft.attach import Attachment
 from chunkft.autograd import GradientView, Hook, Slice, record, records
-from chunkft.optim.agreement import agree
+from chunkft.optim.agreement import agree_all, position
 from chunkft.optim.backward import BackwardResidency
 from chunkft.optim.gradients import spoil
+from chunkft.optim.meeting import DOING, Met, Phase, Report, meet
 from chunkft.optim.outputs import tensors_in
 from chunkft.parallel import (
     Bucket,
@@ -40,7 +42,12 @@ if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
 
 Pairs = list[tuple[Slice, nn.Parameter]]
-CLOSING = "closing a step"
+JOINING = (Phase.READ, Phase.CLOSE)  # where a rank takes part in rounds that others begin
+AGAIN = (
+    "a second backward pass came before step(), on this rank or another: update='backward' updates a slice as soon as "
+    "its gradient is complete, so it cannot accumulate gradients; call step() after each backward pass, or use "
+    "update='step'"
+)
 
 
 class Team:
@@ -70,11 +77,10 @@ class Team:
         self._residency: Any = None
         self._optimizer: Callable[[], ChunkOptimizer | None] = lambda: None
         self._reducer: Reducer
-        self._agreed: Any = None
-        self._interval: tuple[int, int] | None = None
+        self._interval: tuple[int, int] | None = None  # in which ranks were compared
         self._shown: dict[str, GradientView] = {}
         self._squares: dict[str, Tensor] | None = None
-        self._queued = False
+        self._queued: int | None = None  # the backward pass that runs
         self._scaled: bool | None = None  # whether a GradScaler looks at gradients; None: not known yet
 
     def divide(
@@ -116,16 +122,17 @@ class Team:
         """Work for this optimizer from now on."""
         self._optimizer = weakref.ref(optimizer)
         self._residency = optimizer._residency
-        me = weakref.WeakMethod(self._check)
+        me = weakref.WeakMethod(self._begin_round)
 
-        def agreed() -> None:
-            check = me()
-            if check is not None:
-                check()
+        def begin_round() -> None:
+            begin = me()
+            if begin is not None:
+                begin()
 
         arrived = self._arrived if optimizer.updates_in_backward else None
-        self._reducer = Reducer(self.ranks, self.copies, agreed, self._attachment.wiring, arrived)
+        self._reducer = Reducer(self.ranks, self.copies, begin_round, self._attachment.wiring, arrived)
         self._reducer.on_gradient = self._settle_cleared
+        self._agree(optimizer)
         root = self._attachment.model
         if self._sharded is None:
             self.ranks.copy_from_first(
@@ -203,7 +210,8 @@ class Team:
 
     def drop(self) -> None:
         """Forget all gradients of this step."""
-        self._reducer.drop()
+        optimizer = self._optimizer()
+        self._reducer.drop(anew=optimizer is not None and optimizer.updates_in_backward)
         for _, leaf in self.pairs:
             leaf.grad = None
         self._squares = None
@@ -224,15 +232,16 @@ class Team:
             RuntimeError: on all ranks, if their scales differ.
         """
         self._settle_cleared()
-        for _ in range(2):
-            unsent, count, squares, spoiled, sum_of_scales, scales, of_scales = self._sum_up(scale, found_inf)
-            if not unsent:
-                break
-            self._reducer.flush()
-            self._squares = None
-        self._scaled = scale is not None or found_inf is not None
+        met = self._meet(Phase.CLOSE, scale, found_inf)
+        count, squares, spoiled, sum_of_scales, scales, of_scales, looked = met.values
+        self._scaled = bool(scales or looked)
         self._reducer.close_step(every_pass=self._scaled)
-        if scales and (scales != self.ranks.size or _differ(sum_of_scales, of_scales, scales)):
+        if not met.cleared_alike:
+            raise RuntimeError(
+                "the gradients of a step were cleared by zero_grad() on some ranks only, after others had them; clear "
+                "them on all ranks or on none"
+            )
+        if scales and (scales != self._size or _differ(sum_of_scales, of_scales, scales)):
             raise RuntimeError(
                 "the GradScalers of the ranks have different scales, so that gradients cannot be averaged; give them "
                 "the same init_scale and step them together"
@@ -248,19 +257,13 @@ class Team:
         Returns:
             Whether some rank had a gradient in this step.
         """
-        residency = self._residency
-        for _ in range(2):
-            known = [float(self._reducer.is_open), float(residency.begun)]
-            unsent, begun = self._everywhere(torch.tensor(known, dtype=torch.float64)).tolist()
-            if not unsent:
-                break
-            self._reducer.flush()
+        begun = self._meet(Phase.CLOSE).values[0]
         self._reducer.close_step(every_pass=True)
         return bool(begun)
 
     def close_update(self, dropped: bool, chunk: int) -> bool:
         """Slices were updated: let all ranks have them, and know whether some rank dropped gradients."""
-        spoiled = self._everywhere(torch.tensor([float(dropped)], dtype=torch.float64)).item()
+        spoiled = self._meet(Phase.SPREAD, found_inf=float(dropped)).values[2]
         self.publish(chunk)
         return bool(spoiled)
 
@@ -281,9 +284,7 @@ class Team:
     def squares(self) -> dict[str, Tensor]:
         """For each name with active slices the sum of squares of its gradients, over all ranks; a collective."""
         if self._squares is None:
-            values = torch.tensor([float(self._reducer.is_open)], dtype=torch.float64)
-            if self._everywhere(values).item():
-                self._reducer.flush()
+            self._meet(Phase.READ)
             names = sorted(self._attachment.wiring.bound)
             own = {name: _squares(self.parts(name)) for name in names}
             device = self._attachment.device
@@ -307,7 +308,7 @@ class Team:
 
     @property
     def passes(self) -> int:
-        """How many backward passes a step is expected to have: where that is right, gradients are summed in one order."""
+        """Expected number of backward passes of a step; where it is right, gradients are summed in one order."""
         return self._reducer.expected
 
     @passes.setter
@@ -335,29 +336,33 @@ class Team:
                     tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
 
     def _on_backward(self, gradient: Tensor) -> None:
-        if not self._queued:
-            self._queued = True
+        running = torch._C._current_graph_task_id()
+        if self._queued != running:  # also if an error ended the pass before
+            self._queued = running
+            self._reducer.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
 
     @torch.no_grad()
     def _after_backward(self) -> None:
-        self._queued = False
+        self._queued = None
         optimizer = self._optimizer()
         if optimizer is None or not optimizer._ready:
             return
         self._squares = None
-        self._reducer.close_backward()
-        if self._scaled is not False and not optimizer.updates_in_backward:
+        if self._reducer.close_backward():
             self._tell_scaler()
         if not optimizer.updates_in_backward:
             self._show()
 
     def _tell_scaler(self) -> None:
         """A GradScaler looks at this rank's gradients, and has to find what another rank has."""
+        optimizer = self._optimizer()
+        if self._scaled is False or optimizer is None or optimizer.updates_in_backward:
+            return
+        squares = self._meet(Phase.TELL).values[1]
         own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
-        total = self._everywhere(_squares(own).to(self._attachment.device).reshape(1))
-        if own:
-            spoil(own[0], ~torch.isfinite(total[0]))
+        if own and not math.isfinite(squares):
+            spoil(own[0], torch.ones(()))
 
     def _show(self) -> None:
         for name, bound in self._attachment.wiring.bound.items():
@@ -370,17 +375,20 @@ class Team:
 
     def _settle_cleared(self) -> None:
         """Somebody set ``weight.grad`` to None, as ``model.zero_grad()`` does: the gradients of before are gone."""
+        cleared = 0
         for name, view in list(self._shown.items()):
             parameter = self._parameter(name)
             if parameter is None or parameter.grad is view:
                 continue
             del self._shown[name]
             self._squares = None
+            cleared = self._reducer.rounds
             for piece, leaf in self.pairs:
                 if piece.name == name:
                     leaf.grad = None
             for _, leaf in self._attachment.wiring.bound[name].pairs:
                 leaf.grad = None
+        self._reducer.cleared += bool(cleared)
 
     def _arrived(self, pairs: Sequence[tuple[Slice, nn.Parameter]], spoiled: Tensor) -> None:
         optimizer = self._optimizer()
@@ -391,32 +399,114 @@ class Team:
 
     # --- inside
 
-    def _sum_up(self, scale: Tensor | None, found_inf: Tensor | float | None) -> list[float]:
+    @property
+    def _all(self) -> list[Ranks]:
+        return [self.ranks] if self.copies is None else [self.ranks, self.copies]
+
+    @property
+    def _size(self) -> int:
+        return math.prod(ranks.size for ranks in self._all)
+
+    def _begin_round(self) -> None:
+        self._meet(Phase.REDUCE)
+
+    def _meet(
+        self, phase: Phase, scale: Tensor | None = None, found_inf: Tensor | float | None = None
+    ) -> Met:
+        """Come together with all ranks, and take part in rounds of gradients that others begin until all are here.
+
+        Raises:
+            RuntimeError: on all ranks, if they do not train alike, or if they are where they cannot come together.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise RuntimeError("the optimizer is gone")
+        reducer = self._reducer
+        for ranks in self._all:
+            ranks.during = self._where()
+        while True:
+            if reducer.under_way and phase in JOINING:  # an error ended the backward pass that began it
+                self._reduce()
+            met = meet(phase, self._report(optimizer, phase, scale, found_inf), self.ranks, self.copies)
+            if not met.agreed or not met.alike:
+                self._agree(optimizer)
+                if not met.alike:
+                    raise RuntimeError(f"the processes do not train alike in {self._where()}")
+            if met.again:
+                raise RuntimeError(AGAIN)
+            if met.unscaled and (met.at[Phase.REDUCE] or met.unsent):
+                raise RuntimeError(
+                    "some rank had another backward pass after others had called GradScaler.unscale_(optimizer); with "
+                    "unscale_ give all ranks the same number of backward passes a step"
+                )
+            here, reducing = met.at[phase], met.at[Phase.REDUCE]
+            if here == self._size:
+                if phase not in JOINING or not met.unsent:
+                    return met
+                self._reduce()
+            elif reducing and reducing + met.at[Phase.READ] + met.at[Phase.CLOSE] == self._size:
+                if phase == Phase.REDUCE:
+                    return met
+                self._reduce()
+            else:
+                raise RuntimeError(
+                    f"the ranks are not at the same place in {self._where()}: {met}; all have to call step(), and to "
+                    "look at gradients, equally often"
+                )
+
+    def _reduce(self) -> None:
+        """Take part in a round that no backward pass of this rank begins."""
+        self._reducer.flush()
+        self._squares = None
+        self._tell_scaler()
+
+    def _report(
+        self,
+        optimizer: ChunkOptimizer,
+        phase: Phase,
+        scale: Tensor | None,
+        found_inf: Tensor | float | None,
+    ) -> Report:
         own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
-        device = self._attachment.device
         scaling = 0.0 if scale is None else float(scale)
-        known = torch.tensor(
+        in_backward = optimizer.updates_in_backward
+        values = torch.tensor(
             [
-                float(self._reducer.is_open),
-                float(len(own)),
+                float(self._residency.begun if in_backward else len(own)),
                 0.0,
                 0.0 if found_inf is None else float(found_inf),
                 scaling,
                 float(scale is not None),
                 scaling * scaling,
+                float(found_inf is not None),
             ],
             dtype=torch.float64,
-        ).to(device)
-        known[2] = _squares(own).to(device)
-        values = self._everywhere(known)
-        if self.copies is not None:
-            values = values / self.copies.size
-        result: list[float] = values.tolist()
-        return result
+        ).to(self._attachment.device)
+        if phase in (Phase.CLOSE, Phase.TELL) and not in_backward:
+            values[1] = _squares(own).to(values.device)
+        if self.copies is not None:  # they have the same
+            values[:3] /= self.copies.size
+        unsent = self._reducer.is_open
+        return Report(
+            position=position(optimizer),
+            agrees=self._interval == _interval(optimizer),
+            unsent=unsent,
+            again=in_backward and self._reducer.rounds > 0 and (unsent or phase == Phase.REDUCE),
+            unscaled=phase == Phase.CLOSE and scale is None and found_inf is not None,
+            cleared=self._reducer.cleared,
+            values=values,
+        )
 
     def _everywhere(self, values: Tensor) -> Tensor:
-        values = self.ranks.total(values.to(self._attachment.device), CLOSING)
-        return values if self.copies is None else self.copies.total(values, CLOSING)
+        values = self.ranks.total(values.to(self._attachment.device), DOING[Phase.READ])
+        return values if self.copies is None else self.copies.total(values, DOING[Phase.READ])
+
+    def _where(self) -> str:
+        """For error messages."""
+        optimizer = self._optimizer()
+        if optimizer is None or not hasattr(optimizer, "_interval_index"):
+            return "construction"
+        return f"step {optimizer.updates + optimizer.skipped + 1}"
 
     def _buckets(self, chunk: int) -> list[Bucket]:
         return [*self._ownership.chunks[chunk], *self._ownership.always]
@@ -439,15 +529,10 @@ class Team:
         bound = self._attachment.wiring.bound.get(name)
         return None if bound is None else bound.forms()[0]
 
-    def _check(self) -> None:
-        """Once an interval: raise the same RuntimeError on every rank if they do not train alike."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        interval = optimizer._interval_index, id(optimizer.plan)
-        if self._interval != interval:
-            agree(optimizer, self.ranks.channel, self._attachment.device)
-            self._interval = interval
+    def _agree(self, optimizer: ChunkOptimizer) -> None:
+        """Raise the same RuntimeError on every rank if they do not train alike."""
+        agree_all(optimizer, self._all, self._attachment.device)
+        self._interval = _interval(optimizer)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank sent since the last call, by kind."""
@@ -487,6 +572,10 @@ class _Leave(Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.target is not None:
             self.target.left(output)
+
+
+def _interval(optimizer: ChunkOptimizer) -> tuple[int, int]:
+    return optimizer._interval_index, id(optimizer.plan)
 
 
 def _squares(gradients: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ KINDS = ("gradients", "weights", "control")
 _made = 0
 _channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _cpu_channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_lost: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # by channel: what failed in it
 
 
 class Pending:
@@ -28,16 +29,18 @@ class Pending:
         result: complete after ``wait``.
     """
 
-    def __init__(self, work: Any, result: Tensor, keep: Tensor, doing: str) -> None:
+    def __init__(
+        self, work: Any, result: Tensor, keep: Tensor, explained: contextlib.AbstractContextManager[None]
+    ) -> None:
         self.result = result
         self._work = work
         self._keep: Tensor | None = keep  # is read until the collective is done
-        self._doing = doing
+        self._explained = explained
 
     def wait(self) -> Tensor:
         """The result; on a GPU for what comes next on the current stream."""
         if self._work is not None:
-            with explained(self._doing):
+            with self._explained:
                 self._work.wait()
             self._work = self._keep = None
         return self.result
@@ -56,6 +59,7 @@ class Ranks:
         size: number of processes.
         rank: of this one, 0 to ``size`` - 1.
         channel: the communicator.
+        during: when collectives take place, for error messages.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -63,7 +67,25 @@ class Ranks:
         self.size = group.size()
         self.rank = group.rank()
         self.channel = channel_of(group)
+        self.during = "construction"
         self._sent = dict.fromkeys(KINDS, 0)
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Explain failures; after the first one nothing more is tried: nobody knows where the other ranks are."""
+        doing = f"{doing} in {self.during}"
+        lost = _lost.get(self.channel)
+        if lost is not None:
+            raise RuntimeError(
+                f"{doing}: not possible after a collective failed before, which was {lost}; restart all processes "
+                "from the last checkpoint"
+            )
+        try:
+            with explained(doing):
+                yield
+        except RuntimeError:
+            _lost[self.channel] = doing
+            raise
 
     def exchange(
         self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], kind: str, doing: str
@@ -78,24 +100,24 @@ class Ranks:
             doing: for error messages.
         """
         received = sent.new_empty(sum(receive_sizes))
-        with explained(doing):
+        with self._explained(doing):
             work = dist.all_to_all_single(
                 received, sent, list(receive_sizes), list(send_sizes), group=self.channel, async_op=True
             )
         self._sent[kind] += (sum(send_sizes) - send_sizes[self.rank]) * sent.element_size()
-        return Pending(work, received, sent, doing)
+        return Pending(work, received, sent, self._explained(doing))
 
     def spread(self, own: Tensor, kind: str, doing: str) -> Pending:
         """Begin an all-gather of flat tensors of equal size; the result holds them by rank."""
         everything = own.new_empty(self.size * own.numel())
-        with explained(doing):
+        with self._explained(doing):
             work = _all_gather(everything, own, group=self.channel, async_op=True)
         self._sent[kind] += (self.size - 1) * own.numel() * own.element_size()
-        return Pending(work, everything, own, doing)
+        return Pending(work, everything, own, self._explained(doing))
 
     def total(self, values: Tensor, doing: str, kind: str = "control") -> Tensor:
         """Sums over the ranks, in place; ``kind`` is what the bytes count as."""
-        with explained(doing):
+        with self._explained(doing):
             dist.all_reduce(values, group=self.channel)
         self._sent[kind] += 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
         return values
@@ -103,7 +125,7 @@ class Ranks:
     def rows(self, values: Tensor, doing: str) -> list[Tensor]:
         """The tensors of all ranks, which have the same shape."""
         found = [torch.empty_like(values) for _ in range(self.size)]
-        with explained(doing):
+        with self._explained(doing):
             dist.all_gather(found, values, group=self.channel)
         self._sent["control"] += (self.size - 1) * values.numel() * values.element_size()
         return found
@@ -115,28 +137,31 @@ class Ranks:
             if tensor.is_meta or not tensor.numel():
                 continue
             values = tensor.detach().contiguous()
-            with explained(doing):
+            with self._explained(doing):
                 dist.broadcast(values, group=self.channel, group_src=0)
             if values.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(values)
 
     def objects(self, value: Any, doing: str) -> list[Any]:
         """The objects of all ranks, pickled on the way."""
-        return objects_of(self.channel, value, doing)
+        found: list[Any] = [None] * self.size
+        with self._explained(doing):
+            dist.all_gather_object(found, value, group=self.channel)
+        return found
 
     def send(self, tensor: Tensor, to: int, doing: str) -> None:
         """Send a contiguous tensor to a rank of the group that calls ``receive``."""
-        with explained(doing):
+        with self._explained(doing):
             dist.send(tensor, group=self.channel, group_dst=to)
 
     def receive(self, into: Tensor, source: int, doing: str) -> None:
         """Fill a contiguous tensor with what a rank sends."""
-        with explained(doing):
+        with self._explained(doing):
             dist.recv(into, group=self.channel, group_src=source)
 
     def share(self, tensor: Tensor, source: int, doing: str) -> None:
         """Fill a contiguous tensor on every rank with that of one of them; all call it."""
-        with explained(doing):
+        with self._explained(doing):
             dist.broadcast(tensor, group=self.channel, group_src=source)
 
     def traffic(self) -> dict[str, int]:

@@ -40,7 +40,7 @@ class _Load:
         missing: names whose gradients are not complete in this backward pass.
         pending: while it is on its way.
         absent: numbers of the leaves that had no gradient here when it was sent.
-        sent: whether it was sent in this backward pass.
+        forgotten: whether what is on its way is not wanted any more.
     """
 
     layout: Bucket
@@ -49,7 +49,7 @@ class _Load:
     missing: set[str] = field(default_factory=set)
     pending: Pending | None = None
     absent: list[int] = field(default_factory=list)
-    sent: bool = False
+    forgotten: bool = False
 
 
 class Reducer:
@@ -59,13 +59,15 @@ class Reducer:
     got no gradient (an expert without tokens) go at the end of the backward pass, as zeros. Sums are taken in fp32, in
     the order of the ranks: they are the same at every try, whatever the network.
 
-    Only the last backward pass of a step sends, so that accumulation communicates once a step: how many there are is
-    taken from the step before. Where more come, each of them sends what it adds.
+    They are sent in rounds, in each of which every rank sends all buckets once. Only the last backward pass of a step
+    begins one, so that accumulation communicates once a step: how many there are is taken from the step before. What
+    further passes add is sent in ``step()``, where ranks that had fewer passes take part, too.
 
     Args:
         ranks: among whom slices are divided.
         copies: of hybrid sharding, the ranks with the same slices, over which sums go on; or None.
-        agree: called before the first bucket of an interval is sent; raises on all ranks if they do not train alike.
+        begin_round: called before the first bucket of a round that a backward pass begins; raises on all ranks if they
+            cannot have one together.
         weights: tells when a weight is not needed any more.
         arrived: called with own slices as soon as their gradients are there, and with a flag that is not 0 if a
             gradient of the bucket was not finite on some rank; None: nobody needs them before the step.
@@ -75,22 +77,28 @@ class Reducer:
         self,
         ranks: Ranks,
         copies: Ranks | None,
-        agree: Callable[[], None],
+        begin_round: Callable[[], None],
         weights: Weights,
         arrived: Callable[[Pairs, Tensor], None] | None = None,
     ) -> None:
         self.ranks = ranks
         self.copies = copies
         self.arrived = arrived
-        self._agree = agree
+        self._begin_round = begin_round
         self._weights = weights
         self._loads: list[_Load] = []
         self._of_name: dict[str, list[_Load]] = {}
         self._waiting: dict[str, int] = {}  # leaves of a name without a gradient in this backward pass
         self._handles: list[RemovableHandle] = []
-        self._next = 0  # the first bucket that was not sent
+        self._next = 0  # the first bucket that was not sent in this round
         self.expected = 1  # backward passes of a step, as far as is known
+        self._every_pass = (
+            True  # each begins a round: until a step has told who looks at gradients between passes
+        )
         self.backwards = 0  # passes since the last step
+        self.rounds = 0  # since then, with the one under way
+        self.under_way = False  # a round has begun, and is not complete
+        self.cleared = 0  # how often gradients of rounds of this step were forgotten
         self.on_gradient: Callable[[], None] = lambda: None  # the first of a backward pass is about to come
         self._running = False
 
@@ -110,7 +118,7 @@ class Reducer:
             def before(gradient: Tensor) -> None:
                 reducer = me()
                 if reducer is not None:
-                    reducer._begin()
+                    reducer._first()
 
             def complete(leaf: Tensor, name: str = piece.name) -> None:
                 reducer = me()
@@ -136,6 +144,8 @@ class Reducer:
             self._weights.after_weight.pop(name, None)
         self._loads.clear()
         self._of_name.clear()
+        self._next = 0
+        self.under_way = self._running = False
 
     @property
     def is_open(self) -> bool:
@@ -145,43 +155,61 @@ class Reducer:
             for load in self._loads
         )
 
-    def close_backward(self) -> None:
-        """A backward pass is over: if it was one that sends, what it left goes now, and all arrive."""
-        self.backwards += 1
+    def begin_backward(self) -> None:
+        """A backward pass begins; one before that an error ended is over."""
         self._running = False
-        if self.backwards >= self.expected:
+        self._rearm()
+
+    def close_backward(self) -> bool:
+        """A backward pass is over: if it was one that sends, what it left goes now, and all arrive.
+
+        Returns:
+            Whether it was.
+        """
+        sends = self._sends
+        self._running = False
+        if sends and not self.under_way:
+            self._begin()
+        self.backwards += 1
+        if sends:
             self.flush()
         else:
             self._rearm()
+        return sends
 
     def flush(self) -> None:
-        """Send what was not sent, and receive everything; all ranks call it."""
-        for number, load in enumerate(self._loads):
-            if number >= self._next:
-                self._send(load)
-            if number >= AHEAD:
-                self._receive(self._loads[number - AHEAD])
+        """Complete a round, or have one: all ranks know of it."""
+        if not self.under_way:
+            self._enter()
+        while self._next < len(self._loads):
+            self._send(self._next)
         for load in self._loads:
             self._receive(load)
-        self._running = False
+        self._next = 0
+        self.under_way = self._running = False
         self._rearm()
 
     def close_step(self, every_pass: bool) -> None:
         """A step is done: learn how many backward passes it had; ``every_pass`` sends in each from now on."""
-        if self.backwards or every_pass:
-            self.expected = 1 if every_pass else self.backwards
-        self.backwards = 0
+        self.expected = self.backwards or self.expected
+        self._every_pass = every_pass
+        self.backwards = self.rounds = self.cleared = 0
         self._running = False
 
-    def drop(self) -> None:
-        """Forget all gradients, also those on their way."""
+    def drop(self, anew: bool) -> None:
+        """Forget all gradients, also those on their way; ``anew``: the step begins anew, on all ranks.
+
+        A round that is under way stays so: the other ranks wait for its end.
+        """
+        if self.rounds and not anew:
+            self.cleared += 1
         for load in self._loads:
-            if load.pending is not None:
-                load.pending.wait()
-                load.pending = None
+            load.forgotten = load.pending is not None
             for leaf in load.leaves:
                 leaf.grad = None
         self.backwards = 0
+        if anew:
+            self.rounds = int(self.under_way)
         self._running = False
         self._rearm()
 
@@ -195,10 +223,9 @@ class Reducer:
         return found
 
     def _rearm(self) -> None:
-        self._next = 0
+        """Wait for the gradients of a pass."""
         self._waiting = {}
         for load in self._loads:
-            load.sent = False
             load.missing = {piece.name for piece in load.layout.leaves}
             for piece, leaf in zip(load.layout.leaves, load.leaves, strict=True):
                 if leaf.requires_grad:
@@ -208,9 +235,21 @@ class Reducer:
 
     @property
     def _sends(self) -> bool:
-        return self.backwards + 1 >= self.expected
+        """Whether the backward pass that runs takes part in a round."""
+        if self.under_way or self._every_pass:
+            return True
+        return self.backwards + 1 >= self.expected and not self.rounds
 
     def _begin(self) -> None:
+        """Begin a round from a backward pass."""
+        self._begin_round()
+        self._enter()
+
+    def _enter(self) -> None:
+        self.under_way = True
+        self.rounds += 1
+
+    def _first(self) -> None:
         if not self._running:
             self._running = True
             self.on_gradient()
@@ -233,16 +272,14 @@ class Reducer:
         if not self._sends:
             return
         while self._next < len(self._loads) and not self._loads[self._next].missing:
-            self._send(self._loads[self._next])
-            self._next += 1
-            if self._next > AHEAD:
-                self._receive(self._loads[self._next - 1 - AHEAD])
+            if not self.under_way:
+                self._begin()
+            self._send(self._next)
 
     @torch.no_grad()
-    def _send(self, load: _Load) -> None:
-        if load.pending is not None:
-            self._receive(load)
-        self._agree()
+    def _send(self, index: int) -> None:
+        """Send the next bucket, and receive the one that is to be there by now."""
+        load = self._loads[index]
         bucket = load.layout
         sample = load.leaves[0]
         header = len(load.leaves) + (self.arrived is not None)
@@ -271,11 +308,15 @@ class Reducer:
                 targets.append(place)
                 sources.append(_within(bucket.leaves[number], piece, gradient))
         torch._foreach_copy_(targets, sources)
+        mine = sizes[self.ranks.rank]
+        doing = f"{REDUCING}, bucket {index + 1} of {len(self._loads)}"
+        load.pending = self.ranks.exchange(message, sizes, [mine] * self.ranks.size, "gradients", doing)
+        load.forgotten = False
+        self._next = index + 1
         for leaf in load.leaves:
             leaf.grad = None
-        mine = sizes[self.ranks.rank]
-        load.pending = self.ranks.exchange(message, sizes, [mine] * self.ranks.size, "gradients", REDUCING)
-        load.sent = True
+        if index >= AHEAD:
+            self._receive(self._loads[index - AHEAD])
 
     @torch.no_grad()
     def _receive(self, load: _Load) -> None:
@@ -295,6 +336,8 @@ class Reducer:
             if self.copies is not None:
                 there = self.copies.total(there.clone(), REDUCING)
             present = there.tolist()
+        if load.forgotten:
+            return
         came: list[tuple[Slice, nn.Parameter]] = []
         for piece, leaf, part, offset, number in load.own:
             if not present[number]:

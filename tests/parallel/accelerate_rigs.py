@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 import chunkft
 from chunkft.integrations.accelerate import PreparedChunkAdamW, load_state, save_state
-from chunkft.integrations.transformers import ChunkAdamWFactory, ChunkCallback
+from chunkft.integrations.transformers import ChunkAdamWFactory, ChunkCallback, ChunkTrainer
 
 KEYWORDS = {"lr": 2e-3, "betas": (0.9, 0.99), "weight_decay": 0.05, "chunks": 4, "interval": 2, "seed": 3}
 DATA = torch.randint(3, VOCABULARY, (48, 7), generator=torch.Generator().manual_seed(3))
@@ -182,14 +182,14 @@ def scheduled(group: Any) -> list[float]:
         return rates
 
 
-def refused(group: Any, what: str) -> str:
+def refused(group: Any, what: str, place: str) -> str:
     """What is said to something that cannot be."""
     with launched(group), pytest.raises((RuntimeError, ValueError, AttributeError)) as error:
-        _refused(group, what)
+        _refused(group, what, place)
     return str(error.value)
 
 
-def _refused(group: Any, what: str) -> None:
+def _refused(group: Any, what: str, place: str) -> None:
     case = Case("llama", 2, 4)
     accelerator = accelerator_of({"fsdp_version": 1 if what == "fsdp1" else 2})
     model = case.model()
@@ -202,7 +202,7 @@ def _refused(group: Any, what: str) -> None:
     optimizer.step()
     before = rigs.digest(model), optimizer.optimizer.updates, optimizer.param_groups[0]["lr"]
     try:
-        accelerator.save_state(what)
+        accelerator.save_state(place)
     finally:
         after = rigs.digest(model), optimizer.optimizer.updates, optimizer.param_groups[0]["lr"]
         assert after == before
@@ -255,4 +255,18 @@ def refused_by_trainer(group: Any, place: str, **changes: Any) -> str:
     """What is said to arguments that cannot be."""
     with launched(group), pytest.raises((RuntimeError, ValueError)) as error:
         train_by_trainer(group, place, **changes)
+    return str(error.value)
+
+
+def fail_to_save(group: Any, place: str) -> str:
+    """What is said on this rank if the last one cannot write its part of a checkpoint."""
+
+    def save_rng_state(trainer: Trainer, folder: str) -> None:
+        if trainer.args.process_index == 1:
+            raise OSError("no space left")
+
+    with mock.patch.object(Trainer, "_save_rng_state", save_rng_state):
+        options = {"kind": ChunkTrainer, "fsdp": True, "save_strategy": "steps", "save_steps": 3}
+        with pytest.raises(OSError, match="no space left") as error:
+            train_by_trainer(group, place, **options)
     return str(error.value)

@@ -78,8 +78,8 @@ def test_a_scheduler_that_is_older_than_the_shards_sets_their_learning_rate(two)
         ("saved", "chunkft.integrations.accelerate.save_state"),
     ],
 )
-def test_what_cannot_be_is_refused_by_accelerate(two, what, sentence):
-    for said in two.run(2, accelerate_rigs.refused, what, **SLOW):
+def test_what_cannot_be_is_refused_by_accelerate(two, what, sentence, tmp_path):
+    for said in two.run(2, accelerate_rigs.refused, what, str(tmp_path / "saved"), **SLOW):
         assert sentence in said
 
 
@@ -122,6 +122,12 @@ def test_a_checkpoint_of_trainer_resumes_to_the_same_bits(two, changes, tmp_path
     for (logs, weights, _, _), (all_logs, resumed, _, _) in zip(whole, rest, strict=True):
         assert [entry["loss"] for entry in all_logs] == [entry["loss"] for entry in logs]
         assert all(torch.equal(weights[name], value) for name, value in resumed.items())
+
+
+def test_what_one_rank_cannot_write_is_an_error_of_all_and_leaves_nothing(two, tmp_path):
+    said = two.run(2, accelerate_rigs.fail_to_save, str(tmp_path), **SLOW)
+    assert "rank 1 failed" in said[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_that_trainer_cannot_write_are_refused_before_it_trains(two, tmp_path):

@@ -1,0 +1,61 @@
+"""What happens to one rank ends the others with a clear error in time, or all go on and stay alike."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import faults
+import pytest
+import torch
+import torch.distributed as dist
+from faults import FAULTS, KINDS, OTHERS, STEPS, VICTIM, WHEN, build, loss_of, trained
+from pool import Failure, fresh_pool
+from torch import nn
+
+import chunkft
+
+TIMEOUT = 4.0  # of a collective, in seconds
+CASES = [(kind, fault) for fault in (*FAULTS, *OTHERS) for kind in KINDS]
+
+
+def suffer(case):
+    with fresh_pool(2, collective_timeout=TIMEOUT) as pool:
+        return pool.outcomes(2, faults.train_until, *case, timeout=40.0)
+
+
+@pytest.fixture(scope="module")
+def suffered():
+    """What each rank tells of each case; they run side by side, since most of the time they wait."""
+    with ThreadPoolExecutor(6) as pools:
+        yield {case: pools.submit(suffer, case) for case in CASES}
+
+
+@pytest.mark.parametrize(("kind", "fault"), CASES, ids=str)
+def test_a_rank_that_fails_ends_the_others_in_time(suffered, kind, fault):
+    outcomes = suffered[kind, fault].result()
+    victim, survivor = outcomes[VICTIM], outcomes[1 - VICTIM]
+    assert isinstance(victim, Failure)
+    expected = {
+        "killed": "died",
+        "interrupted": "KeyboardInterrupt",
+        "cannot": "OSError",
+        "raises": "ZeroDivisionError",
+        "leaves": "StopIteration",
+        "goes": "RuntimeError",
+    }[fault.split()[0]]
+    assert victim.kind == ("ValueError" if "construction" in fault else expected), str(victim)
+    assert survivor.kind == "RuntimeError", str(survivor)
+    if kind == "replicas":  # collectives of FSDP2 fail with torch's own words
+        assert "a process of the group did not take part" in survivor.message
+        assert "The backend says: " in survivor.message
+        where = "communicator" if "construction" in fault else f" in step {WHEN + 1 + after_step(fault)}:"
+        assert where in survivor.message
+        assert "was the direct cause of the following exception" in survivor.details
+    if "construction" not in fault:
+        assert "detached" in survivor.details
+        waited = float(survivor.details.split("waited ")[1].split(" s")[0])
+        assert waited < TIMEOUT + 4.0
+
+
+def after_step(fault):
+    """What fails behind the last collective of a step is seen in the next one."""
+    return int(fault in ("cannot rest state", "raises in schedule"))

@@ -145,7 +145,9 @@ def train_until(group: Any, kind: str, fault: str) -> Any:
             loss_of(model, step, dist.get_rank(group)).backward()
             optimizer.step()
     except BaseException as error:
-        error.add_note(f"waited {time.monotonic() - began:.1f} s" if optimizer is not None else "was not built")
+        error.add_note(
+            f"waited {time.monotonic() - began:.1f} s" if optimizer is not None else "was not built"
+        )
         if optimizer is not None:
             began = time.monotonic()
             optimizer.detach()

@@ -1,17 +1,11 @@
 """What happens to one rank ends the others with a clear error in time, or all go on and stay alike."""
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 
 import faults
 import pytest
-import torch
-import torch.distributed as dist
-from faults import FAULTS, KINDS, OTHERS, STEPS, VICTIM, WHEN, build, loss_of, trained
+from faults import FAULTS, KINDS, OTHERS, VICTIM, WHEN
 from pool import Failure, fresh_pool
-from torch import nn
-
-import chunkft
 
 TIMEOUT = 4.0  # of a collective, in seconds
 CASES = [(kind, fault) for fault in (*FAULTS, *OTHERS) for kind in KINDS]

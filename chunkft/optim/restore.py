@@ -41,7 +41,7 @@ class Restored:
     updates: int
     skipped: int
     gradients: dict[Slice, Tensor]
-    passes: int  # backward passes of a step
+    passes: int  # backward passes of a step, 0 if that is not known
 
 
 def read_state(optimizer: ChunkOptimizer, saved: Any) -> Restored:
@@ -182,7 +182,7 @@ def _read(optimizer: ChunkOptimizer, saved: dict[str, Any]) -> Restored:
         optimizer._base_kwargs,
     )
     updates, skipped = _count(position, "updates"), _count(position, "skipped")
-    passes = max(1, _count({"passes": 1, **position}, "passes"))
+    passes = _count({"passes": 0, **position}, "passes")
     for piece, entry in origins.items():
         _check_range(saved["state"][piece.name], entry)
     check_values(optimizer, saved["state"], groups, None if team is None else plan)

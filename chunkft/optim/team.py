@@ -308,12 +308,14 @@ class Team:
 
     @property
     def passes(self) -> int:
-        """Expected number of backward passes of a step; where it is right, gradients are summed in one order."""
-        return self._reducer.expected
+        """Expected number of backward passes of a step, 0 if each sends: it says in which order gradients are summed."""
+        return 0 if self._reducer.every_pass else self._reducer.expected
 
     @passes.setter
     def passes(self, count: int) -> None:
-        self._reducer.expected = count
+        self._scaled = None if count == 0 else False
+        self._reducer.every_pass = count == 0
+        self._reducer.expected = max(1, count)
 
     @property
     def device(self) -> torch.device:

@@ -92,9 +92,8 @@ class Reducer:
         self._handles: list[RemovableHandle] = []
         self._next = 0  # the first bucket that was not sent in this round
         self.expected = 1  # backward passes of a step, as far as is known
-        self._every_pass = (
-            True  # each begins a round: until a step has told who looks at gradients between passes
-        )
+        # Each pass begins a round, until a step has told who looks at gradients between passes.
+        self.every_pass = True
         self.backwards = 0  # passes since the last step
         self.rounds = 0  # since then, with the one under way
         self.under_way = False  # a round has begun, and is not complete
@@ -192,7 +191,7 @@ class Reducer:
     def close_step(self, every_pass: bool) -> None:
         """A step is done: learn how many backward passes it had; ``every_pass`` sends in each from now on."""
         self.expected = self.backwards or self.expected
-        self._every_pass = every_pass
+        self.every_pass = every_pass
         self.backwards = self.rounds = self.cleared = 0
         self._running = False
 
@@ -236,7 +235,7 @@ class Reducer:
     @property
     def _sends(self) -> bool:
         """Whether the backward pass that runs takes part in a round."""
-        if self.under_way or self._every_pass:
+        if self.under_way or self.every_pass:
             return True
         return self.backwards + 1 >= self.expected and not self.rounds
 

@@ -308,7 +308,7 @@ class Team:
 
     @property
     def passes(self) -> int:
-        """Expected number of backward passes of a step, 0 if each sends: it says in which order gradients are summed."""
+        """Expected number of backward passes of a step, 0 if each sends; the order of sums follows from it."""
         return 0 if self._reducer.every_pass else self._reducer.expected
 
     @passes.setter

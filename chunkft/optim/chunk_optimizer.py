@@ -110,7 +110,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
         offload_inputs: recompute the blocks of weights that stream in the backward pass, from inputs that wait in host
             memory, in place of the model's own activation checkpointing.
         device: where weights stream to; ``"auto"`` is the first GPU, or the CPU where there is none.
-        state_dir: a directory whose files hold the state in place of host memory; made if it does not exist.
+        state_dir: a directory whose files hold the state in place of host memory; made if it does not exist. Of ranks
+            that share chunks each has a directory in it.
         process_group: the processes that train replicas: a ``torch.distributed.ProcessGroup``, or ``"default"``. Each
             owns a part of the active slices, whose gradients it gets, whose state it holds and which it updates. None:
             this process trains by itself, unless the model is wrapped in ``DistributedDataParallel``, whose replicas
@@ -233,9 +234,10 @@ class ChunkOptimizer(torch.optim.Optimizer):
             self._stream = build_weights(where, attachment, residency, update, state_device, group)
             on_host = isinstance(attachment.wiring.residence, HostLeaves)
             rule = replace(rule, host_kernel=rule.state_bits == 8 or (on_host and _beside_gpu(attachment)))
-            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host)
+            ranks = (1, 0) if team is None else team.numbers()
+            memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host, *ranks)
             own = plan if team is None else team.own(plan)
-            own, self._store, self._residency = build_memory(memory, own, rule, attachment)
+            own, self._store, self._residency = build_memory(memory, own, rule, attachment, plan)
             self._meter = PagingMeter()
             self._memory = MemoryMeter()
             # Loaded state may split slices; the next load starts from here again.

@@ -62,7 +62,7 @@ class Coupling:
 
 
 def check_coupling(
-    rule: UpdateRule, plan: ChunkPlan, parameter_of: Callable[[str], Tensor], units: int
+    rule: UpdateRule, plan: ChunkPlan, parameter_of: Callable[[str], Tensor], units: int, ranks: int = 1
 ) -> None:
     """Try the base the way the plan uses it.
 
@@ -73,13 +73,14 @@ def check_coupling(
         plan: the slices.
         parameter_of: the full parameter of a name.
         units: number of parts that are updated one after the other inside of a step, at most.
+        ranks: number of processes that update a part each; ``plan`` is that of all of them, so that all say the same.
 
     Raises:
         ValueError: if an update depends on parameters that are not updated together with it.
     """
     if rule.base in ELEMENTWISE:
         return
-    apart = max(len(plan.chunks), units) > 1
+    apart = max(len(plan.chunks), units, ranks) > 1
     tried: dict[str, Coupling] = {}
     for group, dims, cut, device in _uses(rule, plan, parameter_of):
         key = repr((_shape_of_rule(rule.groups[group]), dims, cut))
@@ -88,10 +89,13 @@ def check_coupling(
     name = rule.base.__name__
     if any(coupling.others > TOLERANCE for coupling in tried.values()):
         parts = f"{len(plan.chunks)} chunks" if len(plan.chunks) > 1 else f"{units} pages in every step"
+        way_out = "use chunks=1 and residency='chunk', or"
+        if ranks > 1:
+            parts, way_out = f"{ranks} processes that each update a part", "train in one process, or use"
         raise ValueError(
             f"base={name} cannot be used with {parts}: its update of a parameter depends on the other parameters "
-            "that are updated with it, so it would depend on how they are cut; use chunks=1 and residency='chunk', "
-            "or a base that updates each parameter by itself"
+            f"that are updated with it, so it would depend on how they are cut; {way_out} a base that updates each "
+            "parameter by itself"
         )
     rows = max((coupling.rows for coupling in tried.values()), default=0.0)
     if rows > TOLERANCE:

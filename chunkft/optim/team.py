@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # that of torch.compiler imports the compiler at once
 
 from chunkft.attach import Attachment
-from chunkft.autograd import GradientView, Hook, Slice, record, records
+from chunkft.autograd import Hook, Slice, record, records
 from chunkft.optim.agreement import agree_all, position
 from chunkft.optim.backward import BackwardResidency
+from chunkft.optim.divided import ShownGradients, sum_of_squares
 from chunkft.optim.gradients import spoil
 from chunkft.optim.meeting import DOING, Met, Phase, Report, meet
 from chunkft.optim.outputs import tensors_in
 from chunkft.parallel import (
     Bucket,
-    DividedGradients,
     Ownership,
     Ranks,
     Reducer,
@@ -78,8 +78,7 @@ class Team:
         self._optimizer: Callable[[], ChunkOptimizer | None] = lambda: None
         self._reducer: Reducer
         self._interval: tuple[int, int] | None = None  # in which ranks were compared
-        self._shown: dict[str, GradientView] = {}
-        self._squares: dict[str, Tensor] | None = None
+        self._shown = ShownGradients(self, attachment)
         self._queued: int | None = None  # the backward pass that runs
         self._scaled: bool | None = None  # whether a GradScaler looks at gradients; None: not known yet
 
@@ -139,6 +138,13 @@ class Team:
                 [*root.parameters(), *root.buffers()], "giving all ranks the same weights"
             )
 
+    def numbers(self) -> tuple[int, int]:
+        """How many ranks update a part each, copies of hybrid shards counted as well, and which of them this is."""
+        size, rank = self.ranks.size, self.ranks.rank
+        return (
+            (size, rank) if self.copies is None else (size * self.copies.size, self.copies.rank * size + rank)
+        )
+
     def watch(self) -> None:
         """Know of every backward pass from now on; the first chunk is active."""
         self._attachment.hold([self._attachment.model.register_forward_hook(_Leave(self))])
@@ -175,7 +181,7 @@ class Team:
             self.pairs.append((piece, leaf))
         self.follow()
         self._reducer.bind(self._buckets(chunk), leaves, self.pairs)
-        self._squares = None
+        self._shown.changed()
         return self.pairs
 
     def follow(self) -> None:
@@ -204,7 +210,7 @@ class Team:
 
     def release(self) -> None:
         """No slice is active any more."""
-        self.hide()
+        self._shown.hide()
         self._reducer.release()
         self.pairs = []
 
@@ -214,8 +220,8 @@ class Team:
         self._reducer.drop(anew=optimizer is not None and optimizer.updates_in_backward)
         for _, leaf in self.pairs:
             leaf.grad = None
-        self._squares = None
-        self.hide()
+        self._shown.changed()
+        self._shown.hide()
 
     def close(self, scale: Tensor | None, found_inf: Tensor | float | None) -> Tensor | None:
         """Bring what is missing to its owner, and sum up what a step has to know.
@@ -267,45 +273,6 @@ class Team:
         self.publish(chunk)
         return bool(spoiled)
 
-    def hide(self) -> None:
-        """Take the views of gradients out of the weights."""
-        for name, view in self._shown.items():
-            parameter = self._parameter(name)
-            if parameter is not None and parameter.grad is view:
-                parameter.grad = None
-        self._shown.clear()
-
-    # --- what views of gradients ask for
-
-    def complete(self) -> None:
-        """Bring all gradients to their owners; a collective."""
-        self.squares()
-
-    def squares(self) -> dict[str, Tensor]:
-        """For each name with active slices the sum of squares of its gradients, over all ranks; a collective."""
-        if self._squares is None:
-            self._meet(Phase.READ)
-            names = sorted(self._attachment.wiring.bound)
-            own = {name: _squares(self.parts(name)) for name in names}
-            device = self._attachment.device
-            sums = self._everywhere(torch.stack([own[name].to(device) for name in names]))
-            if self.copies is not None:
-                sums = sums / self.copies.size
-            self._squares = dict(zip(names, sums, strict=True))
-        return self._squares
-
-    def parts(self, name: str) -> list[Tensor]:
-        """Gradients of a weight that are at this rank."""
-        return [leaf.grad for piece, leaf in self.pairs if piece.name == name and leaf.grad is not None]
-
-    def changed(self) -> None:
-        """Gradients were scaled."""
-        self._squares = None
-
-    def cut(self, name: str, dense: Tensor) -> None:
-        """Add a gradient of the whole weight to what this rank computed."""
-        self._attachment.wiring.bound[name].gradients.add(dense)
-
     @property
     def passes(self) -> int:
         """Expected number of backward passes of a step, 0 if each sends; the order of sums follows from it."""
@@ -350,11 +317,11 @@ class Team:
         optimizer = self._optimizer()
         if optimizer is None or not optimizer._ready:
             return
-        self._squares = None
+        self._shown.changed()
         if self._reducer.close_backward():
             self._tell_scaler()
         if not optimizer.updates_in_backward:
-            self._show()
+            self._shown.show()
 
     def _tell_scaler(self) -> None:
         """A GradScaler looks at this rank's gradients, and has to find what another rank has."""
@@ -366,31 +333,12 @@ class Team:
         if own and not math.isfinite(squares):
             spoil(own[0], torch.ones(()))
 
-    def _show(self) -> None:
-        for name, bound in self._attachment.wiring.bound.items():
-            if not bound.sliced:
-                continue
-            parameter = self._parameter(name)
-            if parameter is not None and parameter.grad is None:
-                view = GradientView(parameter, DividedGradients(self, name))
-                parameter.grad = self._shown[name] = view
-
     def _settle_cleared(self) -> None:
-        """Somebody set ``weight.grad`` to None, as ``model.zero_grad()`` does: the gradients of before are gone."""
-        cleared = 0
-        for name, view in list(self._shown.items()):
-            parameter = self._parameter(name)
-            if parameter is None or parameter.grad is view:
-                continue
-            del self._shown[name]
-            self._squares = None
-            cleared = self._reducer.rounds
-            for piece, leaf in self.pairs:
-                if piece.name == name:
-                    leaf.grad = None
-            for _, leaf in self._attachment.wiring.bound[name].pairs:
-                leaf.grad = None
-        self._reducer.cleared += bool(cleared)
+        self._shown.settle_cleared(self._reducer)
+
+    def gather_gradients(self) -> None:
+        """Bring all gradients to their owners; a collective."""
+        self._meet(Phase.READ)
 
     def _arrived(self, pairs: Sequence[tuple[Slice, nn.Parameter]], spoiled: Tensor) -> None:
         optimizer = self._optimizer()
@@ -459,7 +407,7 @@ class Team:
     def _reduce(self) -> None:
         """Take part in a round that no backward pass of this rank begins."""
         self._reducer.flush()
-        self._squares = None
+        self._shown.changed()
         self._tell_scaler()
 
     def _report(
@@ -485,7 +433,7 @@ class Team:
             dtype=torch.float64,
         ).to(self._attachment.device)
         if phase in (Phase.CLOSE, Phase.TELL) and not in_backward:
-            values[1] = _squares(own).to(values.device)
+            values[1] = sum_of_squares(own).to(values.device)
         if self.copies is not None:  # they have the same
             values[:3] /= self.copies.size
         unsent = self._reducer.is_open
@@ -499,7 +447,8 @@ class Team:
             values=values,
         )
 
-    def _everywhere(self, values: Tensor) -> Tensor:
+    def everywhere(self, values: Tensor) -> Tensor:
+        """Sums over all ranks."""
         values = self.ranks.total(values.to(self._attachment.device), DOING[Phase.READ])
         return values if self.copies is None else self.copies.total(values, DOING[Phase.READ])
 
@@ -525,11 +474,6 @@ class Team:
         if self._sharded is not None:
             return self._sharded.own(piece)
         return piece.of(self._attachment.wiring.bound[piece.name].parameter.detach())
-
-    def _parameter(self, name: str) -> Tensor | None:
-        """What users hold as the weight of this name, while slices of it are active."""
-        bound = self._attachment.wiring.bound.get(name)
-        return None if bound is None else bound.forms()[0]
 
     def _agree(self, optimizer: ChunkOptimizer) -> None:
         """Raise the same RuntimeError on every rank if they do not train alike."""
@@ -578,14 +522,6 @@ class _Leave(Hook):
 
 def _interval(optimizer: ChunkOptimizer) -> tuple[int, int]:
     return optimizer._interval_index, id(optimizer.plan)
-
-
-def _squares(gradients: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, in fp64."""
-    if not gradients:
-        return torch.zeros((), dtype=torch.float64)
-    norms = [torch.linalg.vector_norm(gradient, 2, dtype=torch.float64) for gradient in gradients]
-    return torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
 
 
 def _differ(total: float, of_squares: float, count: float) -> bool:

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,21 @@ class Bucket:
     def numels(self) -> list[int]:
         """Number of elements that each rank owns."""
         return [sum(piece.numel for piece in mine) for mine in self.parts]
+
+    @cached_property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """For each part of each rank the number of the leaf that it lies in."""
+        by_name: dict[str, list[tuple[int, int]]] = {}
+        for number, leaf in enumerate(self.leaves):
+            by_name.setdefault(leaf.name, []).append((leaf.start, number))
+        for starts in by_name.values():
+            starts.sort()
+
+        def source(piece: Slice) -> int:
+            starts = by_name[piece.name]
+            return starts[bisect_right(starts, (piece.start, len(self.leaves))) - 1][1]
+
+        return tuple(tuple(map(source, mine)) for mine in self.parts)
 
 
 def make_buckets(
@@ -97,7 +113,9 @@ def _cut(pieces: Sequence[Slice], ranks: int) -> tuple[tuple[Slice, ...], ...]:
             continue
         width = piece.numel // (piece.stop - piece.start)  # elements of a row
         start = piece.start
-        for rank in range(ranks):
+        for rank in range(min(bisect_right(ends, passed), ranks - 1), ranks):
+            if start == piece.stop:
+                break
             stop = min(piece.stop, max(start, piece.start + round((ends[rank] - passed) / width)))
             if rank == ranks - 1:
                 stop = piece.stop
@@ -142,9 +160,10 @@ class Ownership:
         Raises:
             ValueError: if it belongs to several, or to none.
         """
-        for start, stop, rank in self._windows.get((piece.name, piece.dim), ()):
-            if start <= piece.start and piece.stop <= stop:
-                return rank
+        windows = self._windows.get((piece.name, piece.dim), [])
+        last = bisect_right(windows, piece.start, key=_start) - 1
+        if last >= 0 and piece.stop <= windows[last][1]:
+            return windows[last][2]
         raise ValueError(f"slice {piece} is no part of what one rank owns")
 
     def of(self, plan: ChunkPlan, rank: int) -> ChunkPlan:
@@ -160,6 +179,10 @@ class Ownership:
         yield from self.always
         for buckets in self.chunks:
             yield from buckets
+
+
+def _start(window: tuple[int, int, int]) -> int:
+    return window[0]
 
 
 def _pieces(buckets: Sequence[Bucket]) -> tuple[Slice, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -104,9 +105,14 @@ class Reducer:
     def bind(self, buckets: Sequence[Bucket], leaves: Mapping[Slice, nn.Parameter], own: Pairs) -> None:
         """These slices are active now."""
         self.release()
+        by_name: dict[str, list[tuple[Slice, nn.Parameter]]] = {}
+        for piece, leaf in own:
+            by_name.setdefault(piece.name, []).append((piece, leaf))
+        for pairs in by_name.values():
+            pairs.sort(key=_start_of)
         for bucket in buckets:
             self._loads.append(
-                _Load(bucket, [leaves[piece] for piece in bucket.leaves], self._own_in(bucket, own))
+                _Load(bucket, [leaves[piece] for piece in bucket.leaves], self._own_in(bucket, by_name))
             )
             for name in dict.fromkeys(piece.name for piece in bucket.leaves):
                 self._of_name.setdefault(name, []).append(self._loads[-1])
@@ -212,12 +218,18 @@ class Reducer:
         self._running = False
         self._rearm()
 
-    def _own_in(self, bucket: Bucket, own: Pairs) -> list[tuple[Slice, nn.Parameter, Slice, int, int]]:
+    def _own_in(
+        self, bucket: Bucket, own: Mapping[str, Pairs]
+    ) -> list[tuple[Slice, nn.Parameter, Slice, int, int]]:
+        """See ``_Load.own``; ``own`` has the pairs of each name in order."""
         found = []
         offset = 0
-        for part in bucket.parts[self.ranks.rank]:
-            number = next(n for n, leaf in enumerate(bucket.leaves) if _holds(leaf, part))
-            found += [(piece, leaf, part, offset, number) for piece, leaf in own if _holds(part, piece)]
+        rank = self.ranks.rank
+        for part, number in zip(bucket.parts[rank], bucket.sources[rank], strict=True):
+            pairs = own.get(part.name, ())
+            first = bisect_left(pairs, part.start, key=_start_of)
+            last = bisect_left(pairs, part.stop, key=_start_of)
+            found += [(piece, leaf, part, offset, number) for piece, leaf in pairs[first:last]]
             offset += part.numel
         return found
 
@@ -291,14 +303,13 @@ class Reducer:
             top = torch.cat([top, _spoiled(load.leaves, sample)])
         targets, sources = [], []
         offset = 0
-        for part in bucket.parts:
+        for part, numbers in zip(bucket.parts, bucket.sources, strict=True):
             targets.append(message[offset : offset + header])
             sources.append(top)
             offset += header
-            for piece in part:
+            for piece, number in zip(part, numbers, strict=True):
                 place = message[offset : offset + piece.numel].view(piece.shape)
                 offset += piece.numel
-                number = next(n for n, leaf in enumerate(bucket.leaves) if _holds(leaf, piece))
                 gradient = load.leaves[number].grad
                 if gradient is None:
                     place.zero_()
@@ -349,12 +360,8 @@ class Reducer:
             self.arrived(came, top[:, -1].float().amax())
 
 
-def _holds(outer: Slice, inner: Slice) -> bool:
-    if outer.name != inner.name:
-        return False
-    if outer.dim is None:
-        return inner.dim is None
-    return outer.dim == inner.dim and outer.start <= inner.start and inner.stop <= outer.stop
+def _start_of(pair: tuple[Slice, nn.Parameter]) -> int:
+    return pair[0].start
 
 
 def _within(outer: Slice, inner: Slice, tensor: Tensor) -> Tensor:

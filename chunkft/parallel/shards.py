@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -78,9 +80,10 @@ def owner_of(piece: Slice, rows: Rows) -> int:
         ValueError: if it is not cut along dimension 0, or no single shard holds all of it.
     """
     if piece.dim == 0:
-        for rank, (start, stop) in enumerate(rows(piece.name)):
-            if start <= piece.start and piece.stop <= stop:
-                return rank
+        spans = rows(piece.name)
+        rank = bisect_right(spans, (piece.start, math.inf)) - 1
+        if rank >= 0 and piece.stop <= spans[rank][1]:
+            return rank
     raise ValueError(f"slice {piece} lies in no single shard; they have rows {list(rows(piece.name))}")
 
 

@@ -96,8 +96,7 @@ def message_of(action):
 def different(rank, **options):
     model = tiny_net()
     merged = {"lr": 1e-2, "chunks": 2, "interval": 1, "process_group": "default"} | options
-    optimizer = chunkft.ChunkAdamW(model, **merged)
-    return message_of(lambda: (loss_of(model, 0).backward(), optimizer.step()))
+    return message_of(lambda: chunkft.ChunkAdamW(model, **merged))
 
 
 def own_model(rank):

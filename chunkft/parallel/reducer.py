@@ -171,6 +171,7 @@ class Reducer:
         Returns:
             Whether it was.
         """
+        self._first()  # also of a pass that reached none of the leaves
         sends = self._sends
         self._running = False
         if sends and not self.under_way:

@@ -92,6 +92,11 @@ comma := ,
 pytest: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
+# With those of tests/thorough.py, which have cheaper relatives in the rest.
+.PHONY: thorough
+thorough: export CHUNKFT_THOROUGH := 1
+thorough: pytest
+
 .PHONY: setup
 setup: $(TEST_STAMP)
 

@@ -7,8 +7,13 @@ import pytest
 import torch
 from file_rigs import SIZES, write_all
 from pager_rigs import missing, names, opened
+from thorough import mark
 
 from chunkft.streaming import Pager
+
+
+def pytest_collection_modifyitems(items):
+    mark(items)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -2,10 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import faults
 import pytest
-from faults import FAULTS, KINDS, OTHERS, VICTIM, WHEN
+import rank_fault_rigs as faults
 from pool import Failure, fresh_pool
+from rank_fault_rigs import FAULTS, KINDS, OTHERS, VICTIM, WHEN
 
 TIMEOUT = 4.0  # of a collective, in seconds
 CASES = [(kind, fault) for fault in (*FAULTS, *OTHERS) for kind in KINDS]

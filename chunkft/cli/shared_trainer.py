@@ -86,6 +86,11 @@ class SharedTrainer(FinetuneTrainer):
 
     # loss and gradients
 
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """Shards are where they belong, and torch cannot move parameters that others refer to."""
+        if not sharded(model):
+            super()._move_model_to_device(model, device)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The micro-batches of a step, with the number of their targets on all ranks."""
         samples, _ = super().get_batch_samples(*args, **kwargs)

@@ -62,6 +62,7 @@ class Team:
         ranks: among whom slices are divided.
         copies: in hybrid sharding, the ranks that own the same slices; or None.
         pairs: the active slices of this rank, and the leaves that the optimizer updates.
+        marker: what a rank that owns nothing of a chunk shows to a GradScaler, which wants something to look at.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Team:
         self._residency: Any = None
         self._optimizer: Callable[[], ChunkOptimizer | None] = lambda: None
         self._reducer: Reducer
+        self._joined = False
+        self.marker = nn.Parameter(torch.zeros(1, device=attachment.device))
         self._interval: tuple[int, int] | None = None  # in which ranks were compared
         self._shown = ShownGradients(self, attachment)
         self._queued: int | None = None  # the backward pass that runs
@@ -131,6 +134,7 @@ class Team:
         arrived = self._arrived if optimizer.updates_in_backward else None
         self._reducer = Reducer(self.ranks, self.copies, begin_round, self._attachment.wiring, arrived)
         self._reducer.on_gradient = self._settle_cleared
+        self._joined = True
         self._agree(optimizer)
         root = self._attachment.model
         if self._sharded is None:
@@ -211,7 +215,8 @@ class Team:
     def release(self) -> None:
         """No slice is active any more."""
         self._shown.hide()
-        self._reducer.release()
+        if self._joined:
+            self._reducer.release()
         self.pairs = []
 
     def drop(self) -> None:
@@ -220,6 +225,7 @@ class Team:
         self._reducer.drop(anew=optimizer is not None and optimizer.updates_in_backward)
         for _, leaf in self.pairs:
             leaf.grad = None
+        self.marker.grad = None
         self._shown.changed()
         self._shown.hide()
 
@@ -330,6 +336,9 @@ class Team:
             return
         squares = self._meet(Phase.TELL).values[1]
         own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
+        if not self.pairs:
+            self.marker.grad = torch.zeros_like(self.marker)
+            own.append(self.marker.grad)
         if own and not math.isfinite(squares):
             spoil(own[0], torch.ones(()))
 

@@ -251,9 +251,8 @@ def differ(group, kind, name):
         options["schedule"] = later
     model, optimizer = build(kind, group, **options)
     for step in range(2 * STEPS):
-        if step == 2 * WHEN:
-            if name == "interval set later" and rank == VICTIM:
-                optimizer.interval = 3
+        if step == 2 * WHEN and name == "interval set later" and rank == VICTIM:
+            optimizer.interval = 3
         loss_of(model, step, rank).backward()
         optimizer.step()
 

@@ -41,21 +41,19 @@ class ActiveSlices:
         self._groups = [group for group, inside in zip(rule.groups, members, strict=True) if inside]
         for working in self._working.values():
             working.open()
-        self._base = rule.make_base(
-            [
-                {**group, "params": inside}
-                for group, inside in zip(rule.groups, members, strict=True)
-                if inside
-            ]
-        )
+        filled = [{**group, "params": m} for group, m in zip(rule.groups, members, strict=True) if m]
+        # A rank may own nothing of a chunk, and no optimizer takes an empty list.
+        self._base = rule.make_base(filled) if filled else None
         for working in self._working.values():
             working.close(None)
         for piece, working in self._working.items():
-            if states[piece]:
+            if states[piece] and self._base is not None:
                 self._base.state[working.parameter] = states[piece]
 
     def step(self, seed: str) -> None:
         """Update every slice that has a gradient; ``seed`` names the noise of stochastic rounding."""
+        if self._base is None:
+            return
         self._share_hyperparameters(to_base=True)
         for working in self._working.values():
             working.open()
@@ -103,7 +101,7 @@ class ActiveSlices:
         )
 
     def _state(self, working: WorkingWeight) -> State:
-        state: State = self._base.state.get(working.parameter, {})
+        state: State = {} if self._base is None else self._base.state.get(working.parameter, {})
         return state
 
     def _apart(self) -> list[list[nn.Parameter]]:
@@ -122,6 +120,7 @@ class ActiveSlices:
 
     def _share_hyperparameters(self, to_base: bool) -> None:
         """Both sides' groups hold the same values: schedulers change the outer ones, some bases their own."""
+        assert self._base is not None
         for outer, base in zip(self._groups, self._base.param_groups, strict=True):
             source, target = (outer, base) if to_base else (base, outer)
             target.update({key: value for key, value in source.items() if key != "params"})

@@ -23,7 +23,7 @@ from chunkft.autograd.slice_gradients import SliceGradients
 from chunkft.autograd.slices import Slice
 from chunkft.autograd.stand_ins import make_hollow, put_early_stand_in, put_stand_in, stand_in_of
 from chunkft.autograd.tiled import TiledForward, Tiles, copied_forward, put_tiles, tiled_linear, tiles_of
-from chunkft.autograd.trained import disown, own, record, records
+from chunkft.autograd.trained import disown, hookable, own, record, records
 
 __all__ = [
     "GradientView",
@@ -40,6 +40,7 @@ __all__ = [
     "compilable",
     "copied_forward",
     "disown",
+    "hookable",
     "is_transformed",
     "joint_norm",
     "make_hollow",

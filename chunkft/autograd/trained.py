@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -101,6 +103,20 @@ def records(parameter: Tensor) -> bool:
 def record(parameter: Tensor, needed: bool) -> None:
     """Let autograd record what is computed with a parameter from now on, or not."""
     _recorded.__set__(parameter, needed)
+
+
+@contextmanager
+def hookable(parameter: Tensor) -> Iterator[None]:
+    """Take hooks on the gradient also of a parameter that is frozen at the moment, which torch refuses."""
+    kind, needed = type(parameter), records(parameter)
+    if kind is TrainedParameter:
+        parameter.__class__ = nn.Parameter
+    record(parameter, True)
+    try:
+        yield
+    finally:
+        record(parameter, needed)
+        parameter.__class__ = kind
 
 
 def _owner(parameter: Tensor) -> Owner | None:

@@ -59,6 +59,7 @@ class Owner(Protocol):
     """The attachment that a weight belongs to."""
 
     shows_gradients: bool
+    before_weight: dict[str, Callable[[], None]]
     after_weight: dict[str, Callable[[], None]]
     notices: Notices
 
@@ -73,6 +74,8 @@ def cutter(owner: Owner, name: str, bound: Bound) -> Callable[[Tensor], None]:
         if owner is None or active is None:
             parameter.grad = None
             return
+        if name in owner.before_weight:
+            owner.before_weight[name]()
         active.gradients.follow(owner.shows_gradients)
         # Calls of the module end here too, with nothing for the weight itself.
         if active.gradients.take_arrival() and not (active.cut_anyway or active.has_hooks()):

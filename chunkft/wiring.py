@@ -91,6 +91,7 @@ class Wiring:
         bound: the weights by name.
         generation: counts how often leaves were replaced by other objects, for those who keep references.
         notices: what users are told once.
+        before_weight: for names of sliced weights what is called before a gradient of the weight itself is cut.
         after_weight: for names of sliced weights what is called once a backward pass is through with the weight itself.
         shows_gradients: whether ``weight.grad`` stands for the gradients of a weight's active slices, so that code
             which knows the weights only can clip and clear them; for slices that are bound from then on.
@@ -103,6 +104,7 @@ class Wiring:
         self.bound: dict[str, Bound] = {}
         self.generation = 0
         self.notices = Notices()
+        self.before_weight: dict[str, Callable[[], None]] = {}
         self.after_weight: dict[str, Callable[[], None]] = {}
         self.shows_gradients = False
         self.residence: Residence | None = None

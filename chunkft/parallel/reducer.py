@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chunkft.autograd import Slice
+from chunkft.autograd import Slice, hookable
 from chunkft.parallel.owners import Bucket
 from chunkft.parallel.ranks import Pending, Ranks
 
@@ -24,6 +24,7 @@ REDUCING = "reducing gradients"
 class Weights(Protocol):
     """Who knows when a backward pass is through with a weight of which slices are active."""
 
+    before_weight: dict[str, Callable[[], None]]
     after_weight: dict[str, Callable[[], None]]
 
     def backward_reaches(self, name: str) -> bool:
@@ -118,12 +119,12 @@ class Reducer:
                 self._of_name.setdefault(name, []).append(self._loads[-1])
         me = weakref.ref(self)  # hooks live in C++, out of sight of the garbage collector
 
-        for piece, leaf in leaves.items():
+        def first(gradient: Tensor | None = None) -> None:
+            reducer = me()
+            if reducer is not None:
+                reducer._first()
 
-            def before(gradient: Tensor) -> None:
-                reducer = me()
-                if reducer is not None:
-                    reducer._first()
+        for piece, leaf in leaves.items():
 
             def complete(leaf: Tensor, name: str = piece.name) -> None:
                 reducer = me()
@@ -135,8 +136,10 @@ class Reducer:
                 if reducer is not None:
                     reducer._done_with(name)
 
-            self._handles.append(leaf.register_hook(before))  # type: ignore[no-untyped-call]
-            self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
+            with hookable(leaf):
+                self._handles.append(leaf.register_hook(first))  # type: ignore[no-untyped-call]
+                self._handles.append(leaf.register_post_accumulate_grad_hook(complete))  # type: ignore[no-untyped-call]
+            self._weights.before_weight[piece.name] = first
             self._weights.after_weight[piece.name] = through
         self._rearm()
 
@@ -146,6 +149,7 @@ class Reducer:
             handle.remove()
         self._handles.clear()
         for name in self._of_name:
+            self._weights.before_weight.pop(name, None)
             self._weights.after_weight.pop(name, None)
         self._loads.clear()
         self._of_name.clear()

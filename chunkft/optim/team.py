@@ -80,6 +80,7 @@ class Team:
         self._interval: tuple[int, int] | None = None  # in which ranks were compared
         self._shown = ShownGradients(self, attachment)
         self._queued: int | None = None  # the backward pass that runs
+        self._spare: nn.Parameter | None = None  # see ``_stand_in``
         self._scaled: bool | None = None  # whether a GradScaler looks at gradients; None: not known yet
 
     def divide(
@@ -211,7 +212,9 @@ class Team:
     def release(self) -> None:
         """No slice is active any more."""
         self._shown.hide()
-        self._reducer.release()
+        reducer = getattr(self, "_reducer", None)  # none yet if the optimizer was refused
+        if reducer is not None:
+            reducer.release()
         self.pairs = []
 
     def drop(self) -> None:
@@ -220,6 +223,8 @@ class Team:
         self._reducer.drop(anew=optimizer is not None and optimizer.updates_in_backward)
         for _, leaf in self.pairs:
             leaf.grad = None
+        if self._spare is not None:
+            self._spare.grad = None
         self._shown.changed()
         self._shown.hide()
 
@@ -330,8 +335,19 @@ class Team:
             return
         squares = self._meet(Phase.TELL).values[1]
         own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
-        if own and not math.isfinite(squares):
+        own = own or [self._stand_in(optimizer)]
+        if not math.isfinite(squares):
             spoil(own[0], torch.ones(()))
+
+    def _stand_in(self, optimizer: ChunkOptimizer) -> Tensor:
+        """A gradient for a GradScaler to look at, of a parameter of nobody: it fails on a rank where it finds none."""
+        if self._spare is None:
+            self._spare = nn.Parameter(torch.zeros(1, device=self._attachment.device))
+        members = optimizer.param_groups[0]["params"]
+        if all(member is not self._spare for member in members):
+            members.append(self._spare)
+        self._spare.grad = torch.zeros_like(self._spare)
+        return self._spare.grad
 
     def _settle_cleared(self) -> None:
         self._shown.settle_cleared(self._reducer)

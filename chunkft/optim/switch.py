@@ -157,8 +157,6 @@ def bind(optimizer: ChunkOptimizer) -> None:
         group["params"] = []
     for piece, leaf in pairs:
         optimizer.param_groups[optimizer._group_of[piece.name]]["params"].append(leaf)
-    if team is not None and not pairs:
-        optimizer.param_groups[0]["params"].append(team.marker)
     if isinstance(optimizer._residency, BackwardResidency):
         optimizer._residency.seed = optimizer._noise_seed()
         attachment = optimizer._attachment

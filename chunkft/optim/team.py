@@ -62,7 +62,6 @@ class Team:
         ranks: among whom slices are divided.
         copies: in hybrid sharding, the ranks that own the same slices; or None.
         pairs: the active slices of this rank, and the leaves that the optimizer updates.
-        marker: what a rank that owns nothing of a chunk shows to a GradScaler, which wants something to look at.
     """
 
     def __init__(
@@ -78,11 +77,10 @@ class Team:
         self._residency: Any = None
         self._optimizer: Callable[[], ChunkOptimizer | None] = lambda: None
         self._reducer: Reducer
-        self._joined = False
-        self.marker = nn.Parameter(torch.zeros(1, device=attachment.device))
         self._interval: tuple[int, int] | None = None  # in which ranks were compared
         self._shown = ShownGradients(self, attachment)
         self._queued: int | None = None  # the backward pass that runs
+        self._spare: nn.Parameter | None = None  # see ``_stand_in``
         self._scaled: bool | None = None  # whether a GradScaler looks at gradients; None: not known yet
 
     def divide(
@@ -134,7 +132,6 @@ class Team:
         arrived = self._arrived if optimizer.updates_in_backward else None
         self._reducer = Reducer(self.ranks, self.copies, begin_round, self._attachment.wiring, arrived)
         self._reducer.on_gradient = self._settle_cleared
-        self._joined = True
         self._agree(optimizer)
         root = self._attachment.model
         if self._sharded is None:
@@ -215,8 +212,9 @@ class Team:
     def release(self) -> None:
         """No slice is active any more."""
         self._shown.hide()
-        if self._joined:
-            self._reducer.release()
+        reducer = getattr(self, "_reducer", None)  # none yet if the optimizer was refused
+        if reducer is not None:
+            reducer.release()
         self.pairs = []
 
     def drop(self) -> None:
@@ -225,7 +223,8 @@ class Team:
         self._reducer.drop(anew=optimizer is not None and optimizer.updates_in_backward)
         for _, leaf in self.pairs:
             leaf.grad = None
-        self.marker.grad = None
+        if self._spare is not None:
+            self._spare.grad = None
         self._shown.changed()
         self._shown.hide()
 
@@ -336,11 +335,19 @@ class Team:
             return
         squares = self._meet(Phase.TELL).values[1]
         own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
-        if not self.pairs:
-            self.marker.grad = torch.zeros_like(self.marker)
-            own.append(self.marker.grad)
-        if own and not math.isfinite(squares):
+        own = own or [self._stand_in(optimizer)]
+        if not math.isfinite(squares):
             spoil(own[0], torch.ones(()))
+
+    def _stand_in(self, optimizer: ChunkOptimizer) -> Tensor:
+        """A gradient for a GradScaler to look at, of a parameter of nobody: it fails on a rank where it finds none."""
+        if self._spare is None:
+            self._spare = nn.Parameter(torch.zeros(1, device=self._attachment.device))
+        members = optimizer.param_groups[0]["params"]
+        if all(member is not self._spare for member in members):
+            members.append(self._spare)
+        self._spare.grad = torch.zeros_like(self._spare)
+        return self._spare.grad
 
     def _settle_cleared(self) -> None:
         self._shown.settle_cleared(self._reducer)

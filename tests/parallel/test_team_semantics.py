@@ -1,5 +1,6 @@
 """What loops do with gradients, and what models are made of, means on many ranks what it means in one process."""
 
+import math
 import sys
 from functools import partial
 
@@ -117,6 +118,19 @@ def scaled(model, optimizer, loss, step, norms):
     scaler.update()
 
 
+def overflowing(model, optimizer, loss, step, norms, scalers):
+    """The last rank meets an infinity that the others have to know of, also those that own nothing."""
+    scaler = scalers.setdefault(id(optimizer), torch.amp.GradScaler("cpu", init_scale=256.0))
+    value = loss(step)
+    if step == 1 and loss.keywords["rank"] == loss.keywords["world"] - 1:
+        value = value * math.inf
+    scaler.scale(value).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    norms.append(scaler.get_scale())
+
+
 def plain(model, optimizer, loss, step, norms):
     loss(step).backward()
     optimizer.step()
@@ -184,15 +198,18 @@ def test_parameters_of_replicas_may_be_frozen_and_trained_again(pool):
     ("kind", "world", "keywords"),
     [
         (Images, 3, {"momentum": 0.9}),
-        (Odd, 4, {"always_active": "head"}),
+        (Odd, 4, {"momentum": 0.9}),
         (Rows, 4, {"chunks": 1, "momentum": 0.9}),
         (Images, 4, {"chunks": 6, "residency": "stream", "momentum": 0.9}),
         (Images, 4, {"chunks": 6, "state_device": "paged", "momentum": 0.9}),
     ],
 )
 def test_a_rank_may_own_nothing_of_a_chunk(pool, kind, world, keywords, how):
-    keywords = {key: value for key, value in keywords.items() if (kind, key) != (Odd, "always_active")}
     check(pool, world, kind, how, **keywords)
+
+
+def test_an_infinity_of_one_rank_lowers_the_scale_of_ranks_that_own_nothing(pool):
+    check(pool, 4, Rows, partial(overflowing, scalers={}), chunks=1)
 
 
 def test_a_rank_may_hold_nothing_of_a_weight_that_is_sharded(pool):
@@ -220,11 +237,13 @@ class Coupled(torch.optim.Optimizer):
             parameter.sub_(0.1 * parameter.grad / norm)
 
 
-def build_coupled(group, whole):
+def build_coupled(group, kind):
+    model = kind()
     with pytest.raises(
         ValueError, match="base=Coupled cannot be used with 2 processes that each update a part"
     ):
-        chunkft.ChunkOptimizer(whole(), Coupled, chunks=1, process_group=group)
+        chunkft.ChunkOptimizer(model, Coupled, chunks=1, process_group=group)
+    chunkft.ChunkOptimizer(model, SGD, chunks=1, process_group=group, lr=0.1).detach()  # it is as it was
 
 
 def test_a_base_that_couples_parameters_is_refused_by_all_ranks(pool):
@@ -269,7 +288,7 @@ def calls_of(function) -> int:
 
 
 def divide(world: int) -> None:
-    """One weight and 20 vectors, cut for a number of ranks that hold shards."""
+    """One weight and four vectors, cut for a number of ranks that hold shards."""
     specs = [ParameterSpec("weight", (64 * world, 4), (0,), 4)]
     specs += [ParameterSpec(f"vector{n}", (64 * world,), (), 4) for n in range(4)]
     rows = {spec.name: rows_of(spec.shape[0], world) for spec in specs}

@@ -7,8 +7,10 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pytest
 import rigs
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 import chunkft
+from chunkft.optim import team
 
 KINDS = ("replicas", "sharded")
 VICTIM = 1  # the rank to which it happens
@@ -37,7 +40,11 @@ def build(kind: str, group: Any, **options: Any) -> tuple[nn.Module, Any]:
     options = {"lr": 1e-2, "chunks": 2, "interval": 2, "seed": 3, **options}
     if kind == "replicas":
         options["process_group"] = group
-    return model, chunkft.ChunkAdamW(model, **options)
+    with pytest.MonkeyPatch.context() as patch:  # every weight alone: some are on their way when others fail
+        patch.setattr(team, "make_buckets", partial(team.make_buckets, bucket_bytes=1))
+        optimizer = chunkft.ChunkAdamW(model, **options)
+    assert group is None or len(optimizer._team._buckets(0)) > 2
+    return model, optimizer
 
 
 def batch(step: int, rank: int, part: int = 0) -> Tensor:

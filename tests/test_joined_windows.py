@@ -5,7 +5,7 @@ import torch
 
 import chunkft
 from chunkft import Slice
-from chunkft.autograd import linear, sliced_conv1d, sliced_linear
+from chunkft.autograd import linear, make_hollow, sliced_conv1d, sliced_linear
 
 ROWS, COLUMNS, TOKENS = 67, 41, 23
 APART = [(3, 10), (20, 37), (60, 61)]
@@ -27,14 +27,21 @@ def products(monkeypatch):
     return counted
 
 
-def gradients(operator, dtype, windows, dim=0):
+def hollow(leaves):
+    """Their gradients leave together."""
+    for _, leaf in leaves:
+        make_hollow(leaf)
+    return leaves
+
+
+def gradients(operator, dtype, windows, dim=0, together=True):
     shape = (ROWS, COLUMNS)
     weight = torch.randn(shape, dtype=dtype)
     width = COLUMNS if operator is sliced_linear else ROWS
     x = torch.randn(TOKENS, width, dtype=dtype)
     pieces = [Slice("w", dim, start, stop, shape) for start, stop in windows]
     leaves = [(piece, piece.of(weight).clone().requires_grad_()) for piece in pieces]
-    y = operator(x, weight, None, leaves)
+    y = operator(x, weight, None, hollow(leaves) if together else leaves)
     dy = torch.randn_like(y)
     y.backward(dy)
     whole = dy.t() @ x if operator is sliced_linear else x.t() @ dy
@@ -50,6 +57,12 @@ def test_windows_of_rows_take_one_product(products, operator, windows, dtype):
     for gradient, rows in zip(found, expected, strict=True):
         assert gradient.is_contiguous()
         torch.testing.assert_close(gradient, rows)
+
+
+def test_gradients_that_are_freed_one_by_one_share_no_memory(products):
+    found, _ = gradients(sliced_linear, torch.float64, ADJOINING, together=False)
+    assert len(products) == len(ADJOINING)
+    assert len({gradient.untyped_storage().data_ptr() for gradient in found}) == len(ADJOINING)
 
 
 @pytest.mark.parametrize(("windows", "count"), [(APART, 3), (ADJOINING, 1), (MIXED, 2)])
@@ -74,7 +87,7 @@ def test_a_window_that_is_not_trained_is_left_out(products):
         (piece, piece.of(weight).clone().requires_grad_(number != 1))
         for number, piece in enumerate(Slice("w", 0, start, stop, shape) for start, stop in ADJOINING)
     ]
-    y = sliced_linear(x, weight, None, leaves)
+    y = sliced_linear(x, weight, None, hollow(leaves))
     y.sum().backward()
     assert products == [(7 + 24, COLUMNS)]
     assert leaves[1][1].grad is None

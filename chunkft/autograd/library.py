@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from chunkft import tracing
 from chunkft.autograd.linear import Window, kept_inputs, kept_spans, linear_output, slice_gradients
+from chunkft.autograd.stand_ins import is_hollow
 from chunkft.autograd.stash import arrive, current_stash
 from chunkft.autograd.trained import records
 from chunkft.kernels import embedding_grad
@@ -146,7 +147,8 @@ def _matmul_gradients(
     if pairs:
         windows = [window for window, _ in pairs]
         whole, parts = _unpack(kept, weight, windows, flat.shape[0], width, input_major, owner)
-        gradients = slice_gradients(flat, parts, windows, width, whole, input_major)
+        together = all(is_hollow(leaf) for _, leaf in pairs)
+        gradients = slice_gradients(flat, parts, windows, width, whole, input_major, "auto", together)
         for (_, leaf), gradient in zip(pairs, gradients, strict=True):
             stash.add(number, leaf, gradient.to(leaf.dtype))
     bias = owner.module._parameters.get("bias")

@@ -12,7 +12,7 @@ from torch.autograd.function import Function
 
 from chunkft import tracing
 from chunkft.autograd.slices import Slice, traced_name
-from chunkft.autograd.stand_ins import stand_in_of
+from chunkft.autograd.stand_ins import is_hollow, stand_in_of
 from chunkft.kernels.torch_wgrad import needs_blocks, saved_columns
 from chunkft.kernels.wgrad import wgrad
 
@@ -142,7 +142,10 @@ class _SlicedMatmul(Function):
         needed = ctx.needs_input_grad[5 : 5 + len(ctx.leaves)]
         windows = [window for window, need in zip(ctx.windows, needed, strict=True) if need]
         layout = ctx.input_shape[-1], ctx.whole, ctx.input_major
-        computed = iter(slice_gradients(dy, kept, windows, *layout, "torch" if twice else "auto"))
+        # Those of hollow leaves leave together; others may be freed one by one, and must not share memory.
+        together = all(is_hollow(leaf) for leaf in ctx.leaves)
+        backend = "torch" if twice else "auto"
+        computed = iter(slice_gradients(dy, kept, windows, *layout, backend, together))
         grads = [
             next(computed).to(leaf.dtype) if need else None
             for leaf, need in zip(ctx.leaves, needed, strict=True)
@@ -250,6 +253,7 @@ def slice_gradients(
     whole: bool,
     input_major: bool,
     backend: str = "auto",
+    together: bool = True,
 ) -> list[Tensor]:
     """The gradients of several slices of a weight: one product for windows of rows, of which each gets its rows.
 
@@ -261,12 +265,13 @@ def slice_gradients(
         whole: whether all of the input was kept.
         input_major: the layout of the weight.
         backend: of ``wgrad``.
+        together: whether gradients of windows of rows may share memory; a product for each otherwise.
 
     Returns:
         A gradient for each window. Those of rows are contiguous, and may share memory with those of others. In fp32
         on a CPU they have the bits of the dense one, which takes a product for each gap between windows.
     """
-    apart = len(windows) < 2 or any(dim != 0 for dim, _, _ in windows)
+    apart = not together or len(windows) < 2 or any(dim != 0 for dim, _, _ in windows)
     exact = needs_blocks(dy)
     if apart or (exact and not whole):
         inputs = [kept[0]] * len(windows) if whole else kept

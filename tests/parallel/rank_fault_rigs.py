@@ -121,7 +121,7 @@ FAULTS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "interrupted in step": in_update(interrupt),
     "cannot rest state": in_switch(full),
 }
-OTHERS = ("raises in schedule", "raises in construction", "leaves", "goes elsewhere")
+OTHERS = ("raises in schedule", "raises in construction", "leaves", "goes elsewhere", "loads alone")
 
 
 def train_until(group: Any, kind: str, fault: str) -> Any:
@@ -141,6 +141,8 @@ def train_until(group: Any, kind: str, fault: str) -> Any:
                 raise StopIteration("no more batches")
             if victim and step == WHEN and fault == "goes elsewhere":
                 dist.barrier(group)
+            if victim and step == WHEN and fault == "loads alone":
+                optimizer.load_state_dict(optimizer.state_dict())
             began = time.monotonic()
             loss_of(model, step, dist.get_rank(group)).backward()
             optimizer.step()

@@ -1,5 +1,9 @@
 """What happens to one rank ends the others with a clear error in time, or all go on and stay alike."""
 
+import os
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -35,6 +39,7 @@ def test_a_rank_that_fails_ends_the_others_in_time(suffered, kind, fault):
         "raises": "ZeroDivisionError",
         "leaves": "StopIteration",
         "goes": "RuntimeError",
+        "loads": "RuntimeError",
     }[fault.split()[0]]
     assert victim.kind == ("ValueError" if "construction" in fault else expected), str(victim)
     assert survivor.kind == "RuntimeError", str(survivor)
@@ -53,3 +58,38 @@ def test_a_rank_that_fails_ends_the_others_in_time(suffered, kind, fault):
 def after_step(fault):
     """What fails behind the last collective of a step is seen in the next one."""
     return int(fault in ("cannot rest state", "raises in schedule"))
+
+
+SCRIPT = """
+import os, sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+import chunkft
+rank = 1 - (os.fork() > 0)
+if rank:
+    print(os.getpid(), flush=True)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=2,
+                        timeout=timedelta(seconds=3))
+model = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Linear(12, 3))
+optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=2, process_group="default")
+for step in range(3):
+    if step == 2 and rank:
+        time.sleep(60)
+    model(torch.ones(2, 6)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_a_process_ends_after_the_error_while_the_other_is_there(tmp_path):
+    said = tmp_path / "said"
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "store")]
+    with said.open("w") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process:
+        assert process.stdout is not None
+        other = int(process.stdout.readline())
+        try:
+            assert process.wait(timeout=50) == 1
+            os.kill(other, 0)
+        finally:
+            os.kill(other, signal.SIGKILL)
+            process.kill()
+    assert "reducing gradients in step 3: a process of the group did not take part" in said.read_text()

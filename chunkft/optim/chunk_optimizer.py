@@ -31,7 +31,7 @@ from chunkft.optim.arguments import (
     trained_specs,
 )
 from chunkft.optim.backward import BackwardResidency
-from chunkft.optim.distributed import Replicas, resolve_group
+from chunkft.optim.distributed import Replicas, check_alone, resolve_group
 from chunkft.optim.forecast import weight_nbytes
 from chunkft.optim.master import resolve_master
 from chunkft.optim.memory import DEFAULT_PAGE_BYTES, MemoryChoice, build_memory
@@ -175,14 +175,15 @@ class ChunkOptimizer(torch.optim.Optimizer):
         check_memory(residency, update, state_device, page_bytes, state_dir, max_grad_norm)
         check_schedule(schedule)
         where = WeightChoice(weights, update_on, device, resident_blocks, weights_dir, offload_inputs)
+        group = resolve_group(process_group)
         if memory_budget is not None:
+            check_alone(model, group, f"memory_budget={memory_budget!r}")
             chunks, residency, where = choose(
                 model, base, base_kwargs, memory_budget, memory_tokens,
                 chunks=chunks, residency=residency, update=update, partition=partition, slice_dim=slice_dim,
                 always_active=always_active, state_device=state_device, state_dir=state_dir, master=master,
                 interval=interval, page_bytes=page_bytes, state_bits=self._state_bits, where=where,
             )  # fmt: skip
-        group = resolve_group(process_group)
         check_weights(where, residency, update, state_device)
         attachment, groups, owned = attachment_and_groups(model)
         self._ready = False

@@ -99,11 +99,16 @@ def check_coupling(
         )
     rows = max((coupling.rows for coupling in tried.values()), default=0.0)
     if rows > TOLERANCE:
+        way_out = (
+            "with whole parameters (partition='layers', or a plan made with chunkft.partition(..., atomic='*')) it is "
+            "exact"
+        )
+        if ranks > 1:
+            way_out = "each rank owns parts of parameters"
         warnings.warn(
             f"base={name} does not update each element by itself, so the update of a slice is not the slice of the "
             f"update of the whole parameter: {rows:.0%} off on halves of a random tensor. Statistics of a slice take "
-            "the place of those of its parameter; with whole parameters (partition='layers', or a plan made with "
-            "chunkft.partition(..., atomic='*')) it is exact",
+            f"the place of those of its parameter; {way_out}",
             stacklevel=4,
         )
     failure = next((coupling.failure for coupling in tried.values() if coupling.failure), None)

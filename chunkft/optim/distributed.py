@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from chunkft.autograd.hooks import Hook
 from chunkft.optim.agreement import agree
 from chunkft.optim.outputs import tensors_in
+from chunkft.parallel import is_sharded
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -48,6 +49,17 @@ def resolve_group(process_group: Any) -> dist.ProcessGroup | None:
     raise ValueError(
         f"process_group={process_group!r} is not allowed; needs a torch.distributed.ProcessGroup, 'default', or None"
     )
+
+
+def check_alone(model: Any, group: dist.ProcessGroup | None, given: str) -> None:
+    """Raise ValueError for what counts with one process, if there are more: ``given`` names it."""
+    shared = group is not None and group.size() > 1
+    if shared or (isinstance(model, nn.Module) and is_sharded(model)):
+        what = "process_group=" if shared else "a model of fully_shard"
+        raise ValueError(
+            f"{given} counts the memory of one process with all weights and state, and cannot be combined with {what}; "
+            "give chunks= (memory_report() tells what a rank holds)"
+        )
 
 
 def average_gradients(leaves: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from chunkft.attach import Attachment
+from chunkft.parallel import is_sharded
 from chunkft.weights import DeviceLeaves, HostLeaves, WeightStream, stream_of, streams_in_part
 
 WEIGHTS = ("auto", "resident", "stream")
@@ -76,6 +77,11 @@ def build_weights(
     model = attachment.model
     present = stream_of(model)
     made: WeightStream | None = None
+    if choice.weights == "stream" and is_sharded(model):
+        raise ValueError(
+            "weights='stream' cannot be combined with fully_shard, which gathers weights by itself; for shards in host "
+            "memory give fully_shard a CPUOffloadPolicy"
+        )
     if choice.weights == "stream":
         meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
         if meta is not None:

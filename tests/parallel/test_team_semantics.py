@@ -252,6 +252,26 @@ def test_a_base_that_couples_parameters_is_refused_by_all_ranks(pool):
     chunkft.ChunkOptimizer(model, Coupled, chunks=1).detach()  # one process knows all gradients
 
 
+def build_with_places(group):
+    said = []
+    for sharded in (False, True):
+        for keywords in ({"memory_budget": "1GiB"}, {"weights": "stream"}):
+            model = Layers() if not sharded else rigs.sharded(Layers(), group)
+            with pytest.raises(ValueError, match="cannot be combined with") as refused:
+                chunkft.ChunkAdamW(model, process_group=None if sharded else group, **keywords)
+            said.append(str(refused.value))
+            chunkft.ChunkAdamW(model, process_group=None if sharded else group, chunks=2).detach()
+    return said
+
+
+def test_what_counts_with_one_process_is_refused_on_many(pool):
+    said = pool.run(2, build_with_places)[0]
+    for message, words in zip(
+        said, ["process_group=", "process_group=", "fully_shard", "fully_shard"], strict=True
+    ):
+        assert words in message
+
+
 class LeavesData(torch.optim.Optimizer):
     """Gives parameters other memory in place of writing into theirs."""
 

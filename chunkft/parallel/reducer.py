@@ -39,6 +39,7 @@ class _Load:
         layout: what is in it.
         leaves: as autograd sees them; their gradients are sent.
         own: what this rank owns of it: each leaf, with its place in a tensor of all elements that this rank owns.
+        header: number of elements before the gradients in a message.
         missing: names whose gradients are not complete in this backward pass.
         pending: while it is on its way.
         absent: numbers of the leaves that had no gradient here when it was sent.
@@ -48,6 +49,7 @@ class _Load:
     layout: Bucket
     leaves: list[nn.Parameter]
     own: list[tuple[Slice, nn.Parameter, Slice, int, int]]
+    header: int
     missing: set[str] = field(default_factory=set)
     pending: Pending | None = None
     absent: list[int] = field(default_factory=list)
@@ -113,7 +115,12 @@ class Reducer:
             pairs.sort(key=_start_of)
         for bucket in buckets:
             self._loads.append(
-                _Load(bucket, [leaves[piece] for piece in bucket.leaves], self._own_in(bucket, by_name))
+                _Load(
+                    bucket,
+                    [leaves[piece] for piece in bucket.leaves],
+                    self._own_in(bucket, by_name),
+                    len(bucket.leaves) + (self.arrived is not None),
+                )
             )
             for name in dict.fromkeys(piece.name for piece in bucket.leaves):
                 self._of_name.setdefault(name, []).append(self._loads[-1])
@@ -296,11 +303,25 @@ class Reducer:
     def _send(self, index: int) -> None:
         """Send the next bucket, and receive the one that is to be there by now."""
         load = self._loads[index]
-        bucket = load.layout
-        sample = load.leaves[0]
-        header = len(load.leaves) + (self.arrived is not None)
-        sizes = [header + numel for numel in bucket.numels()]
-        message = torch.empty(sum(sizes), dtype=sample.dtype, device=sample.device)
+        sizes = [load.header + numel for numel in load.layout.numels()]
+        message = self._message(load, sum(sizes))
+        for leaf in load.leaves:
+            leaf.grad = None
+        mine = sizes[self.ranks.rank]
+        doing = f"{REDUCING}, bucket {index + 1} of {len(self._loads)}"
+        load.pending = self.ranks.exchange(message, sizes, [mine] * self.ranks.size, "gradients", doing)
+        load.forgotten = False
+        self._next = index + 1
+        if index >= AHEAD:
+            self._receive(self._loads[index - AHEAD])
+
+    def _message(self, load: _Load, numel: int) -> Tensor:
+        """What all ranks get of a bucket, one after the other: which leaves have gradients, and its part of them.
+
+        A method of its own: nothing here may hold gradients when the message leaves.
+        """
+        bucket, sample = load.layout, load.leaves[0]
+        message = torch.empty(numel, dtype=sample.dtype, device=sample.device)
         load.absent = [number for number, leaf in enumerate(load.leaves) if leaf.grad is None]
         head = [float(leaf.grad is not None) for leaf in load.leaves]
         top = torch.tensor(head, dtype=sample.dtype).to(sample.device, non_blocking=True)
@@ -309,9 +330,9 @@ class Reducer:
         targets, sources = [], []
         offset = 0
         for part, numbers in zip(bucket.parts, bucket.sources, strict=True):
-            targets.append(message[offset : offset + header])
+            targets.append(message[offset : offset + load.header])
             sources.append(top)
-            offset += header
+            offset += load.header
             for piece, number in zip(part, numbers, strict=True):
                 place = message[offset : offset + piece.numel].view(piece.shape)
                 offset += piece.numel
@@ -323,15 +344,7 @@ class Reducer:
                 targets.append(place)
                 sources.append(_within(bucket.leaves[number], piece, gradient))
         torch._foreach_copy_(targets, sources)
-        mine = sizes[self.ranks.rank]
-        doing = f"{REDUCING}, bucket {index + 1} of {len(self._loads)}"
-        load.pending = self.ranks.exchange(message, sizes, [mine] * self.ranks.size, "gradients", doing)
-        load.forgotten = False
-        self._next = index + 1
-        for leaf in load.leaves:
-            leaf.grad = None
-        if index >= AHEAD:
-            self._receive(self._loads[index - AHEAD])
+        return message
 
     @torch.no_grad()
     def _receive(self, load: _Load) -> None:
@@ -339,18 +352,15 @@ class Reducer:
             return
         received = load.pending.wait().view(self.ranks.size, -1)
         load.pending = None
-        header = len(load.leaves) + (self.arrived is not None)
-        top, body = received[:, :header], received[:, header:]
+        count = len(load.leaves)
+        top, body = received[:, : load.header], received[:, load.header :]
         exact = torch.float64 if body.dtype == torch.float64 else torch.float32
         total = body.sum(0, dtype=exact).mul_(1 / self.ranks.size)
-        if self.copies is not None:
-            total = self.copies.total(total, REDUCING, "gradients").mul_(1 / self.copies.size)
-        present = [1.0] * len(load.leaves)
-        if load.absent:
-            there = top[:, : len(load.leaves)].amax(0)
-            if self.copies is not None:
-                there = self.copies.total(there.clone(), REDUCING)
-            present = there.tolist()
+        there = top[:, :count].amax(0)
+        if self.copies is not None:  # all of them, whatever is absent here
+            joined = self.copies.total(torch.cat([there.to(exact), total]), REDUCING, "gradients")
+            there, total = joined[:count], joined[count:].mul_(1 / self.copies.size)
+        present = there.tolist() if load.absent else [1.0] * count
         if load.forgotten:
             return
         came: list[tuple[Slice, nn.Parameter]] = []

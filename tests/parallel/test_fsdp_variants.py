@@ -2,8 +2,15 @@
 
 import pytest
 import rigs
+import torch
+import torch.distributed as dist
 import variant_rigs
 from rigs import BACKWARD, STREAM, Case
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import chunkft
 
 CASE = Case("llama", 2, 4, clip=0.5, accumulate=2, steps=10)
 SMALL = Case("llama", 2, 2, clip=0.5, steps=16, changes={"num_hidden_layers": 1})
@@ -48,6 +55,45 @@ def test_two_replicas_of_two_shards_train_as_one_process(pool, family):
     ranks = pool.run(4, variant_rigs.train, case, "hybrid")
     assert ranks[0].weights == ranks[2].weights != ranks[1].weights == ranks[3].weights
     rigs.assert_same_run(case, ranks, pool.run(1, rigs.train_alone, case, ranks[0].plan))
+
+
+class Branches(nn.Module):
+    """Uses some of its branches in a pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branches = nn.ModuleList([nn.Linear(5, 8) for _ in range(2)])
+
+    def forward(self, x, used):
+        return torch.stack([self.branches[each](x).tanh() for each in used]).sum(0)
+
+
+def branches(group, ranks):
+    """Weights after some steps; with ``ranks`` of one process on what so many ranks see."""
+    model = Branches().double()
+    rank = 0 if ranks else dist.get_rank()
+    if not ranks:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")))
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1)
+    for step in range(6):
+        for seen in range(ranks) if ranks else [rank]:
+            x = torch.randn(6, 5, generator=torch.Generator().manual_seed(10 * step + seen)).double()
+            used = (
+                (0, 1) if (seen + step) % 4 == 0 else (seen % 2,)
+            )  # which one rank of each copy has, or none
+            (model(x, used).square().mean() / (ranks or 1)).backward()
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    optimizer.detach()
+    return [value.detach().clone() for value in whole]
+
+
+def test_copies_of_shards_may_use_other_layers(pool):
+    (alone,) = pool.run(1, branches, 4)
+    for found in pool.run(4, branches, 0):
+        for value, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", [STREAM, BACKWARD], ids=["stream", "backward"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from chunkft.autograd import Slice
 from chunkft.parallel.owners import Bucket
 from chunkft.parallel.ranks import Pending, Ranks
+from chunkft.parallel.reducer import AHEAD
 
 SPREADING = "spreading updated weights"
 
@@ -23,24 +25,34 @@ def spread(ranks: Ranks, buckets: Sequence[Bucket], weight_of: Callable[[Slice],
         buckets: of what was updated; this rank's parts have their new values.
         weight_of: the memory of a slice.
     """
-    under_way: list[tuple[Bucket, int, Pending]] = []
+    under_way: deque[tuple[Bucket, int, Pending]] = deque()
     for bucket in buckets:
+        if len(under_way) > AHEAD:
+            _take(ranks, *under_way.popleft(), weight_of)
         size = max(bucket.numels())
         sample = weight_of(bucket.leaves[0])
         message = torch.empty(size, dtype=sample.dtype, device=sample.device)
         mine = bucket.parts[ranks.rank]
-        torch._foreach_copy_(_places(message, mine), [weight_of(piece) for piece in mine]) if mine else None
+        if mine:
+            torch._foreach_copy_(_places(message, mine), [weight_of(piece) for piece in mine])
         under_way.append((bucket, size, ranks.spread(message, "weights", SPREADING)))
-    for bucket, size, pending in under_way:
-        everything = pending.wait()
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for rank, part in enumerate(bucket.parts):
-            if rank != ranks.rank:
-                targets += [weight_of(piece) for piece in part]
-                sources += _places(everything[rank * size : (rank + 1) * size], part)
-        if targets:
-            torch._foreach_copy_(targets, sources)
+    for entry in under_way:
+        _take(ranks, *entry, weight_of)
+
+
+def _take(
+    ranks: Ranks, bucket: Bucket, size: int, pending: Pending, weight_of: Callable[[Slice], Tensor]
+) -> None:
+    """Put what came from other ranks into the weights."""
+    everything = pending.wait()
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for rank, part in enumerate(bucket.parts):
+        if rank != ranks.rank:
+            targets += [weight_of(piece) for piece in part]
+            sources += _places(everything[rank * size : (rank + 1) * size], part)
+    if targets:
+        torch._foreach_copy_(targets, sources)
 
 
 def _places(flat: Tensor, pieces: Sequence[Slice]) -> list[Tensor]:

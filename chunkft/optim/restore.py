@@ -94,7 +94,7 @@ def restore_together(optimizer: ChunkOptimizer, read: Callable[[], tuple[Restore
     together(gathers, rank, partial(restore, optimizer, restored))
     optimizer._replicas.forget_agreement()
     if team is not None:
-        team.forget_agreement()
+        team.rounds.forget_agreement()
 
 
 def _check_mark(mark: str, first: str) -> None:
@@ -135,7 +135,7 @@ def _exchange(optimizer: ChunkOptimizer, restored: Restored) -> None:
     if optimizer._team is None:
         optimizer.plan = restored.plan
     else:
-        optimizer._team.passes = restored.passes
+        optimizer._team.rounds.passes = restored.passes
     for group, loaded in zip(optimizer.param_groups, restored.groups, strict=True):
         group.update(loaded)
     optimizer.updates = restored.updates

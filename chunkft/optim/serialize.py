@@ -31,7 +31,7 @@ def states_to_save(optimizer: ChunkOptimizer, method: str) -> dict[Slice, State]
     optimizer._check_attached(method)
     settle(optimizer)
     optimizer._check_between_steps(method)
-    if optimizer._team is not None and optimizer._team.has_gradients:
+    if optimizer._team is not None and optimizer._team.rounds.has_gradients:
         raise RuntimeError(
             f"{method}() between backward() and step() is not possible with a process group: gradients of the ranks "
             "are not summed yet; save right after step(), or call zero_grad() first"
@@ -63,7 +63,7 @@ def optimizer_header(optimizer: ChunkOptimizer) -> dict[str, Any]:
             "interval_position": optimizer.interval_position,
             "updates": optimizer.updates,
             "skipped": optimizer.skipped,
-            **({} if optimizer._team is None else {"passes": optimizer._team.passes}),
+            **({} if optimizer._team is None else {"passes": optimizer._team.rounds.passes}),
         },
         "plan": optimizer.plan.to_dict(),
     }

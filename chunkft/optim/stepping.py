@@ -57,7 +57,7 @@ def take(optimizer: ChunkOptimizer) -> None:
 def _take_together(optimizer: ChunkOptimizer, team: Team) -> None:
     """The same by many ranks: each updates what it owns, from gradients that the others sent."""
     scale = getattr(optimizer, "grad_scale", None)
-    norm = team.close(scale, getattr(optimizer, "found_inf", None))
+    norm = team.rounds.close(scale, getattr(optimizer, "found_inf", None))
     optimizer._memory.observe_gradients(optimizer)
     if norm is None:
         _pass_unreached(optimizer)
@@ -75,7 +75,7 @@ def _take_together(optimizer: ChunkOptimizer, team: Team) -> None:
         _count_update(optimizer)
     else:
         optimizer.skipped += 1
-    team.drop()
+    team.rounds.drop()
     optimizer._attachment.called = False
     advance_if_due(optimizer)
 
@@ -85,7 +85,7 @@ def _close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> 
     scale = getattr(optimizer, "grad_scale", None)  # None after scaler.unscale_(optimizer)
     check_backward_step(getattr(optimizer, "found_inf", None) if scale is None else scale)
     team = optimizer._team
-    if team is not None and not team.close_backward():
+    if team is not None and not team.rounds.close_backward():
         _pass_unreached(optimizer)
         return
     if (
@@ -102,7 +102,8 @@ def _close_backward(optimizer: ChunkOptimizer, residency: BackwardResidency) -> 
     if team is None:
         optimizer._attachment.wiring.publish()
     else:
-        dropped = team.close_update(dropped, optimizer.active)
+        dropped = team.rounds.dropped_by_some(dropped)
+        team.publish(optimizer.active)
     if dropped:
         optimizer.skipped += 1
     else:

@@ -16,8 +16,9 @@ from chunkft.optim.planner.amounts import GpuBytes, HostBytes
 from chunkft.optim.planner.held import SentDown, SpentByPage, SpentInBulk
 from chunkft.optim.planner.memo import remembered
 from chunkft.optim.planner.profiles import Profiles
+from chunkft.optim.planner.ranks import Divided
 from chunkft.optim.planner.setting import Setting
-from chunkft.optim.planner.state import LayoutOfState, PagedState, paged_state, update_nbytes
+from chunkft.optim.planner.state import LayoutOfState, PagedState, largest, paged_state, update_nbytes
 from chunkft.optim.planner.timeline import Held, Kept, Moment, peak_of
 from chunkft.optim.planner.twin import Step, shallow_twin
 from chunkft.optim.planner.windows import Window, covering, windows_of
@@ -48,6 +49,7 @@ class Model:
         page_bytes: size of a page of ``residency="stream"``.
         always_active, slice_dim: as for ``ChunkOptimizer``.
         device: ``"cuda"`` or ``"cpu"``.
+        world: ranks that train replicas and divide the chunk.
     """
 
     def __init__(
@@ -62,8 +64,10 @@ class Model:
         always_active: str | Sequence[str] | None = None,
         slice_dim: int = 0,
         device: str = "cuda",
+        world: int = 1,
     ) -> None:
         self.deep = deep
+        self.world = world
         self.shallow = shallow_twin(deep)
         self.step, self.batch, self.tokens = step, batch, tokens
         self.page_bytes = page_bytes
@@ -112,13 +116,19 @@ class Model:
         """Raises ValueError if the model cannot be cut into so many."""
         return make_plan(self.deep, self.specs, chunks, "bytes", self._slice_dim, self._always)
 
+    @remembered
+    def divided(self, chunks: int) -> Divided:
+        """How ranks divide the plan."""
+        return Divided(self.plan(chunks), self.world, self.parameters)
+
     def windows(self, setting: Setting) -> list[Window]:
-        """What is active with each chunk."""
+        """What is active with each chunk, for autograd: of many ranks all of it, and not cut to pages."""
         state = self.state(setting)
-        if id(state.plan) not in self._windows:
-            self._windows[id(state.plan)] = windows_of(state.plan, self.shallow, len(state.plan) <= EXACT)
+        plan = state.plan if self.world == 1 else self.plan(setting.chunks)
+        if id(plan) not in self._windows:
+            self._windows[id(plan)] = windows_of(plan, self.shallow, len(plan) <= EXACT)
             self._kept.append(state)  # so that ids stay its own
-        return self._windows[id(state.plan)]
+        return self._windows[id(plan)]
 
     def lowest(self, window: Window) -> int | None:
         """The first block that a gradient flows through; None if it flows through none."""
@@ -178,13 +188,15 @@ class Model:
     def _state(
         self, chunks: int, residency: str, in_files: bool, master: str, bits: int, counts: bool
     ) -> PagedState:
-        return paged_state(
-            self.plan(chunks),
-            self.probe(master, bits, counts),
+        probe = self.probe(master, bits, counts)
+        lay_out = functools.partial(
+            paged_state,
+            probe=probe,
             stream=residency == "stream",
             page_bytes=self.page_bytes,
             in_files=in_files,
         )
+        return largest([lay_out(plan) for plan in self.divided(chunks).plans])
 
     def streams(self, setting: Setting) -> Callable[[str], bool]:
         """Whether the weights of a name stream."""
@@ -217,18 +229,19 @@ class Model:
         state = self.state(setting)
         windows = self.windows(setting)
         weights, ring, leaves, slots = self._standing(setting)
+        travelling = self.divided(setting.chunks).travelling
         batch = 16 * self.batch * self.tokens + SCALARS  # ids and labels
 
         def whole(moment: Moment) -> GpuBytes:
             reserve = 0
             if self.device == "cuda":
-                reserve = CONTEXT + int(ROUNDING * moment.total)
+                reserve = CONTEXT + int(ROUNDING * (moment.total + travelling))
             return GpuBytes(
                 weights=weights,
                 ring=ring,
                 leaves=leaves,
                 state=slots,
-                gradients=moment.gradients,
+                gradients=moment.gradients + travelling,
                 activations=moment.activations + batch,
                 working=moment.working,
                 update=moment.update,

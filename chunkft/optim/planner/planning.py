@@ -32,6 +32,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "offload_inputs": (False, True),
     "master": ("auto", "fp32", "residual", "stochastic", "none"),
 }
+# What one process alone can do, or what is not foreseen of several.
+ALONE: dict[str, tuple[Any, ...]] = {
+    "update": ("backward",),
+    "weights": ("stream",),
+    "update_on": ("host",),
+    "offload_inputs": (True,),
+}
 
 
 def plan_memory(
@@ -71,7 +78,8 @@ def plan_memory(
         batch: sequences in a forward pass.
         link: GB/s between host and GPU, each way (``chunkft doctor`` measures it), or a string such as ``"25GB/s"``.
         tflops: 16-bit TFLOP/s that the products of a step reach.
-        world: processes that train replicas on this machine; they share host memory and disk.
+        world: ranks with a GPU each on this machine, which train replicas and divide the chunk (``process_group=``);
+            they share host memory and disk. Messages between them count, their time does not.
         dtype: of the weights, for a configuration.
         step: function of (model, batch, tokens) that returns the loss of a training step on the meta device; by default
             ``model(input_ids=..., labels=...).loss``.
@@ -128,6 +136,7 @@ def plan_memory(
             always_active,
             slice_dim,
             device,
+            world,
         )
 
     model = look(tokens)
@@ -153,7 +162,9 @@ def _space(
     if base is not torch.optim.AdamW:
         space = replace(space, state_bits=(32,), update_on=("device",))
     if world > 1:
-        space = replace(space, update=("step",))
+        space = replace(
+            space, update=("step",), weights=("resident",)
+        )  # weights that stream take one process
     kept: dict[str, Any] = {}
     for name, value in fixed.items():
         if name == "state_dir":
@@ -168,6 +179,11 @@ def _space(
         values = tuple(value) if isinstance(value, list | tuple | range) else (value,)
         for each in values:
             _check(name, each)
+        if world > 1 and any(each in ALONE.get(name, ()) for each in values):
+            raise ValueError(
+                f"{name}={value!r} cannot be planned with world={world}; allowed there: "
+                f"{', '.join(repr(each) for each in CHOICES[name] if each not in ALONE[name])}"
+            )
         space = replace(space, **{name: values})
     return space, kept
 

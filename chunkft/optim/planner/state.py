@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from chunkft.autograd import Slice
 from chunkft.optim.kernel_slices import make_slices
-from chunkft.optim.pages import Layout, Page, StateProbe, fitted, make_pages, state_nbytes
+from chunkft.optim.pages import ALIGNMENT, Layout, Page, StateProbe, fitted, make_pages, state_nbytes
 from chunkft.optim.planner.tape import Tape
 from chunkft.optim.rule import UpdateRule
 from chunkft.plan import ChunkPlan
 from chunkft.streaming import file_tier_nbytes
 
-__all__ = ["LayoutOfState", "PagedState", "paged_state", "update_nbytes"]
+__all__ = ["LayoutOfState", "PagedState", "largest", "paged_state", "update_nbytes"]
 
 MANY = 512  # pages from which on their sizes are not laid out one by one
 META = torch.device("meta")
@@ -86,6 +86,20 @@ class PagedState:
     files: int
 
 
+def largest(states: Sequence[PagedState]) -> PagedState:
+    """The most of each kind that one of several ranks has; slices and pages are those of the first."""
+    if len(states) == 1:
+        return states[0]
+    return replace(
+        states[0],
+        slots=max(state.slots for state in states),
+        resting=max(state.resting for state in states),
+        chunk_nbytes=tuple(map(max, zip(*(state.chunk_nbytes for state in states), strict=True))),
+        host=max(state.host for state in states),
+        files=max(state.files for state in states),
+    )
+
+
 def paged_state(
     plan: ChunkPlan, probe: LayoutOfState, *, stream: bool, page_bytes: int, in_files: bool
 ) -> PagedState:
@@ -123,7 +137,9 @@ def paged_state(
     page_sizes = [size for size in page_sizes if size]
     count = min(3 if stream else 2, len(page_sizes))
     slots = count * max(page_sizes, default=0)
-    host, files = sum(sizes) + always, 0
+    # Every cut adds tensors that begin at a multiple of their own.
+    cuts = 4 * ALIGNMENT * len(page_sizes) if stream and pages is None else 0
+    host, files = (sum(sizes) + always + cuts if pages is None else sum(page.nbytes for page in pages)), 0
     if in_files and page_sizes:
         host, files = file_tier_nbytes(page_sizes, count)
     return PagedState(plan, pages, slots, resting, tuple(sizes), host, files)

@@ -33,10 +33,12 @@ class Residence(Protocol):
 
     Attributes:
         on_device: whether their leaves are where the model computes.
+        copies: whether leaves are copies, which take memory beside their weights.
         device: where it does.
     """
 
     on_device: bool
+    copies: bool
     device: torch.device
 
     def memory(self) -> dict[str, int]:

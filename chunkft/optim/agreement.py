@@ -105,7 +105,7 @@ def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
     schedule, rule = optimizer._schedule, optimizer._residency.rule
     return {
         "parameters": [
-            (spec.name, spec.shape, str(optimizer._attachment.model.get_parameter(spec.name).dtype))
+            (spec.name, spec.shape, str(optimizer._attachment.parameter(spec.name).dtype))
             for spec in optimizer._specs
         ],
         "plan": [optimizer.plan.always, [chunk.slices for chunk in optimizer.plan.chunks]],

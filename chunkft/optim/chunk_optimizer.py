@@ -59,7 +59,7 @@ from chunkft.parallel import KINDS
 from chunkft.partitions import Partition, make_plan
 from chunkft.plan import ChunkPlan
 from chunkft.schedule import Schedule, active_chunk, check_schedule
-from chunkft.weights import HostLeaves, WeightStream
+from chunkft.weights import WeightStream
 
 
 class ChunkOptimizer(torch.optim.Optimizer):
@@ -233,7 +233,8 @@ class ChunkOptimizer(torch.optim.Optimizer):
             super().__init__(groups, defaults)
             rule = self._rule()
             self._stream = build_weights(where, attachment, residency, update, state_device, group)
-            on_host = isinstance(attachment.wiring.residence, HostLeaves)
+            residence = attachment.wiring.residence
+            on_host = residence is not None and not residence.on_device
             rule = replace(rule, host_kernel=rule.state_bits == 8 or (on_host and _beside_gpu(attachment)))
             ranks = (1, 0) if team is None else team.numbers()
             memory = MemoryChoice(residency, update, state_device, page_bytes, state_dir, on_host, *ranks)
@@ -252,7 +253,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 team.join(self)
             activate(self)
             if team is not None:
-                team.watch()
+                team.rounds.watch()
             attachment.on_replaced = weakref.WeakMethod(self._bind_replaced)
             self._replicas = Replicas(self, group)
         except BaseException:
@@ -342,7 +343,7 @@ class ChunkOptimizer(torch.optim.Optimizer):
                 self._follow_weights()  # what replaced a weight may have a gradient already
         super().zero_grad(set_to_none)
         if self._team is not None and self._ready:
-            self._team.drop()
+            self._team.rounds.drop()
         if set_to_none:
             self._attachment.wiring.hide_gradients()
         if isinstance(self._residency, BackwardResidency) and self._residency.begun:

@@ -142,7 +142,7 @@ def check_values(
 
 def working_dtype(optimizer: ChunkOptimizer, name: str) -> torch.dtype:
     """In which a parameter is updated: fp32 where it has a master, else its own."""
-    weight = optimizer._attachment.model.get_parameter(name).dtype
+    weight = optimizer._attachment.parameter(name).dtype
     return weight if optimizer._modes[name] == "none" else torch.float32
 
 

@@ -36,7 +36,7 @@ def predict(
     base optimizer could not be probed.
     """
     attachment = optimizer._attachment
-    weight_of = attachment.model.get_parameter
+    weight_of = attachment.parameter
     counted = weight_nbytes(attachment)
     found: dict[str, int | None] = {
         **counted,
@@ -65,23 +65,28 @@ def predict_full(optimizer: ChunkOptimizer) -> dict[str, int | None]:
     """Bytes of each kind in full fine-tuning with the same base optimizer: gradients of the weights' dtype, fp32
     masters of 16-bit weights, everything on the device.
     """
-    model = optimizer._attachment.model
-    probe = StateProbe(optimizer._residency.rule, model.get_parameter)
+    attachment = optimizer._attachment
+    weight_of = attachment.parameter
+    known = {spec.name for spec in attachment.specs}
+    whole_weights = [
+        weight_of(name) if name in known else p for name, p in attachment.model.named_parameters()
+    ]
+    probe = StateProbe(optimizer._residency.rule, weight_of)
     state = gradients = masters = 0
     for name, shape in {piece.name: piece.parameter_shape for piece in optimizer.plan.slices()}.items():
-        weight = model.get_parameter(name)
+        weight = weight_of(name)
         whole = Slice(name, None, 0, shape[0] if shape else 1, shape)
         gradients += weight.numel() * weight.element_size()
         masters += weight.numel() * 4 if weight.element_size() == 2 else 0
         state += _tensors(probe.layout(whole), masters=False)
-    known = probe.failure is None
+    counted = probe.failure is None
     return {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "weights": sum(p.numel() * p.element_size() for p in whole_weights),
         "leaves": 0,
         "weights_host": 0,
         "gradients": gradients,
         "gradients_host": 0,
-        "state_device": state if known else None,
+        "state_device": state if counted else None,
         "masters": masters,
         "state_new": 0,
         "state_host": 0,
@@ -103,7 +108,7 @@ def weight_nbytes(attachment: Attachment) -> dict[str, int]:
 def _beside(attachment: Attachment, plan: ChunkPlan) -> int:
     """The most bytes of leaves that are copies of parts of weights."""
     residence = attachment.wiring.residence
-    if residence is None or not residence.on_device:
+    if residence is None or not residence.copies:
         return 0
     size = {name: p.element_size() for name, p in attachment.model.named_parameters()}
     return max(
@@ -199,7 +204,7 @@ def gradient_peak(
         plan: the chunks.
         page_of: page of each slice, for updates in the backward pass; None asks the optimizer whether it does that.
     """
-    weight_of = optimizer._attachment.model.get_parameter
+    weight_of = optimizer._attachment.parameter
 
     on_host = optimizer._attachment.on_host
 

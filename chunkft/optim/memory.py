@@ -66,7 +66,7 @@ def build_memory(
         ValueError: if the base optimizer cannot update the parts of the plan by themselves.
         OSError, RuntimeError: if the memory, or the files, cannot be had.
     """
-    parameter_of = attachment.model.get_parameter
+    parameter_of = attachment.parameter
     everywhere = plan if everywhere is None else everywhere
 
     device_of = attachment.leaf_device

@@ -51,6 +51,8 @@ class ShardedWeights:
             by tensor parallelism, ``Shard(1)``, tensor subclasses that gather by themselves, or FSDP1.
     """
 
+    copies = False  # the optimizer's leaves are views of the shards
+
     def __init__(self, model: nn.Module, specs: Sequence[ParameterSpec]) -> None:
         self.model = model
         self._specs = {spec.name: spec for spec in specs}

@@ -241,7 +241,7 @@ def _state_of(timeline: Timeline, setting: Setting, optimizer: ChunkOptimizer, f
 
 def _smaller_state(timeline: Timeline, optimizer: ChunkOptimizer) -> Iterator[Candidate]:
     rule = optimizer._residency.rule
-    probe = StateProbe(rule, optimizer._attachment.model.get_parameter)
+    probe = StateProbe(rule, optimizer._attachment.parameter)
     bytes_of: dict[str, int] = {}
     for piece in optimizer.plan.slices():
         for key, (shape, dtype) in probe.layout(piece).items():
@@ -296,7 +296,7 @@ class _Streamed:
 
 
 def _streamed(optimizer: ChunkOptimizer) -> _Streamed | None:
-    weight_of = optimizer._attachment.model.get_parameter
+    weight_of = optimizer._attachment.parameter
     probe = StateProbe(optimizer._residency.rule, weight_of)
     store = optimizer._store
     page_bytes = (store.page_bytes if isinstance(store, PagedStore) else None) or DEFAULT_PAGE_BYTES

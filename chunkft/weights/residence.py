@@ -37,6 +37,7 @@ class HostLeaves(_OfStream):
     """
 
     on_device = False
+    copies = False
 
     def __init__(self, stream: WeightStream) -> None:
         self.stream = stream
@@ -97,6 +98,7 @@ class DeviceLeaves(_OfStream):
     """
 
     on_device = True
+    copies = True
 
     def __init__(self, stream: WeightStream, updated_in_backward: bool = False) -> None:
         self.stream = stream

@@ -8,7 +8,7 @@ from torch import nn
 from chunkft.cli.errors import UserError
 from chunkft.weights.units import block_names
 
-__all__ = ["load_whole", "shard", "sharded", "whole_weights"]
+__all__ = ["load_whole", "shard", "whole_weights"]
 
 
 def shard(model: Any, device: torch.device) -> None:
@@ -38,11 +38,6 @@ def shard(model: Any, device: torch.device) -> None:
     for name in names:
         fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
-def sharded(model: nn.Module) -> bool:
-    """Whether the weights of a model are shards."""
-    return any(hasattr(weight, "full_tensor") for weight in model.parameters())
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor] | None:

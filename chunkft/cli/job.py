@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -284,6 +283,4 @@ def _of_ranks(settings: FinetuneSettings, ranks: Ranks | None) -> dict[str, Any]
     options: dict[str, Any] = {"max_grad_norm": settings.clip_norm or None}
     if not settings.fsdp:  # a sharded model brings its group
         options["process_group"] = "default"
-    if settings.state_dir is not None:
-        options["state_dir"] = Path(settings.state_dir) / f"rank-{ranks.rank}"
     return options

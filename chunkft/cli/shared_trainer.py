@@ -13,13 +13,14 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from chunkft.cli.fsdp import load_whole, sharded, whole_weights
+from chunkft.cli.fsdp import load_whole, whole_weights
 from chunkft.cli.progress import resident_bytes
 from chunkft.cli.ranks import Ranks
 from chunkft.cli.shares import targets_of
 from chunkft.cli.trainer import FinetuneTrainer
 from chunkft.integrations.transformers import GracefulStop
 from chunkft.optim import save_checkpoint
+from chunkft.parallel import is_sharded
 
 __all__ = ["SharedStop", "SharedTrainer"]
 
@@ -74,7 +75,7 @@ class SharedTrainer(FinetuneTrainer):
         super().__init__(*args, **kwargs)
         self.ranks = ranks
         self.stop = stop
-        self.shards = sharded(self.model)
+        self.shards = is_sharded(self.model)
         self.measures = not self.shards
         takes_count = bool(getattr(self, "model_accepts_loss_kwargs", False))
         self._sums_loss = takes_count and self.compute_metrics is None
@@ -88,7 +89,7 @@ class SharedTrainer(FinetuneTrainer):
 
     def _move_model_to_device(self, model: Any, device: Any) -> None:
         """Shards are where they belong, and torch cannot move parameters that others refer to."""
-        if not sharded(model):
+        if not is_sharded(model):
             super()._move_model_to_device(model, device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,6 @@ from transformers import (
 from chunkft.autograd import compilable
 from chunkft.integrations.accelerate import PreparedChunkAdamW, unwrap_optimizer
 from chunkft.integrations.checkpoints import (
-    CheckpointWriteError,
     clean_up,
     complete_checkpoints,
     publish,
@@ -33,6 +32,7 @@ from chunkft.integrations.checkpoints import (
     writing,
 )
 from chunkft.optim import ChunkAdamW, ChunkOptimizer, load_checkpoint, save_checkpoint
+from chunkft.optim.together import Gather, shared, together
 
 __all__ = [
     "ChunkAdamWFactory",
@@ -205,35 +205,26 @@ class ChunkTrainer(Trainer):
 
     def _by_first(self, action: Callable[[], Any]) -> Any:
         """What rank 0 does while the others wait: its result, or its error, on all."""
-        if self.args.world_size == 1:
-            return action()
-        found: list[Any] = [None]
-
-        def act() -> None:
-            if self.args.process_index == 0:
-                found[0] = action()
-
-        self._together(act)
-        dist.broadcast_object_list(found)
-        return found[0]
+        first = self.args.process_index == 0
+        gathers = self._gathers()
+        return shared(
+            gathers, together(gathers, self.args.process_index, lambda: action() if first else None)
+        )
 
     def _together(self, action: Callable[[], None]) -> None:
         """What all ranks do; they end together, and what one raises is an error of all."""
+        together(self._gathers(), self.args.process_index, action)
+
+    def _gathers(self) -> list[Gather]:
         if self.args.world_size == 1:
-            action()
-            return
-        error: Exception | None = None
-        try:
-            action()
-        except Exception as caught:
-            error = caught
-        errors: list[str | None] = [None] * self.args.world_size
-        dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, text in enumerate(errors):
-            if text is not None:
-                raise CheckpointWriteError(f"rank {rank} failed: {text}")
+            return []
+
+        def gather(value: Any) -> list[Any]:
+            found: list[Any] = [None] * self.args.world_size
+            dist.all_gather_object(found, value)
+            return found
+
+        return [gather]
 
     def _correct_best_path(self, staged: Path, final: Path) -> None:
         if self.state.best_model_checkpoint == str(staged):

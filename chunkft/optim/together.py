@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]  # gives the objects of all ranks for this one's; a collective
-_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError, FileNotFoundError)
+_KINDS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError, FileNotFoundError, OSError)
 
 
 class Told(NamedTuple):
@@ -89,6 +89,8 @@ def shared(gathers: Sequence[Gather], value: T) -> T:
 
 
 def _tell(rank: int, error: BaseException) -> Told:
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, FileNotFoundError) and error.errno is None:
+        return Told(rank, "FileNotFoundError", None, str(error))
+    if isinstance(error, OSError):
         return Told(rank, "OSError", error.errno, error.strerror or str(error))
     return Told(rank, type(error).__name__, None, str(error))

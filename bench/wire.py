@@ -108,17 +108,21 @@ def counted() -> Iterator[Wire]:
         RuntimeError: if this release of torch has none of the methods that are known here.
     """
     wire = Wire()
-    kept = {name: getattr(dist.ProcessGroup, name) for name in METHODS if hasattr(dist.ProcessGroup, name)}
+    kept = {name: vars(dist.ProcessGroup)[name] for name in METHODS if name in vars(dist.ProcessGroup)}
     if not {"exchange", "gather", "scatter", "sum"} <= {METHODS[name][0] for name in kept}:
         raise RuntimeError(f"torch {torch.__version__} names its collectives otherwise: found {sorted(kept)}")
     nested = [False]
-    for name, method in kept.items():
+    for name in kept:
+        method = getattr(dist.ProcessGroup, name)
         setattr(dist.ProcessGroup, name, _counting(wire, nested, method, *METHODS[name]))
     try:
         yield wire
     finally:
-        for name, method in kept.items():
-            setattr(dist.ProcessGroup, name, method)
+        for (
+            name,
+            own,
+        ) in kept.items():  # as the class holds it: what getattr gives takes no self from an instance
+            setattr(dist.ProcessGroup, name, own)
 
 
 def _counting(

@@ -45,11 +45,16 @@ def test_small_sums_and_gathers_are_control_and_taken_begins_anew():
     assert wire.mean_over_ranks([{"a": 2}, {"b": 4}]) == {"a": 1, "b": 2}
 
 
-def test_torch_is_left_as_it_was():
-    kept = {name: getattr(torch.distributed.ProcessGroup, name) for name in wire.METHODS}
+def test_torch_is_left_as_it_was(tmp_path):
+    kept = dict(vars(torch.distributed.ProcessGroup))
     with pytest.raises(KeyError), wire.counted():
         raise KeyError
-    assert {name: getattr(torch.distributed.ProcessGroup, name) for name in wire.METHODS} == kept
+    assert dict(vars(torch.distributed.ProcessGroup)) == kept
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rank", rank=0, world_size=1)
+    try:
+        torch.distributed.all_reduce(torch.ones(2))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import chunkft
-from chunkft.autograd import records
+from chunkft.autograd import Slice, SlicedForward, linear, operator_for, records
+from chunkft.autograd.stand_ins import stand_in_of
 from chunkft.optim.switch import at_work
 
 X = torch.randn(60, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -72,6 +73,27 @@ def test_evaluation_in_another_thread_changes_no_training(mode: str, interval: i
     assert not failed
     for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_a_switch_in_the_middle_of_a_call_leaves_it_the_slices_that_it_began_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = nn.Linear(6, 8)
+    pieces = Slice("weight", 0, 0, 3, (8, 6)), Slice("weight", 0, 3, 8, (8, 6))
+    active = [(piece, nn.Parameter(piece.of(layer.weight.detach()))) for piece in pieces]
+    operator = operator_for(layer)
+    assert operator is not None
+    forward = SlicedForward(layer, operator, active, None)
+
+    def stand_in(leaf: torch.Tensor, device: torch.device) -> torch.Tensor:
+        active.clear()
+        return stand_in_of(leaf, device)
+
+    monkeypatch.setattr(linear, "stand_in_of", stand_in)
+    leaves = [leaf for _, leaf in active]
+    forward(torch.ones(2, 6)).sum().backward()
+    assert not active
+    assert [leaf.grad is not None for leaf in leaves] == [True, True]
 
 
 def test_flags_are_those_of_training_while_another_thread_computes() -> None:

@@ -122,16 +122,19 @@ class SlicedForward:
         for _, verify in self.parts.values():
             if verify is not None:
                 sliced = verify(self.module, False) and sliced
-        return self.active if sliced else None
+        return (
+            tuple(self.active) if sliced else None
+        )  # a copy: another thread may switch in the middle of the call
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if self.checked() is None or not any(active for active, _ in self.parts.values()):
+        active = self.checked()
+        parts = {attribute: tuple(part) for attribute, (part, _) in self.parts.items()}
+        if active is None or not any(parts.values()):
             result: Tensor = type(self.module).forward(self.module, *args, **kwargs)
             return result
         if not self.operator.weights:
-            return self.operator.forward(self.module, self.active, *args, **kwargs)
-        active = {attribute: active for attribute, (active, _) in self.parts.items()}
-        return self.operator.forward(self.module, active, *args, **kwargs)
+            return self.operator.forward(self.module, active, *args, **kwargs)
+        return self.operator.forward(self.module, parts, *args, **kwargs)
 
     def without(self, active: Active) -> SlicedForward | None:
         """A forward without one of the parts; None if that was the only one. This one stays as it is."""

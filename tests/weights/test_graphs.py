@@ -127,7 +127,10 @@ def test_inference_mode_first_and_training_afterwards():
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("family", ["t5", "mixtral"])
 def test_architectures_with_inputs_that_wait_in_host_memory(family, update):
-    models = build(family), build(family)
+    # Parked blocks compute without a cache and, at first, without a graph: torch then picks other kernels of attention,
+    # whose bits are the same on some CPUs only.
+    plain = {"use_cache": False, "attn_implementation": "eager"}
+    models = build(family, **plain), build(family, **plain)
     streamed_ = streamed(models[0], update, stream={"offload_inputs": True, "tile_bytes": 1 << 30}, chunks=2)
     pairs = [
         (models[0], streamed_),

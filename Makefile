@@ -71,7 +71,7 @@ define core_tests
 	$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCHUNKFT_BUILD_PYTHON=OFF -DCHUNKFT_BUILD_TESTS=ON -DCHUNKFT_SANITIZE=$(2) >$(1).log || { cat $(1).log; exit 1; }
 	$(BIN)/cmake --build $(1)
-	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure
+	$(3) $(BIN)/ctest --test-dir $(1) --output-on-failure --parallel 2
 endef
 
 .PHONY: core-test

@@ -51,7 +51,7 @@ class Report:
         again: whether these would be the second ones of a step that has one backward pass.
         unscaled: whether a GradScaler has divided gradients by the scale already.
         cleared: how often gradients were forgotten after they had been sent.
-        values: further numbers, fp64, that are summed.
+        values: further numbers, fp64 on the CPU, that are summed.
     """
 
     position: Any
@@ -88,17 +88,20 @@ class Met:
         return ", ".join(f"{count} {PLACES[phase]}" for phase, count in self.at.items() if count)
 
 
-def meet(phase: Phase, report: Report, ranks: Ranks, copies: Ranks | None) -> Met:
-    """Sum up the reports of all ranks. Its messages have one size in all phases: ranks in different ones meet, too."""
+def meet(phase: Phase, report: Report, ranks: Ranks, copies: Ranks | None, device: torch.device) -> Met:
+    """Sum up the reports of all ranks, whose models are on ``device``.
+
+    The messages have one size in all phases: ranks in different ones meet, too.
+    """
     words = _words(report.position)
     cleared = report.cleared
     head = [float(phase == each) for each in Phase]
     head += [float(not report.agrees), float(report.unsent), float(report.again), float(report.unscaled)]
     head += [float(value) for word in (*words, cleared) for value in (word, word * word)]
-    known = torch.tensor(head, dtype=torch.float64).to(report.values.device)
-    known = ranks.total(torch.cat([known, report.values]), DOING[phase])
-    known = known if copies is None else copies.total(known, DOING[phase])
-    totals: list[float] = known.tolist()
+    numbers = torch.cat([torch.tensor(head, dtype=torch.float64), report.values])
+    totals = ranks.announce(numbers, device, DOING[phase])
+    if copies is not None:
+        totals = copies.announce(torch.tensor(totals, dtype=torch.float64), device, DOING[phase])
     everyone = ranks.size * (1 if copies is None else copies.size)
     at = {each: int(count) for each, count in zip(Phase, totals, strict=False)}
     flags = totals[len(Phase) : len(Phase) + 4]

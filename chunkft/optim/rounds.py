@@ -260,7 +260,8 @@ class Rounds:
         while True:
             if reducer.under_way and phase in JOINING:  # an error ended the backward pass that began it
                 self._reduce()
-            met = meet(phase, self._report(optimizer, phase, scale, found_inf), self.ranks, self.copies)
+            report = self._report(optimizer, phase, scale, found_inf)
+            met = meet(phase, report, self.ranks, self.copies, self._attachment.device)
             if not met.agreed or not met.alike:
                 self._agree(optimizer)
                 if not met.alike:
@@ -314,9 +315,9 @@ class Rounds:
                 float(found_inf is not None),
             ],
             dtype=torch.float64,
-        ).to(self._attachment.device)
+        )
         if phase in (Phase.CLOSE, Phase.TELL) and not in_backward:
-            values[1] = sum_of_squares(own).to(values.device)
+            values[1] = sum_of_squares(own)
         if self.copies is not None:  # they have the same
             values[:3] /= self.copies.size
         unsent = self._reducer.is_open

@@ -19,6 +19,7 @@ KINDS = ("gradients", "weights", "control")
 _made = 0
 _channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _cpu_channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_voices: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _lost: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # by channel: what failed in it
 
 
@@ -67,6 +68,7 @@ class Ranks:
         self.size = group.size()
         self.rank = group.rank()
         self.channel = channel_of(group)
+        self._voice = _voice_of(self.channel)
         self.during = "construction"
         self._sent = dict.fromkeys(KINDS, 0)
 
@@ -122,6 +124,24 @@ class Ranks:
         self._sent[kind] += 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
         return values
 
+    def announce(self, numbers: Tensor, device: torch.device, doing: str) -> list[float]:
+        """Sums over the ranks that the host reads.
+
+        They travel between CPUs where that can be, so that the host waits for the other hosts, and not for what its GPU
+        has to do.
+
+        Args:
+            numbers: on the CPU.
+            device: where a group without CPUs has its collectives.
+            doing: for error messages.
+        """
+        numbers = numbers if self._voice is not None else numbers.to(device)
+        with self._explained(doing):
+            dist.all_reduce(numbers, group=self._voice or self.channel)
+        self._sent["control"] += 2 * (self.size - 1) * numbers.numel() * numbers.element_size() // self.size
+        sums: list[float] = numbers.tolist()
+        return sums
+
     def rows(self, values: Tensor, doing: str) -> list[Tensor]:
         """The tensors of all ranks, which have the same shape."""
         found = [torch.empty_like(values) for _ in range(self.size)]
@@ -172,13 +192,7 @@ class Ranks:
 
 def channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A communicator of the members of a group that nobody else uses; made once, by all of them together."""
-    known = _channels.get(group)
-    if known is None or known not in dist.distributed_c10d._world.pg_map:
-        with explained("making a communicator of its own"):
-            known = _new_group_like(group)
-        _channels[group] = known
-    result: dist.ProcessGroup = known
-    return result
+    return _made_once(_channels, group, "making a communicator of its own", None)
 
 
 def cpu_channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -192,12 +206,29 @@ def cpu_channel_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
             "the backend 'gloo' is not available in this build of torch; sharded checkpoints need it for the ranks to "
             "agree while they train on"
         )
-    known = _cpu_channels.get(group)
-    if known is None or known not in dist.distributed_c10d._world.pg_map:
-        with explained("making a communicator over CPUs"):
-            known = _new_group_like(group, "gloo")
-        _cpu_channels[group] = known
-    result: dist.ProcessGroup = known
+    return _made_once(_cpu_channels, group, "making a communicator over CPUs", "gloo")
+
+
+def _voice_of(channel: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """Where the ranks of a communicator sum up numbers of their hosts: itself, if it has CPUs; None: nowhere."""
+    if _has_cpus(channel):
+        return channel
+    if not dist.is_gloo_available():
+        return None
+    return _made_once(_voices, channel, "making a communicator over CPUs", "gloo")
+
+
+def _has_cpus(group: dist.ProcessGroup) -> bool:
+    return torch.device("cpu") in group._device_types
+
+
+def _made_once(known: Any, group: dist.ProcessGroup, doing: str, backend: str | None) -> dist.ProcessGroup:
+    found = known.get(group)
+    if found is None or found not in dist.distributed_c10d._world.pg_map:
+        with explained(doing):
+            found = _new_group_like(group, backend)
+        known[group] = found
+    result: dist.ProcessGroup = found
     return result
 
 

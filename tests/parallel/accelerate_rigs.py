@@ -258,8 +258,8 @@ def refused_by_trainer(group: Any, place: str, **changes: Any) -> str:
     return str(error.value)
 
 
-def fail_to_save(group: Any, place: str) -> str:
-    """What is said on this rank if the last one cannot write its part of a checkpoint."""
+def fail_to_save(group: Any, place: str) -> tuple[str, list[str]]:
+    """What is said on this rank, with notes, if the last one cannot write its part of a checkpoint."""
 
     def save_rng_state(trainer: Trainer, folder: str) -> None:
         if trainer.args.process_index == 1:
@@ -269,4 +269,4 @@ def fail_to_save(group: Any, place: str) -> str:
         options = {"kind": ChunkTrainer, "fsdp": True, "save_strategy": "steps", "save_steps": 3}
         with pytest.raises(OSError, match="no space left") as error:
             train_by_trainer(group, place, **options)
-    return str(error.value)
+    return str(error.value), list(getattr(error.value, "__notes__", ()))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rigs import blocks
 from tiny_transformers import batch, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -67,16 +68,6 @@ class Setting:
             fully_shard(block, **options)
         fully_shard(model, **options)
         return model
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules."""
-    found: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and module not in found:
-            for block in module:
-                found.update(block.modules())
-                yield block
 
 
 def sharded(

@@ -3,6 +3,7 @@
 import math
 import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 import rigs
@@ -14,7 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 
 import chunkft
 from chunkft import ChunkPlan
-from chunkft.parallel import Ownership, make_buckets, owner_of, rows_of
+from chunkft.parallel import Ownership, Ranks, make_buckets, owner_of, rows_of
+from chunkft.parallel import ranks as parallel_ranks
 from chunkft.plan import ParameterSpec
 
 ROWS = 12
@@ -165,10 +167,29 @@ def train(group, kind, how, sharded=False, alone=None, **keywords):
     return weights, norms, plan
 
 
-def check(pool, world, kind, how, sharded=False, **keywords):
+def train_without_cpus(group, **keywords):
+    """As with nccl, whose communicators have no CPUs: what ranks announce travels elsewhere."""
+    sizes = []
+
+    def announced(self, numbers, *rest):
+        sizes.append(numbers.numel())
+        assert self._voice is not self.channel
+        return announce(self, numbers, *rest)
+
+    announce = Ranks.announce
+    with (
+        mock.patch.object(parallel_ranks, "_has_cpus", return_value=False),
+        mock.patch.object(Ranks, "announce", announced),
+    ):
+        found = train(group, **keywords)
+    assert len(sizes) >= STEPS
+    return found
+
+
+def check(pool, world, kind, how, sharded=False, work=train, **keywords):
     """All ranks end with the same bits, and where one process with their plan ends."""
     job = partial(train, kind=kind, how=how, **keywords)
-    ranks = pool.run(world, partial(job, sharded=sharded))
+    ranks = pool.run(world, partial(work, kind=kind, how=how, sharded=sharded, **keywords))
     ((expected, norms, _),) = pool.run(1, partial(job, alone=ranks[0][2]))
     for weights, found, _ in ranks:
         assert found == ranks[0][1]
@@ -187,6 +208,11 @@ def test_gradients_of_whole_parameters_are_clipped_and_cleared_with_those_of_sli
 @pytest.mark.parametrize("how", [clipped, dropped, partial(dropped, set_to_none=False)])
 def test_gradients_of_sharded_parameters_are_clipped_and_cleared(pool, how):
     check(pool, 2, Layers, how, sharded=True)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_ranks_whose_group_has_no_cpus_announce_themselves_in_one_that_has(pool, sharded):
+    check(pool, 2, Layers, clipped, sharded, train_without_cpus)
 
 
 def test_parameters_of_replicas_may_be_frozen_and_trained_again(pool):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,7 @@ class CMakeBuild(build_ext):
             *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={pybind11}"),
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             f"-DCHUNKFT_VERSION={self.distribution.get_version()}",
         ]
         for command in (configure, [cmake, "--build", str(build), "--target", "_core"]):

@@ -20,6 +20,7 @@ python -m bench.predictions --gpu a100
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,13 @@ def ceiling_figures(target: Target) -> dict[str, float]:
 
 def paper_figures(target: Target) -> dict[str, float]:
     """Peak, step and exposed paging of Llama-2-7B at 1,024 tokens and 32 chunks, by place of the state."""
-    model = predict.shape_of("llama-2-7b")
-    rows = {(row["variant"], row["chunks"]): row for row in predict.held(model, 1, TOKENS)}
+    rows, lean, elements, table = _paper_bytes()
     places = {
         "adamw": ("AdamW, full", 1),
         "paged K=32": ("chunkft, paged", CHUNKS),
         "stream K=32": ("chunkft, stream", CHUNKS),
         "backward K=1": ("chunkft, stream, update in backward", 1),
     }
-    elements = sum(p.numel() for p in model.parameters())
-    table = model.table.weight.numel()
     found: dict[str, float] = {}
     for place, key in places.items():
         # the benchmark's AdamW keeps moments in bf16 and no master: 4 bytes a parameter, not 12
@@ -100,8 +98,8 @@ def paper_figures(target: Target) -> dict[str, float]:
         found |= {f"llama-2-7b/{place}/peak": peak, f"llama-2-7b/{place}/driver": peak + CONTEXT}
         full = place in ("adamw", "backward K=1")
         found[f"llama-2-7b/{place}/step"] = step_ms(target, elements - table, elements, full)
-    found["llama-2-7b/lean K=128/peak"] = lean_peak(model) / 2**30
-    found["llama-2-7b/lean K=128/driver"] = lean_peak(model) / 2**30 + CONTEXT
+    found["llama-2-7b/lean K=128/peak"] = lean / 2**30
+    found["llama-2-7b/lean K=128/driver"] = lean / 2**30 + CONTEXT
     hidden = INTERVAL * found["llama-2-7b/paged K=32/step"]
     # milliseconds to load the state of all parameters; with one chunk every step waits for that
     every = 1e3 * elements * 10 / (LINK[target.capability // 10] * 1e9)
@@ -110,6 +108,22 @@ def paper_figures(target: Target) -> dict[str, float]:
     for place in ("paged K=32", "stream K=32"):
         found[f"llama-2-7b/{place}/exposed"] = max(0.0, each - hidden) / max(each, hidden)
     return found
+
+
+@functools.cache
+def _paper_bytes() -> tuple[dict[tuple[str, int], dict[str, Any]], float, int, int]:
+    """Of every GPU alike: rows of `predict.held`, the lean peak, parameters, and those of the table of tokens."""
+    model = predict.shape_of("llama-2-7b")
+    rows = {(row["variant"], row["chunks"]): row for row in predict.held(model, 1, TOKENS)}
+    elements = sum(p.numel() for p in model.parameters())
+    return rows, lean_peak(model), elements, model.table.weight.numel()
+
+
+@functools.cache
+def _streamed_peak(tokens: int, place: str) -> float:
+    """Bytes, on every GPU alike."""
+    model = predict.shape_of("llama-2-7b")
+    return float(predict.streamed(model, 1, tokens, CHUNKS, on_host=place == "host")["peak"])
 
 
 def streamed_figures(target: Target) -> dict[str, float]:
@@ -130,7 +144,7 @@ def streamed_figures(target: Target) -> dict[str, float]:
         found[f"{base}/no compute/step"] = link
         found[f"{base}/resident/step"] = compute
         for place, update in (("host", 1e3 * elements / CHUNKS * 26 / HOST_RATE), ("device", 0.0)):
-            peak = predict.streamed(model, 1, tokens, CHUNKS, on_host=place == "host")["peak"] / 2**30
+            peak = _streamed_peak(tokens, place) / 2**30
             step = max(compute, link) + update
             found[f"{base}/{place}/peak"] = peak
             found[f"{base}/{place}/step"] = step

@@ -10,12 +10,14 @@ from fuzz.rig import Difference
 from fuzz.runner import run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from thorough import ASKED
 
 import chunkft
 
 # Faults that are known and not repaired yet.
 WITHOUT: tuple[str, ...] = ()
 SHARDS = 10
+SEEDS = 40 if ASKED else 20  # of a shard
 
 
 class Drawn:
@@ -43,7 +45,7 @@ def one_thread():
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_random_programs_train_like_masked_dense_training(shard):
-    for seed in range(shard * 40, shard * 40 + 40):
+    for seed in range(shard * 40, shard * 40 + SEEDS):
         try:
             run(program(Seeded(seed), WITHOUT))
         except Exception as error:
@@ -52,7 +54,7 @@ def test_random_programs_train_like_masked_dense_training(shard):
 
 
 @settings(
-    max_examples=100,
+    max_examples=100 if ASKED else 50,
     deadline=None,
     derandomize=True,
     database=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -97,6 +98,15 @@ def _commands() -> list[pytest.param]:
     return commands
 
 
+@functools.cache
+def _help(*script: str) -> tuple[int, str]:
+    """Exit status and errors of ``python SCRIPT --help``."""
+    ran = subprocess.run(
+        [sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return ran.returncode, ran.stderr
+
+
 @pytest.mark.parametrize("line", _commands())
 def test_command_exists(line: str) -> None:
     words = shlex.split(line, comments=True)
@@ -127,14 +137,8 @@ def test_command_exists(line: str) -> None:
         script = words[2] if words[1] == "-m" else words[1]
         file = ROOT / (script.replace(".", "/") + ".py" if words[1] == "-m" else script)
         assert file.is_file(), f"{file} does not exist"
-        ran = subprocess.run(
-            [sys.executable, *words[1 : 3 if words[1] == "-m" else 2], "--help"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert ran.returncode == 0, ran.stderr
+        status, said = _help(*words[1 : 3 if words[1] == "-m" else 2])
+        assert status == 0, said
     else:
         assert words[0] in ("pip", "cd"), f"no rule checks {words[0]!r}"
 

@@ -19,6 +19,15 @@ ROOT = Path(__file__).resolve().parent
 COMPILERS = ("c++", "g++", "clang++")
 
 
+def cmake_arguments() -> list[str]:
+    """Return the words of $CMAKE_ARGS, quoted as in a shell."""
+    text = os.environ.get("CMAKE_ARGS", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise SetupError(f"CMAKE_ARGS={text!r} must be words quoted as in a shell: {error}") from error
+
+
 def find_compiler() -> str:
     """Return $CXX (a program, maybe with arguments), or the path of the first of c++, g++, clang++."""
     wanted = os.environ.get("CXX", "").strip()
@@ -80,7 +89,9 @@ class CMakeBuild(build_ext):
         pybind11 = pybind11_directory()
 
         # CMake ties a build directory to its source, compiler and Python: each combination gets its own.
-        key = hashlib.sha256(f"{ROOT}\n{compiler}\n{sys.executable}".encode()).hexdigest()[:8]
+        # So do arguments: a cache keeps those of before.
+        arguments = cmake_arguments()
+        key = hashlib.sha256(f"{ROOT}\n{compiler}\n{sys.executable}\n{arguments}".encode()).hexdigest()[:8]
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{key}"
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
@@ -88,7 +99,7 @@ class CMakeBuild(build_ext):
             *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-Dpybind11_DIR={pybind11}"),
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Release",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            *arguments,
             f"-DCHUNKFT_VERSION={self.distribution.get_version()}",
         ]
         for command in (configure, [cmake, "--build", str(build), "--target", "_core"]):

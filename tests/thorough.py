@@ -70,7 +70,8 @@ TESTS = {
         "more[llama, 3 blocks-torch.float32-1-stream/True",
     ),
     "test_residency.py": (
-        "-stochastic]",
+        "moments[one-page-a-slice-False-stochastic]",
+        "moments[one-page-a-slice-True-stochastic]",
         "moments[one-page-a-slice-False-none]",
         "moments[one-page-a-slice-True-none]",
         "moments[one-page-a-slice-True-residual]",

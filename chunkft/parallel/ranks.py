@@ -135,9 +135,11 @@ class Ranks:
             device: where a group without CPUs has its collectives.
             doing: for error messages.
         """
-        numbers = numbers if self._voice is not None else numbers.to(device)
+        channel = self._voice
+        if channel is None:
+            channel, numbers = self.channel, numbers.to(device)
         with self._explained(doing):
-            dist.all_reduce(numbers, group=self._voice or self.channel)
+            dist.all_reduce(numbers, group=channel)
         self._sent["control"] += 2 * (self.size - 1) * numbers.numel() * numbers.element_size() // self.size
         sums: list[float] = numbers.tolist()
         return sums

@@ -169,12 +169,13 @@ def train(group, kind, how, sharded=False, alone=None, **keywords):
 
 def train_without_cpus(group, **keywords):
     """As with nccl, whose communicators have no CPUs: what ranks announce travels elsewhere."""
-    sizes = []
+    groups = []
 
-    def announced(self, numbers, *rest):
-        sizes.append(numbers.numel())
-        assert self._voice is not self.channel
-        return announce(self, numbers, *rest)
+    def announced(self, *arguments):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            found = announce(self, *arguments)
+        groups.extend((call.kwargs["group"], self.channel) for call in reduced.call_args_list)
+        return found
 
     announce = Ranks.announce
     with (
@@ -182,7 +183,8 @@ def train_without_cpus(group, **keywords):
         mock.patch.object(Ranks, "announce", announced),
     ):
         found = train(group, **keywords)
-    assert len(sizes) >= STEPS
+    assert len(groups) >= STEPS
+    assert all(voice is not channel for voice, channel in groups)
     return found
 
 

@@ -118,10 +118,8 @@ def counted() -> Iterator[Wire]:
     try:
         yield wire
     finally:
-        for (
-            name,
-            own,
-        ) in kept.items():  # as the class holds it: what getattr gives takes no self from an instance
+        # As the class holds them: what getattr gives of a class of pybind11 takes no self from an instance.
+        for name, own in kept.items():
             setattr(dist.ProcessGroup, name, own)
 
 

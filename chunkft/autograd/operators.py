@@ -122,9 +122,8 @@ class SlicedForward:
         for _, verify in self.parts.values():
             if verify is not None:
                 sliced = verify(self.module, False) and sliced
-        return (
-            tuple(self.active) if sliced else None
-        )  # a copy: another thread may switch in the middle of the call
+        # A copy, as of the parts below: another thread may switch the chunk in the middle of the call.
+        return tuple(self.active) if sliced else None
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         active = self.checked()

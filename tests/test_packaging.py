@@ -145,7 +145,7 @@ def test_build_without_a_compiler_says_what_to_install(env, words):
 def test_arguments_for_cmake_that_are_not_quoted_as_in_a_shell_are_named():
     done = run(sys.executable, "setup.py", "build_ext", env={"CMAKE_ARGS": "-DA='b"})
     assert done.returncode != 0
-    assert "CMAKE_ARGS=\"-DA='b\" must be words quoted as in a shell: No closing quotation" in done.stderr
+    assert 'CMAKE_ARGS="-DA=\'b" must be words quoted as in a shell: No closing quotation' in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -201,7 +201,7 @@ class Wiring:
         """
         for bound in self.bound.values():
             if bound.pairs[0][0].dim is not None:
-                return bound.parameter, bound.gradients
+                return bound.forms()[0], bound.gradients
         taken = {id(bound.parameter) for bound in self.bound.values()}
         rest = (p for p in model.parameters() if not records(p) and id(p) not in taken)
         return next(((p, None) for p in rest), None)
@@ -212,7 +212,7 @@ class Wiring:
         Before that, some reader of the weight may still need its values.
         """
         bound = self.bound.get(name)
-        if bound is None or bound.watch is None:
+        if bound is None or bound.watch is None or not records(bound.parameter):
             return False
         with torch.enable_grad():
             view: Any = bound.parameter.view_as(bound.parameter)

@@ -37,6 +37,7 @@ PLACES = {
     Phase.SPREAD: "behind the updates of a step",
     Phase.TELL: "at the end of a backward pass",
 }
+FLAGS = ("unsent", "again", "unscaled", "partial")  # that any rank can raise
 _BITS = 20  # of a part of a hash: the sum of the squares of 8,192 such parts is exact in fp64
 
 
@@ -50,6 +51,7 @@ class Report:
         unsent: whether it has gradients that it has not sent.
         again: whether these would be the second ones of a step that has one backward pass.
         unscaled: whether a GradScaler has divided gradients by the scale already.
+        partial: whether the backward pass that begins brings no gradient to some leaf.
         cleared: how often gradients were forgotten after they had been sent.
         values: further numbers, fp64 on the CPU, that are summed.
     """
@@ -59,6 +61,7 @@ class Report:
     unsent: bool
     again: bool
     unscaled: bool
+    partial: bool
     cleared: int
     values: Tensor
 
@@ -70,7 +73,7 @@ class Met:
     Attributes:
         at: number of ranks in each phase.
         alike: whether all have the same position.
-        agreed, unsent, again, unscaled: as in a report; the first of all ranks, the others of any.
+        agreed, unsent, again, unscaled, partial: as in a report; the first of all ranks, the others of any.
         cleared_alike: whether all have cleared gradients equally often.
         values: sums.
     """
@@ -81,6 +84,7 @@ class Met:
     unsent: bool
     again: bool
     unscaled: bool
+    partial: bool
     cleared_alike: bool
     values: list[float]
 
@@ -96,7 +100,7 @@ def meet(phase: Phase, report: Report, ranks: Ranks, copies: Ranks | None, devic
     words = _words(report.position)
     cleared = report.cleared
     head = [float(phase == each) for each in Phase]
-    head += [float(not report.agrees), float(report.unsent), float(report.again), float(report.unscaled)]
+    head += [float(not report.agrees), *map(float, (getattr(report, flag) for flag in FLAGS))]
     head += [float(value) for word in (*words, cleared) for value in (word, word * word)]
     numbers = torch.cat([torch.tensor(head, dtype=torch.float64), report.values])
     totals = ranks.announce(numbers, device, DOING[phase])
@@ -104,8 +108,8 @@ def meet(phase: Phase, report: Report, ranks: Ranks, copies: Ranks | None, devic
         totals = copies.announce(torch.tensor(totals, dtype=torch.float64), device, DOING[phase])
     everyone = ranks.size * (1 if copies is None else copies.size)
     at = {each: int(count) for each, count in zip(Phase, totals, strict=False)}
-    flags = totals[len(Phase) : len(Phase) + 4]
-    rest = totals[len(Phase) + 4 :]
+    disagree, *flags = totals[len(Phase) : len(Phase) + 1 + len(FLAGS)]
+    rest = totals[len(Phase) + 1 + len(FLAGS) :]
     alike = [
         everyone * int(squares) == int(total) ** 2
         for total, squares in zip(rest[:6:2], rest[1:6:2], strict=True)
@@ -113,10 +117,8 @@ def meet(phase: Phase, report: Report, ranks: Ranks, copies: Ranks | None, devic
     return Met(
         at=at,
         alike=all(alike[:2]),
-        agreed=not flags[0],
-        unsent=bool(flags[1]),
-        again=bool(flags[2]),
-        unscaled=bool(flags[3]),
+        agreed=not disagree,
+        **dict(zip(FLAGS, map(bool, flags), strict=True)),
         cleared_alike=alike[2],
         values=rest[6:],
     )

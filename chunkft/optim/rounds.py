@@ -19,7 +19,7 @@ from chunkft.optim.divided import ShownGradients, sum_of_squares
 from chunkft.optim.gradients import spoil
 from chunkft.optim.meeting import DOING, Met, Phase, Report, meet
 from chunkft.optim.outputs import tensors_in
-from chunkft.parallel import Bucket, Ranks, Reducer
+from chunkft.parallel import Bucket, Ranks, Reducer, ShardedWeights
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -65,13 +65,13 @@ class Rounds:
         self._scaled: bool | None = None  # whether a GradScaler looks at gradients; None: not known yet
         me = weakref.WeakMethod(self._begin_round)
 
-        def begin_round() -> None:
+        def begin_round(whole: bool) -> bool:
             begin = me()
-            if begin is not None:
-                begin()
+            return begin is not None and begin(whole)
 
         arrived = self._arrived if optimizer.updates_in_backward else None
-        self._reducer = Reducer(ranks, copies, begin_round, attachment.wiring, arrived)
+        gathered = isinstance(attachment.wiring.residence, ShardedWeights)
+        self._reducer = Reducer(ranks, copies, begin_round, attachment.wiring, gathered, arrived)
         self._reducer.on_gradient = self._settle_cleared
         self._agree(optimizer)
 
@@ -240,11 +240,15 @@ class Rounds:
     def _size(self) -> int:
         return math.prod(ranks.size for ranks in self._all)
 
-    def _begin_round(self) -> None:
-        self._meet(Phase.REDUCE)
+    def _begin_round(self, whole: bool) -> bool:
+        return not self._meet(Phase.REDUCE, partial=not whole).partial
 
     def _meet(
-        self, phase: Phase, scale: Tensor | None = None, found_inf: Tensor | float | None = None
+        self,
+        phase: Phase,
+        scale: Tensor | None = None,
+        found_inf: Tensor | float | None = None,
+        partial: bool = False,
     ) -> Met:
         """Come together with all ranks, and take part in rounds of gradients that others begin until all are here.
 
@@ -260,7 +264,7 @@ class Rounds:
         while True:
             if reducer.under_way and phase in JOINING:  # an error ended the backward pass that began it
                 self._reduce()
-            report = self._report(optimizer, phase, scale, found_inf)
+            report = self._report(optimizer, phase, scale, found_inf, partial)
             met = meet(phase, report, self.ranks, self.copies, self._attachment.device)
             if not met.agreed or not met.alike:
                 self._agree(optimizer)
@@ -300,6 +304,7 @@ class Rounds:
         phase: Phase,
         scale: Tensor | None,
         found_inf: Tensor | float | None,
+        partial: bool,
     ) -> Report:
         own = [leaf.grad for _, leaf in self.pairs if leaf.grad is not None]
         scaling = 0.0 if scale is None else float(scale)
@@ -327,6 +332,7 @@ class Rounds:
             unsent=unsent,
             again=in_backward and self._reducer.rounds > 0 and (unsent or phase == Phase.REDUCE),
             unscaled=phase == Phase.CLOSE and scale is None and found_inf is not None,
+            partial=partial,
             cleared=self._reducer.cleared,
             values=values,
         )

@@ -6,7 +6,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +67,18 @@ class Reducer:
     begins one, so that accumulation communicates once a step: how many there are is taken from the step before. What
     further passes add is sent in ``step()``, where ranks that had fewer passes take part, too.
 
+    Where weights are gathered, ranks wait for each other in every block of a backward pass, and a bucket may only leave
+    between the same two blocks on all of them. So they say at the beginning of a pass whether it brings gradients of
+    all leaves; if not on all ranks (an expert without tokens on some), its buckets leave at its end.
+
     Args:
         ranks: among whom slices are divided.
         copies: of hybrid sharding, the ranks with the same slices, over which sums go on; or None.
-        begin_round: called before the first bucket of a round that a backward pass begins; raises on all ranks if they
-            cannot have one together.
+        begin_round: called before the first bucket of a round that a backward pass begins, with whether it is to bring
+            gradients of all leaves here; returns whether on all ranks, and raises on all if they cannot have one
+            together.
         weights: tells when a weight is not needed any more.
+        gathered: whether all ranks take part in what brings weights to the layers of a backward pass.
         arrived: called with own slices as soon as their gradients are there, and with a flag that is not 0 if a
             gradient of the bucket was not finite on some rank; None: nobody needs them before the step.
     """
@@ -81,18 +87,21 @@ class Reducer:
         self,
         ranks: Ranks,
         copies: Ranks | None,
-        begin_round: Callable[[], None],
+        begin_round: Callable[[bool], bool],
         weights: Weights,
+        gathered: bool = False,
         arrived: Callable[[Pairs, Tensor], None] | None = None,
     ) -> None:
         self.ranks = ranks
         self.copies = copies
         self.arrived = arrived
         self._begin_round = begin_round
+        self._gathered = gathered
         self._weights = weights
         self._loads: list[_Load] = []
         self._of_name: dict[str, list[_Load]] = {}
         self._waiting: dict[str, int] = {}  # leaves of a name without a gradient in this backward pass
+        self._read: set[str] = set()  # weights that this backward pass is through with
         self._handles: list[RemovableHandle] = []
         self._next = 0  # the first bucket that was not sent in this round
         self.expected = 1  # backward passes of a step, as far as is known
@@ -101,6 +110,7 @@ class Reducer:
         self.backwards = 0  # passes since the last step
         self.rounds = 0  # since then, with the one under way
         self.under_way = False  # a round has begun, and is not complete
+        self._at_once = True  # buckets leave as soon as they are complete, not at the end of the pass
         self.cleared = 0  # how often gradients of rounds of this step were forgotten
         self.on_gradient: Callable[[], None] = lambda: None  # the first of a backward pass is about to come
         self._running = False
@@ -141,7 +151,7 @@ class Reducer:
             def through(name: str = piece.name) -> None:
                 reducer = me()
                 if reducer is not None:
-                    reducer._done_with(name)
+                    reducer._through(name)
 
             with hookable(leaf):
                 self._handles.append(leaf.register_hook(first))  # type: ignore[no-untyped-call]
@@ -175,6 +185,11 @@ class Reducer:
         """A backward pass begins; one before that an error ended is over."""
         self._running = False
         self._rearm()
+        if self._gathered:
+            self._at_once = False
+            if self._sends and not self.under_way:
+                self._first()
+                self._begin()
 
     def close_backward(self) -> bool:
         """A backward pass is over: if it was one that sends, what it left goes now, and all arrive.
@@ -248,6 +263,7 @@ class Reducer:
     def _rearm(self) -> None:
         """Wait for the gradients of a pass."""
         self._waiting = {}
+        self._read.clear()
         for load in self._loads:
             load.missing = {piece.name for piece in load.layout.leaves}
             for piece, leaf in zip(load.layout.leaves, load.leaves, strict=True):
@@ -265,8 +281,23 @@ class Reducer:
 
     def _begin(self) -> None:
         """Begin a round from a backward pass."""
-        self._begin_round()
+        self._at_once = self._begin_round(not self._gathered or self._reaches_all())
         self._enter()
+
+    def _reaches_all(self) -> bool:
+        """Whether the backward pass that runs brings gradients to all leaves: their own, or cut from their weight's."""
+        return all(
+            all(map(_is_reached, self._leaves_of(name))) or self._weights.backward_reaches(name)
+            for name in self._waiting
+        )
+
+    def _leaves_of(self, name: str) -> list[nn.Parameter]:
+        return [
+            leaf
+            for load in self._of_name[name]
+            for piece, leaf in zip(load.layout.leaves, load.leaves, strict=True)
+            if piece.name == name
+        ]
 
     def _enter(self) -> None:
         self.under_way = True
@@ -282,17 +313,27 @@ class Reducer:
         if name not in self._waiting:
             return
         self._waiting[name] -= 1
-        if self._waiting[name] == 0 and not self._weights.backward_reaches(name):
+        if self._waiting[name]:
+            return
+        if name in self._read or not self._weights.backward_reaches(name):
             self._done_with(name)
 
     @torch.no_grad()
+    def _through(self, name: str) -> None:
+        """The backward pass has come to the weight itself."""
+        self._read.add(name)
+        if self._waiting.get(name) and not any(map(_is_reached, self._leaves_of(name))):
+            self._waiting[name] = 0  # theirs were cut from that of the weight
+        self._done_with(name)
+
+    @torch.no_grad()
     def _done_with(self, name: str) -> None:
-        """All gradients of a weight's slices are complete, and nothing reads the weight any more."""
+        """Nothing reads the weight any more; if all gradients of its slices are complete, they can leave."""
         if not self._running or self._waiting.get(name):
             return
         for load in self._of_name.get(name, ()):
             load.missing.discard(name)
-        if not self._sends:
+        if not (self._sends and self._at_once):
             return
         while self._next < len(self._loads) and not self._loads[self._next].missing:
             if not self.under_way:
@@ -356,11 +397,11 @@ class Reducer:
         top, body = received[:, : load.header], received[:, load.header :]
         exact = torch.float64 if body.dtype == torch.float64 else torch.float32
         total = body.sum(0, dtype=exact).mul_(1 / self.ranks.size)
-        there = top[:, :count].amax(0)
+        head = top.to(exact).amax(0)  # which gradients there are anywhere, and whether one was not finite
         if self.copies is not None:  # all of them, whatever is absent here
-            joined = self.copies.total(torch.cat([there.to(exact), total]), REDUCING, "gradients")
-            there, total = joined[:count], joined[count:].mul_(1 / self.copies.size)
-        present = there.tolist() if load.absent else [1.0] * count
+            joined = self.copies.total(torch.cat([head, total]), REDUCING, "gradients")
+            head, total = joined[: load.header], joined[load.header :].mul_(1 / self.copies.size)
+        present = head[:count].tolist() if load.absent else [1.0] * count
         if load.forgotten:
             return
         came: list[tuple[Slice, nn.Parameter]] = []
@@ -372,11 +413,21 @@ class Reducer:
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
             came.append((piece, leaf))
         if self.arrived is not None:
-            self.arrived(came, top[:, -1].float().amax())
+            self.arrived(came, head[-1].clamp(max=1.0))
 
 
 def _start_of(pair: tuple[Slice, nn.Parameter]) -> int:
     return pair[0].start
+
+
+@torch.enable_grad()
+def _is_reached(leaf: nn.Parameter) -> bool:
+    """Whether the backward pass that runs brings a gradient to a leaf."""
+    view: Any = leaf.view_as(leaf)
+    try:
+        return bool(torch._C._will_engine_execute_node(view.grad_fn.next_functions[0][0]))
+    except RuntimeError:  # torch.autograd.grad, which brings them none
+        return False
 
 
 def _within(outer: Slice, inner: Slice, tensor: Tensor) -> Tensor:

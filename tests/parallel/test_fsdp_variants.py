@@ -1,5 +1,7 @@
 """Whatever is put around sharded training, losses, norms and weights stay those of the plain run."""
 
+from functools import partial
+
 import pytest
 import rigs
 import torch
@@ -7,10 +9,11 @@ import torch.distributed as dist
 import variant_rigs
 from rigs import BACKWARD, STREAM, Case
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import chunkft
+from chunkft.optim import team
 
 CASE = Case("llama", 2, 4, clip=0.5, accumulate=2, steps=10)
 SMALL = Case("llama", 2, 2, clip=0.5, steps=16, changes={"num_hidden_layers": 1})
@@ -92,6 +95,63 @@ def branches(group, ranks):
 def test_copies_of_shards_may_use_other_layers(pool):
     (alone,) = pool.run(1, branches, 4)
     for found in pool.run(4, branches, 0):
+        for value, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+class Routed(nn.Module):
+    """Blocks, each with an expert that some batches do not reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Route() for _ in range(5)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x, reached):
+        for number, block in enumerate(self.blocks):
+            x = block(x, number in reached)
+        return self.head(x)
+
+
+class Route(nn.Module):
+    """A layer, and an expert beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.expert = nn.Linear(6, 6)
+
+    def forward(self, x, reached):
+        return torch.tanh(self.layer(x) + (self.expert(x) if reached else 0.0))
+
+
+def routed(group, ranks, options):
+    """As ``branches``: blocks are gathered one by one in the backward pass, and each weight travels alone."""
+    model = Routed().double()
+    if not ranks:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(team, "make_buckets", partial(team.make_buckets, bucket_bytes=1))
+        optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1, **options)
+    for step in range(8):
+        for seen in range(ranks) if ranks else [dist.get_rank(group)]:
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * step + seen)).double()
+            experts = range(5) if step % 4 == 3 else [(step + seen) % 5, 4 * (seen == step % 2)]
+            (model(x, experts).square().mean() / (ranks or 1)).backward()
+        optimizer.step()
+    whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    optimizer.detach()
+    return [value.detach().clone() for value in whole]
+
+
+@pytest.mark.parametrize("options", [{}, BACKWARD], ids=["step", "backward"])
+def test_ranks_that_use_other_experts_wait_for_each_other_in_the_same_block(pool, options):
+    ranks = pool.run(2, routed, 0, options, timeout=60.0)
+    (alone,) = pool.run(1, routed, 2, {})
+    for found in ranks:
         for value, expected in zip(found, alone, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 

@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from rank_fault_rigs import KINDS, STEPS, VICTIM, WHEN, build, loss_of, trained
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+import chunkft
 from chunkft.autograd import GradientView
 
 
@@ -90,6 +93,36 @@ def test_gradients_that_one_rank_clears_after_others_have_some_are_refused_by_al
         assert "cleared by zero_grad() on some ranks only" in message
 
 
+# --- while the backward pass goes on
+
+
+def leaves_when(group, kind, options):
+    """How many buckets had left by the end of each backward pass, and how many there are."""
+    model, optimizer = build(kind, group, **options)
+    reducer = optimizer._team.rounds._reducer
+    flush, left = reducer.flush, []
+
+    def noting():
+        left.append(reducer._next)
+        flush()
+
+    reducer.flush = noting
+    for step in range(3):
+        loss_of(model, step, dist.get_rank(group)).backward()
+        optimizer.step()
+    return left, len(optimizer._team._buckets(0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"residency": "stream", "update": "backward"}], ids=["step", "backward"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_leave_while_the_backward_pass_goes_on(pool, kind, options):
+    for left, buckets in pool.run(2, leaves_when, kind, {"chunks": 1, **options}):
+        assert left == [buckets] * 3
+        assert buckets >= 6
+
+
 # --- not finite
 
 
@@ -134,6 +167,28 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(pool, kind,
         assert scale == (4.0 if mode == "scaler" else 1.0)
     if kind == "replicas":
         assert ranks[0] == ranks[1]
+
+
+def copies_meet(group, victim):
+    """Two copies of two shards that update in the backward pass; a gradient of one row is not finite on one rank."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards")))
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=1, residency="stream", update="backward")
+    for step in range(3):
+        loss = loss_of(model, step, dist.get_rank())
+        if step == 1 and dist.get_rank() == victim:
+            loss = loss + (model(faults.batch(9, 0))[:, 0] * math.nan).sum()
+        loss.backward()
+        optimizer.step()
+    return rigs.digest(model), optimizer.updates, optimizer.skipped
+
+
+def test_copies_of_shards_drop_a_gradient_that_is_not_finite_on_one_of_them(pool):
+    ranks = pool.run(4, copies_meet, 3)
+    assert all(rank[1:] == (2, 1) for rank in ranks)
+    assert ranks[0] == ranks[2]
+    assert ranks[1] == ranks[3]
 
 
 # --- other numbers of batches

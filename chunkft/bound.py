@@ -52,6 +52,10 @@ class Bound:
         """Take note by itself of where the weight is now; False: its leaves have to be put there."""
         return False
 
+    def asked(self) -> bool | None:
+        """Whether the user wants it trained, where only the flag of the weight tells; None: it is told otherwise."""
+        return None
+
     def note_places(self) -> None:
         """The leaves are where they belong now."""
         self.places = [(leaf, leaf.data_ptr()) for piece, leaf in self.pairs if piece.dim is not None]

@@ -257,6 +257,10 @@ class Wiring:
     def rebind(self, name: str, parameter: nn.Parameter, owners: Sequence[tuple[nn.Module, str]]) -> None:
         """Follow a weight that was moved, or replaced by this parameter, or whose leaves were; else do nothing."""
         bound = self.bound[name]
+        asked = bound.asked()
+        if asked is not None and asked != records(bound.pairs[0][1]):
+            (self._untrained.discard if asked else self._untrained.add)(name)
+            self.set_trained(name, asked)
         in_place = bound.is_in_place()
         if bound.follow():
             self.generation += not in_place

@@ -34,21 +34,29 @@ def agree(optimizer: ChunkOptimizer, group: dist.ProcessGroup, device: torch.dev
     refuse(difference(optimizer, rows, device))
 
 
-def agree_all(optimizer: ChunkOptimizer, among: Sequence[Ranks], device: torch.device) -> None:
+def agree_all(optimizer: ChunkOptimizer, among: Sequence[Ranks], device: torch.device, number: int) -> None:
     """The same among the ranks of a team: of one group, or of the rows and columns of a mesh."""
     found = ""
     for ranks in among:
-        found = difference(optimizer, partial(ranks.rows, doing=COMPARING), device) or found
+        found = (
+            difference(
+                optimizer,
+                partial(ranks.announced, device=device, doing=COMPARING),
+                torch.device("cpu"),
+                number,
+            )
+            or found
+        )
     if len(among) > 1:  # some see a difference that others do not
-        flag = torch.tensor([float(bool(found))], dtype=torch.float64, device=device)
+        flag = torch.tensor([float(bool(found))], dtype=torch.float64)
         for ranks in among:
-            ranks.total(flag, COMPARING)
+            flag = torch.tensor(ranks.announce(flag, device, COMPARING), dtype=torch.float64)
         found = found or ("others differ" if flag.item() else "")
     refuse(found)
 
 
 def difference(
-    optimizer: ChunkOptimizer, rows: Callable[[Tensor], list[Tensor]], device: torch.device
+    optimizer: ChunkOptimizer, rows: Callable[[Tensor], list[Tensor]], device: torch.device, number: int = 0
 ) -> str:
     """Which rank differs first, and in what; empty if none does.
 
@@ -56,8 +64,9 @@ def difference(
         optimizer: of this rank.
         rows: gives the tensors of all ranks for that of this one.
         device: of the tensor, whose hashes are int64.
+        number: which of the optimizers of the group this is, in the order in which they were built.
     """
-    aspects = _aspects(optimizer)
+    aspects = {"which optimizer of the process it is": number, **_aspects(optimizer)}
     own = torch.tensor([_hash(value) for value in aspects.values()], dtype=torch.int64, device=device)
     found = [row.tolist() for row in rows(own)]
     for rank, row in enumerate(found):
@@ -92,12 +101,27 @@ def _options(optimizer: ChunkOptimizer) -> list[list[tuple[str, Any]]]:
     """Hyper-parameters; tensors as their values."""
     return [
         [
-            (key, value.tolist() if isinstance(value, Tensor) else value)
+            (key, _comparable(value))
             for key, value in sorted(group.items())
             if key not in ("params", "param_names")
         ]
         for group in optimizer.param_groups
     ]
+
+
+def _comparable(value: Any) -> Any:
+    """What has the same ``repr`` on all ranks: others have objects at other addresses, and sets in another order."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return [_comparable(one) for one in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_comparable(one)) for one in value)
+    if isinstance(value, dict):
+        return sorted((repr(key), repr(_comparable(one))) for key, one in value.items())
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class ShownGradients:
         self._team: Callable[[], Any] = weakref.ref(team)
         self._attachment = attachment
         self._shown: dict[str, GradientView] = {}
+        # One for a weight as long as it is the same: whoever holds it, and gives it back, gives nothing new.
+        self._views: dict[str, tuple[weakref.ref[Tensor], GradientView]] = {}
         # What this rank computed for weights that are leaves themselves, while a view has the place of it.
         self._unsent: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] | None = None
@@ -97,10 +99,16 @@ class ShownGradients:
             if not bound.sliced:
                 if not records(parameter):
                     continue
-                if parameter.grad is not None:
+                if parameter.grad is not None and not isinstance(parameter.grad, GradientView):
                     self._unsent[name] = parameter.grad
+            parameter.grad = self._shown[name] = self._view(name, parameter)
+
+    def _view(self, name: str, parameter: Tensor) -> GradientView:
+        of, view = self._views.get(name, (None, None))
+        if view is None or of is None or of() is not parameter:
             view = GradientView(parameter, DividedGradients(self, name))
-            parameter.grad = self._shown[name] = view
+            self._views[name] = weakref.ref(parameter), view
+        return view
 
     def make_way(self) -> None:
         """Let weights that are leaves themselves have in ``.grad`` what this rank computed and did not send."""

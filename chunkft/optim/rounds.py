@@ -72,7 +72,8 @@ class Rounds:
         arrived = self._arrived if optimizer.updates_in_backward else None
         gathered = isinstance(attachment.wiring.residence, ShardedWeights)
         self._reducer = Reducer(ranks, copies, begin_round, attachment.wiring, gathered, arrived)
-        self._reducer.on_gradient = self._settle_cleared
+        self._reducer.on_gradient = self._gradients_come
+        self._number = ranks.number()
         self._agree(optimizer)
 
     def watch(self) -> None:
@@ -178,7 +179,7 @@ class Rounds:
                 if tensor.requires_grad:
                     tensor.register_hook(self._on_backward)  # type: ignore[no-untyped-call]
 
-    def _on_backward(self, gradient: Tensor) -> None:
+    def _on_backward(self, gradient: Tensor | None = None) -> None:
         running = torch._C._current_graph_task_id()
         if self._queued != running:  # also if an error ended the pass before
             self._queued = running
@@ -187,15 +188,14 @@ class Rounds:
 
     @torch.no_grad()
     def _after_backward(self) -> None:
-        self._queued = None
         optimizer = self._optimizer()
-        if optimizer is None or not optimizer._ready:
-            return
-        self.shown.changed()
-        if self._reducer.close_backward():
-            self._tell_scaler()
-        if not optimizer.updates_in_backward:
-            self.shown.show()
+        if optimizer is not None and optimizer._ready:
+            self.shown.changed()
+            if self._reducer.close_backward():
+                self._tell_scaler()
+            if not optimizer.updates_in_backward:
+                self.shown.show()
+        self._queued = None
 
     def _tell_scaler(self) -> None:
         """A GradScaler looks at this rank's gradients, and has to find what another rank has."""
@@ -218,6 +218,12 @@ class Rounds:
         self._spare.grad = torch.zeros_like(self._spare)
         return self._spare.grad
 
+    def _gradients_come(self) -> None:
+        """The first gradient of a backward pass is about to come, which need not begin at an output of the model."""
+        self._settle_cleared()
+        if torch._C._current_graph_task_id() != -1:
+            self._on_backward()
+
     def _settle_cleared(self) -> None:
         self.shown.settle_cleared(self._reducer)
 
@@ -228,6 +234,8 @@ class Rounds:
     def _arrived(self, pairs: Sequence[tuple[Slice, nn.Parameter]], spoiled: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is not None and isinstance(optimizer._residency, BackwardResidency):
+            if optimizer._team is not None:
+                optimizer._team.follow()  # weights may have moved since the last step
             optimizer._residency.note_spoiled(spoiled)
             for piece, leaf in pairs:
                 optimizer._residency.complete(piece, leaf)
@@ -327,7 +335,7 @@ class Rounds:
             values[:3] /= self.copies.size
         unsent = self._reducer.is_open
         return Report(
-            position=position(optimizer),
+            position=(self._number, *position(optimizer)),
             agrees=self._interval == _interval(optimizer),
             unsent=unsent,
             again=in_backward and self._reducer.rounds > 0 and (unsent or phase == Phase.REDUCE),
@@ -351,7 +359,7 @@ class Rounds:
 
     def _agree(self, optimizer: ChunkOptimizer) -> None:
         """Raise the same RuntimeError on every rank if they do not train alike."""
-        agree_all(optimizer, self._all, self._attachment.device)
+        agree_all(optimizer, self._all, self._attachment.device, self._number)
         self._interval = _interval(optimizer)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chunkft.autograd import SliceGradients, record
+from chunkft.autograd import SliceGradients, record, records
 from chunkft.bound import Bound
 from chunkft.places import Places
 from chunkft.plan import ParameterSpec
@@ -33,12 +33,14 @@ class GatheredBound(Bound):
     """
 
     param: Any
+    shard: Tensor  # as it was when its flag was set
 
     @classmethod
     def of(cls, param: Any, cut_anyway: bool) -> GatheredBound:
         """That of an ``FSDPParam``."""
         bound = cls(param._unsharded_param, param._sharded_param_data.data_ptr(), [], cut_anyway=cut_anyway)
         bound.param = param
+        bound.shard = param.sharded_param
         return bound
 
     def __post_init__(self) -> None:
@@ -49,8 +51,14 @@ class GatheredBound(Bound):
         return forms_of(self.param)
 
     def is_in_place(self) -> bool:
-        """Whether the shard is where it was."""
-        return bool(self.param._sharded_param_data.data_ptr() == self.address)
+        """Whether the shard is where it was, and trained or not as its leaves are."""
+        if self.param._sharded_param_data.data_ptr() != self.address:
+            return False
+        return not self.pairs or self.asked() in (None, records(self.pairs[0][1]))
+
+    def asked(self) -> bool | None:
+        """The flag of the shard, which is no class of ours; that of another in its place says nothing."""
+        return records(self.shard) if self.shard is self.param.sharded_param else None
 
     def is_held(self) -> bool:
         """Whether modules hold a form of this weight."""
@@ -63,6 +71,7 @@ class GatheredBound(Bound):
     def follow(self) -> bool:
         """Take note of where the shard is now, and let autograd record what came into its place."""
         self.address = self.param._sharded_param_data.data_ptr()
+        self.shard = self.param.sharded_param
         self.record(self.pairs[0][1].requires_grad)
         return True
 

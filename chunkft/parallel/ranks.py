@@ -19,6 +19,9 @@ KINDS = ("gradients", "weights", "control")
 _made = 0
 _channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _cpu_channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_optimizers: weakref.WeakKeyDictionary[Any, int] = (
+    weakref.WeakKeyDictionary()
+)  # by channel: how many there were
 _voices: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _lost: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # by channel: what failed in it
 
@@ -89,6 +92,11 @@ class Ranks:
             _lost[self.channel] = doing
             raise
 
+    def number(self) -> int:
+        """The next of the optimizers of these processes, which build them in the same order."""
+        _optimizers[self.channel] = number = _optimizers.get(self.channel, 0) + 1
+        return number
+
     def exchange(
         self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], kind: str, doing: str
     ) -> Pending:
@@ -144,13 +152,16 @@ class Ranks:
         sums: list[float] = numbers.tolist()
         return sums
 
-    def rows(self, values: Tensor, doing: str) -> list[Tensor]:
-        """The tensors of all ranks, which have the same shape."""
-        found = [torch.empty_like(values) for _ in range(self.size)]
+    def announced(self, numbers: Tensor, device: torch.device, doing: str) -> list[Tensor]:
+        """What all ranks announce; the tensors have the same shape, and are on the CPU. See ``announce``."""
+        channel = self._voice
+        if channel is None:
+            channel, numbers = self.channel, numbers.to(device)
+        found = [torch.empty_like(numbers) for _ in range(self.size)]
         with self._explained(doing):
-            dist.all_gather(found, values, group=self.channel)
-        self._sent["control"] += (self.size - 1) * values.numel() * values.element_size()
-        return found
+            dist.all_gather(found, numbers, group=channel)
+        self._sent["control"] += (self.size - 1) * numbers.numel() * numbers.element_size()
+        return [one.cpu() for one in found]
 
     @torch.no_grad()
     def copy_from_first(self, tensors: Iterable[Tensor], doing: str) -> None:
@@ -168,7 +179,7 @@ class Ranks:
         """The objects of all ranks, pickled on the way."""
         found: list[Any] = [None] * self.size
         with self._explained(doing):
-            dist.all_gather_object(found, value, group=self.channel)
+            dist.all_gather_object(found, value, group=self._voice or self.channel)
         return found
 
     def send(self, tensor: Tensor, to: int, doing: str) -> None:

@@ -110,6 +110,7 @@ class Reducer:
         self.backwards = 0  # passes since the last step
         self.rounds = 0  # since then, with the one under way
         self.under_way = False  # a round has begun, and is not complete
+        self._brought = False  # whether some rank had a gradient in this round
         self._at_once = True  # buckets leave as soon as they are complete, not at the end of the pass
         self.cleared = 0  # how often gradients of rounds of this step were forgotten
         self.on_gradient: Callable[[], None] = lambda: None  # the first of a backward pass is about to come
@@ -185,10 +186,10 @@ class Reducer:
         """A backward pass begins; one before that an error ended is over."""
         self._running = False
         self._rearm()
+        self._first()
         if self._gathered:
             self._at_once = False
             if self._sends and not self.under_way:
-                self._first()
                 self._begin()
 
     def close_backward(self) -> bool:
@@ -217,6 +218,7 @@ class Reducer:
             self._send(self._next)
         for load in self._loads:
             self._receive(load)
+        self.rounds -= not self._brought  # as that of torch.autograd.grad, which is not for leaves
         self._next = 0
         self.under_way = self._running = False
         self._rearm()
@@ -301,12 +303,14 @@ class Reducer:
 
     def _enter(self) -> None:
         self.under_way = True
+        self._brought = False
         self.rounds += 1
 
     def _first(self) -> None:
         if not self._running:
             self._running = True
             self.on_gradient()
+            self._running = True
 
     @torch.no_grad()
     def _came(self, name: str) -> None:
@@ -402,6 +406,7 @@ class Reducer:
             joined = self.copies.total(torch.cat([head, total]), REDUCING, "gradients")
             head, total = joined[: load.header], joined[load.header :].mul_(1 / self.copies.size)
         present = head[:count].tolist() if load.absent else [1.0] * count
+        self._brought = self._brought or any(present)
         if load.forgotten:
             return
         came: list[tuple[Slice, nn.Parameter]] = []

@@ -305,3 +305,24 @@ def test_flags_are_the_same_where_a_checkpoint_computes_again() -> None:
         model(x.requires_grad_()).square().mean().backward()
         optimizer.step()
     assert optimizer.updates == 6
+
+
+def test_a_pass_of_another_thread_that_is_about_to_begin_or_end_is_left_to_it() -> None:
+    model = net()
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-2, chunks=2)
+    inside = optimizer._attachment._passes._inside
+    ended = threading.Event()
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    inside[thread.ident] = []  # as between the two halves of both
+    model(X[0])
+    assert thread.ident in inside
+    ended.set()
+    thread.join()
+    other = threading.Thread(target=lambda: None)
+    other.start()
+    other.join()
+    inside[other.ident or 0] = []
+    model(X[0])
+    model(X[0])
+    assert list(inside) == []

@@ -128,10 +128,10 @@ class Passes:
         return None
 
     def _forget_ended(self) -> None:
-        """Let go of what threads left that are gone, or are in no pass."""
+        """Let go of what threads left that are gone; those that run look after their own."""
         alive = {thread.ident for thread in threading.enumerate()}
-        for thread, passes in list(self._inside.items()):
-            if not passes or thread not in alive:
+        for thread in list(self._inside):
+            if thread not in alive:
                 self._inside.pop(thread, None)
 
 

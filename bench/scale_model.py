@@ -23,7 +23,7 @@ Where the formulas come from:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from math import ceil
 
@@ -420,8 +420,3 @@ def own_bound(setting: Setting) -> float:
         raise ValueError(f"method={setting.method!r} has no bound; allowed are 'replicas' and 'fsdp2'")
     passes = 2 if setting.method == "replicas" else 1
     return passes * setting.element * setting.shape.numel / setting.chunks
-
-
-def alike(setting: Setting, method: str) -> Setting:
-    """The same training by another method."""
-    return replace(setting, method=method)

@@ -10,7 +10,6 @@ the same time where one does not need the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -171,14 +170,6 @@ def finest(setting: Setting, rows: int = 1) -> int:
         return max(0, min(wide) // rows)
     tables = sum(weight.rows // setting.owners // rows for weight in setting.shape.rest if weight.columns > 1)
     return setting.shape.layers * sum(each // rows for each in wide) + tables
-
-
-def first(settings: Sequence[Setting], cluster: Cluster, bound: str) -> int | None:
-    """Ranks of the first of the settings whose step is bound by `bound`, or None."""
-    for setting in settings:
-        if seconds(setting, cluster).bound == bound:
-            return setting.ranks
-    return None
 
 
 def fixed_batch(setting: Setting, tokens: int) -> Setting:

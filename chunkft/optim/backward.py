@@ -269,8 +269,11 @@ class BackwardResidency(StreamResidency):
     def _found_inf(self, gradients: list[Tensor]) -> Tensor:
         """Whether a gradient of this step was not finite so far, as 0 or 1 on the device of these."""
         flag = non_finite(gradients)
-        before = self._flags.get(flag.device)
-        self._flags[flag.device] = flag = flag if before is None else torch.maximum(before, flag)
+        for before in (
+            self._flags.values()
+        ):  # of other devices, too: gradients come from one, and are updated on another
+            flag = torch.maximum(flag, before.to(flag.device, flag.dtype))
+        self._flags[flag.device] = flag
         return flag
 
     def _upcoming(self, number: int) -> list[int]:

@@ -85,7 +85,7 @@ class Courier:
 
     Args:
         ranks: among whom the state is spread.
-        device: on which tensors travel.
+        device: of the ranks; tensors travel between CPUs where that can be.
         own: the tensors of this rank.
         rounds: the parts of each round, in order; those of no bytes are left out.
         everywhere: whether all ranks get everything; else rank 0 does, and the others call ``serve``.
@@ -100,7 +100,7 @@ class Courier:
         everywhere: bool = False,
     ) -> None:
         self._ranks = ranks
-        self._device = device
+        self._device = ranks.post(device)
         self._own = own
         self._everywhere = everywhere
         self._rounds = deque(tuple(part for part in one if part.nbytes) for one in rounds)
@@ -170,8 +170,8 @@ class Courier:
             self._all_well(False)
 
     def _all_well(self, well: bool) -> bool:
-        failed = torch.tensor([0.0 if well else 1.0], device=self._device)
-        return not self._ranks.total(failed, GATHERING).item()
+        failed = torch.tensor([0.0 if well else 1.0], dtype=torch.float64)
+        return not self._ranks.announce(failed, self._device, GATHERING)[0]
 
     def _send(self, part: Part) -> None:
         try:

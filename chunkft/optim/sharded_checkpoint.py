@@ -62,7 +62,7 @@ def save_sharded(
     if asynchronous:
         copies = {key: tensor.to("cpu", copy=True) for key, tensor in found.tensors.items()}
         return saver.submit(path, {HEADER: found.header, **copies}, found.nbytes)
-    saver.submit(path, entries, found.nbytes).result()
+    saver.write(path, entries, found.nbytes, optimizer._attachment.device)
     return None
 
 
@@ -165,6 +165,12 @@ class _Saver:
     def submit(self, directory: str, entries: dict[str, Any], nbytes: int) -> Future[None]:
         """Write a checkpoint once those before are written."""
         return self._thread.submit(self._write, directory, entries, nbytes)
+
+    def write(self, directory: str, entries: dict[str, Any], nbytes: int, device: torch.device) -> None:
+        """Write a checkpoint now, after those before: from memory of a device DCP copies on the current stream."""
+        self._thread.submit(lambda: None).result()
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self._write(directory, entries, nbytes)
 
     def _write(self, directory: str, entries: dict[str, Any], nbytes: int) -> None:
         everyone = partial(together, self._gathers, self._rank)

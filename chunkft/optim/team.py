@@ -227,11 +227,11 @@ def build_team(attachment: Attachment, group: dist.ProcessGroup | None) -> Team 
         sharded = ShardedWeights(attachment.model, attachment.specs)
         attachment.reside(sharded)
         if group is not None:
-            ours, asked = (dist.get_process_group_ranks(one) for one in (sharded.group, group))
-            if ours != asked and sharded.replicate_group is None:
+            asked = dist.get_process_group_ranks(group)
+            if asked != sharded.members:
                 raise ValueError(
-                    f"process_group has the ranks {asked}, and fully_shard sharded the model over {ours}; leave "
-                    "process_group out: it is that of the shards"
+                    f"process_group has the ranks {asked}, and fully_shard sharded the model over {sharded.members}; "
+                    "leave process_group out: it is that of the shards"
                 )
         return Team(attachment, sharded.group, sharded)
     return None if group is None or group.size() == 1 else Team(attachment, group)

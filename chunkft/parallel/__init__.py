@@ -2,7 +2,7 @@
 
 from chunkft.parallel.fsdp import ShardedWeights, is_sharded
 from chunkft.parallel.loss import token_mean
-from chunkft.parallel.owners import Bucket, Ownership, make_buckets
+from chunkft.parallel.owners import Bucket, Ownership, make_buckets, padded
 from chunkft.parallel.ranks import KINDS, Ranks, cpu_channel_of, objects_of
 from chunkft.parallel.reducer import Reducer
 from chunkft.parallel.shards import expand, owner_of, rows_of, shard_specs
@@ -23,6 +23,7 @@ __all__ = [
     "make_buckets",
     "objects_of",
     "owner_of",
+    "padded",
     "rows_of",
     "shard_specs",
     "spread",

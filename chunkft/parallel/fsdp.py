@@ -43,6 +43,7 @@ class ShardedWeights:
     Attributes:
         group: the processes that hold the shards, in their order.
         replicate_group: in hybrid sharding, those that hold the same shard as this one; None without.
+        members: global ranks of all processes that have a part of the model, copies too.
         device: where the model computes.
         on_device: whether the shards are there as well (no ``CPUOffloadPolicy``).
 
@@ -64,6 +65,7 @@ class ShardedWeights:
         self.group: dist.ProcessGroup = first.shard_process_group
         self.replicate_group: dist.ProcessGroup | None = getattr(first, "replicate_process_group", None)
         self.rank: int = first.shard_mesh_rank
+        self.members: list[int] = sorted(first.mesh.mesh.flatten().tolist())
         _initialise(model)
         self._groups = groups
         self.device: torch.device = next(iter(self._params.values())).device

@@ -22,10 +22,10 @@ def token_mean(
 
     Returns:
         ``loss_sum * W / (tokens of all ranks)``, a scalar with the graph of ``loss_sum``. Its mean over the ranks is
-        the loss of the global batch. 0 where no token counts anywhere.
+        the loss of the global batch. 0 where no token counts anywhere. At least fp32: the factor is not rounded.
 
     Raises:
-        ValueError: if ``tokens`` is negative.
+        ValueError: if ``tokens`` is a negative number; a tensor is not looked at, which would wait for it.
     """
     count = torch.as_tensor(tokens, dtype=torch.float64).detach().to(loss_sum.device)
     if not isinstance(tokens, Tensor) and tokens < 0:
@@ -35,4 +35,5 @@ def token_mean(
         count = count.clone()
         dist.all_reduce(count, group=process_group)
         ranks = dist.get_world_size(process_group)
-    return loss_sum * (ranks / count.clamp(min=1)).to(loss_sum.dtype)
+    dtype = torch.promote_types(loss_sum.dtype, torch.float32)
+    return loss_sum.to(dtype) * (ranks / count.clamp(min=1)).to(dtype)

@@ -16,6 +16,7 @@ from chunkft.plan import Chunk, ChunkPlan
 
 # Large enough for the rate of a link, small enough that the first is on its way while the others are computed.
 BUCKET_BYTES = 32 << 20
+ALIGNMENT = 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Bucket:
             return starts[bisect_right(starts, (piece.start, len(self.leaves))) - 1][1]
 
         return tuple(tuple(map(source, mine)) for mine in self.parts)
+
+
+def padded(numel: int, itemsize: int) -> int:
+    """Elements of a part of a message, with those that fill it up: nccl copies what is not aligned byte by byte."""
+    unit = max(1, ALIGNMENT // itemsize)
+    return -(-numel // unit) * unit
 
 
 def make_buckets(

@@ -125,12 +125,16 @@ class Ranks:
         self._sent[kind] += (self.size - 1) * own.numel() * own.element_size()
         return Pending(work, everything, own, self._explained(doing))
 
-    def total(self, values: Tensor, doing: str, kind: str = "control") -> Tensor:
-        """Sums over the ranks, in place; ``kind`` is what the bytes count as."""
+    def sum(self, values: Tensor, kind: str, doing: str) -> Pending:
+        """Begin to sum over the ranks, in place."""
         with self._explained(doing):
-            dist.all_reduce(values, group=self.channel)
+            work = dist.all_reduce(values, group=self.channel, async_op=True)
         self._sent[kind] += 2 * (self.size - 1) * values.numel() * values.element_size() // self.size
-        return values
+        return Pending(work, values, values, self._explained(doing))
+
+    def total(self, values: Tensor, doing: str) -> Tensor:
+        """Sums over the ranks, in place."""
+        return self.sum(values, "control", doing).wait()
 
     def announce(self, numbers: Tensor, device: torch.device, doing: str) -> list[float]:
         """Sums over the ranks that the host reads.
@@ -182,20 +186,28 @@ class Ranks:
             dist.all_gather_object(found, value, group=self._voice or self.channel)
         return found
 
+    def post(self, device: torch.device) -> torch.device:
+        """Where tensors are to be that ``send``, ``receive`` and ``share`` move: on the CPU, where that can be.
+
+        Args:
+            device: where a group without CPUs has its collectives.
+        """
+        return device if self._voice is None else torch.device("cpu")
+
     def send(self, tensor: Tensor, to: int, doing: str) -> None:
         """Send a contiguous tensor to a rank of the group that calls ``receive``."""
         with self._explained(doing):
-            dist.send(tensor, group=self.channel, group_dst=to)
+            dist.send(tensor, group=self._voice or self.channel, group_dst=to)
 
     def receive(self, into: Tensor, source: int, doing: str) -> None:
         """Fill a contiguous tensor with what a rank sends."""
         with self._explained(doing):
-            dist.recv(into, group=self.channel, group_src=source)
+            dist.recv(into, group=self._voice or self.channel, group_src=source)
 
     def share(self, tensor: Tensor, source: int, doing: str) -> None:
         """Fill a contiguous tensor on every rank with that of one of them; all call it."""
         with self._explained(doing):
-            dist.broadcast(tensor, group=self.channel, group_src=source)
+            dist.broadcast(tensor, group=self._voice or self.channel, group_src=source)
 
     def traffic(self) -> dict[str, int]:
         """Bytes that this rank sent since the last call, by kind: a ring is assumed for what has several ways."""
@@ -269,12 +281,27 @@ def _new_group_like(group: dist.ProcessGroup, backend: str | None = None) -> Any
     fillers = [object() for _ in range(_made - len(names))]
     names.update((filler, f"filler {number}") for number, filler in enumerate(fillers))
     try:
-        return dist.new_group(
-            ranks, timeout=_timeout_of(group), backend=backend, use_local_synchronization=True
-        )
+        with _unbound():
+            return dist.new_group(
+                ranks,
+                timeout=_timeout_of(group),
+                backend=backend or dist.get_backend_config(group),
+                use_local_synchronization=True,
+            )
     finally:
         for filler in fillers:
             names.pop(filler, None)
+
+
+@contextlib.contextmanager
+def _unbound() -> Iterator[None]:
+    """Let groups be made by their members: those of a world that is bound to devices are split by all of its ranks."""
+    world: Any = dist.distributed_c10d._get_default_group()
+    device, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = device
 
 
 def _timeout_of(group: dist.ProcessGroup) -> Any:

@@ -6,6 +6,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from chunkft.autograd import Slice, hookable
-from chunkft.parallel.owners import Bucket
+from chunkft.parallel.owners import Bucket, padded
 from chunkft.parallel.ranks import Pending, Ranks
 
 Pairs = Sequence[tuple[Slice, nn.Parameter]]
@@ -39,9 +40,11 @@ class _Load:
         layout: what is in it.
         leaves: as autograd sees them; their gradients are sent.
         own: what this rank owns of it: each leaf, with its place in a tensor of all elements that this rank owns.
-        header: number of elements before the gradients in a message.
+        header: number of elements before the gradients in a message, with those that fill it up.
         missing: names whose gradients are not complete in this backward pass.
         pending: while it is on its way.
+        sums: what came, over all ranks: of each leaf how many have a gradient, whether one was not finite, and the
+            gradients; while it is on its way over copies.
         absent: numbers of the leaves that had no gradient here when it was sent.
         forgotten: whether what is on its way is not wanted any more.
     """
@@ -52,6 +55,7 @@ class _Load:
     header: int
     missing: set[str] = field(default_factory=set)
     pending: Pending | None = None
+    sums: Pending | tuple[Tensor, Tensor] | None = None
     absent: list[int] = field(default_factory=list)
     forgotten: bool = False
 
@@ -130,7 +134,7 @@ class Reducer:
                     bucket,
                     [leaves[piece] for piece in bucket.leaves],
                     self._own_in(bucket, by_name),
-                    len(bucket.leaves) + (self.arrived is not None),
+                    padded(self._flags(bucket), leaves[bucket.leaves[0]].element_size()),
                 )
             )
             for name in dict.fromkeys(piece.name for piece in bucket.leaves):
@@ -178,7 +182,9 @@ class Reducer:
     def is_open(self) -> bool:
         """Whether this rank has gradients that were not sent, or that are on their way."""
         return any(
-            load.pending is not None or any(leaf.grad is not None for leaf in load.leaves)
+            load.pending is not None
+            or load.sums is not None
+            or any(leaf.grad is not None for leaf in load.leaves)
             for load in self._loads
         )
 
@@ -238,7 +244,7 @@ class Reducer:
         if self.rounds and not anew:
             self.cleared += 1
         for load in self._loads:
-            load.forgotten = load.pending is not None
+            load.forgotten = load.pending is not None or load.sums is not None
             for leaf in load.leaves:
                 leaf.grad = None
         self.backwards = 0
@@ -346,10 +352,11 @@ class Reducer:
 
     @torch.no_grad()
     def _send(self, index: int) -> None:
-        """Send the next bucket, and receive the one that is to be there by now."""
+        """Send the next bucket, and receive those that are to be there by now."""
         load = self._loads[index]
-        sizes = [load.header + numel for numel in load.layout.numels()]
-        message = self._message(load, sum(sizes))
+        itemsize = load.leaves[0].element_size()
+        sizes = [load.header + padded(numel, itemsize) for numel in load.layout.numels()]
+        message = self._message(load, sizes)
         for leaf in load.leaves:
             leaf.grad = None
         mine = sizes[self.ranks.rank]
@@ -358,26 +365,32 @@ class Reducer:
         load.forgotten = False
         self._next = index + 1
         if index >= AHEAD:
-            self._receive(self._loads[index - AHEAD])
+            self._sum_up(self._loads[index - AHEAD])
+        ahead = AHEAD if self.copies is None else 2 * AHEAD
+        if index >= ahead:
+            self._receive(self._loads[index - ahead])
 
-    def _message(self, load: _Load, numel: int) -> Tensor:
+    def _flags(self, bucket: Bucket) -> int:
+        """Numbers before the gradients in a message."""
+        return len(bucket.leaves) + (self.arrived is not None)
+
+    def _message(self, load: _Load, sizes: Sequence[int]) -> Tensor:
         """What all ranks get of a bucket, one after the other: which leaves have gradients, and its part of them.
 
         A method of its own: nothing here may hold gradients when the message leaves.
         """
         bucket, sample = load.layout, load.leaves[0]
-        message = torch.empty(numel, dtype=sample.dtype, device=sample.device)
+        message = torch.empty(sum(sizes), dtype=sample.dtype, device=sample.device)
         load.absent = [number for number, leaf in enumerate(load.leaves) if leaf.grad is None]
         head = [float(leaf.grad is not None) for leaf in load.leaves]
         top = torch.tensor(head, dtype=sample.dtype).to(sample.device, non_blocking=True)
         if self.arrived is not None:
             top = torch.cat([top, _spoiled(load.leaves, sample)])
         targets, sources = [], []
-        offset = 0
-        for part, numbers in zip(bucket.parts, bucket.sources, strict=True):
-            targets.append(message[offset : offset + load.header])
+        for part, numbers, start in zip(bucket.parts, bucket.sources, _starts_of(sizes), strict=True):
+            targets.append(message[start : start + len(top)])
             sources.append(top)
-            offset += load.header
+            offset = start + load.header
             for piece, number in zip(part, numbers, strict=True):
                 place = message[offset : offset + piece.numel].view(piece.shape)
                 offset += piece.numel
@@ -392,33 +405,52 @@ class Reducer:
         return message
 
     @torch.no_grad()
-    def _receive(self, load: _Load) -> None:
+    def _sum_up(self, load: _Load) -> None:
+        """Sum what the ranks sent of a bucket, and begin to sum over copies."""
         if load.pending is None:
             return
         received = load.pending.wait().view(self.ranks.size, -1)
-        load.pending = None
-        count = len(load.leaves)
-        top, body = received[:, : load.header], received[:, load.header :]
+        flags = self._flags(load.layout)
+        top = received[:, :flags]
+        body = received[:, load.header : load.header + load.layout.numels()[self.ranks.rank]]
         exact = torch.float64 if body.dtype == torch.float64 else torch.float32
         total = body.sum(0, dtype=exact).mul_(1 / self.ranks.size)
-        head = top.to(exact).amax(0)  # which gradients there are anywhere, and whether one was not finite
-        if self.copies is not None:  # all of them, whatever is absent here
-            joined = self.copies.total(torch.cat([head, total]), REDUCING, "gradients")
-            head, total = joined[: load.header], joined[load.header :].mul_(1 / self.copies.size)
-        present = head[:count].tolist() if load.absent else [1.0] * count
-        self._brought = self._brought or any(present)
+        head = top.to(exact).amax(0)
+        if self.copies is None:
+            load.sums = head, total
+        else:  # all of them, whatever is absent here
+            load.sums = self.copies.sum(torch.cat([head, total]), "gradients", REDUCING)
+        load.pending = None
+
+    @torch.no_grad()
+    def _receive(self, load: _Load) -> None:
+        """Give the owner's leaves their gradients."""
+        self._sum_up(load)
+        if load.sums is None:
+            return
+        if isinstance(load.sums, Pending):
+            assert self.copies is not None
+            joined, flags = load.sums.wait(), self._flags(load.layout)
+            load.sums = joined[:flags], joined[flags:].mul_(1 / self.copies.size)
+        head, total = load.sums
+        present = head.tolist() if load.absent else [1.0] * len(load.leaves)
+        self._brought = self._brought or any(present[: len(load.leaves)])
+        gradients = []
+        for piece, leaf, part, offset, number in load.own:
+            if present[number] and not load.forgotten:
+                gradient = _within(part, piece, total[offset : offset + part.numel].view(part.shape))
+                gradients.append((piece, leaf, gradient.to(device=leaf.device, dtype=leaf.dtype)))
+        load.sums = None  # before that an error loses nothing
         if load.forgotten:
             return
-        came: list[tuple[Slice, nn.Parameter]] = []
-        for piece, leaf, part, offset, number in load.own:
-            if not present[number]:
-                continue
-            gradient = _within(part, piece, total[offset : offset + part.numel].view(part.shape))
-            gradient = gradient.to(device=leaf.device, dtype=leaf.dtype)
+        for _, leaf, gradient in gradients:
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-            came.append((piece, leaf))
         if self.arrived is not None:
-            self.arrived(came, head[-1].clamp(max=1.0))
+            self.arrived([(piece, leaf) for piece, leaf, _ in gradients], head[-1].clamp(max=1.0))
+
+
+def _starts_of(sizes: Sequence[int]) -> list[int]:
+    return [0, *accumulate(sizes)][:-1]
 
 
 def _start_of(pair: tuple[Slice, nn.Parameter]) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkft.autograd import Slice
-from chunkft.parallel.owners import Bucket
+from chunkft.parallel.owners import Bucket, padded
 from chunkft.parallel.ranks import Pending, Ranks
 from chunkft.parallel.reducer import AHEAD
 
@@ -29,8 +29,8 @@ def spread(ranks: Ranks, buckets: Sequence[Bucket], weight_of: Callable[[Slice],
     for bucket in buckets:
         if len(under_way) > AHEAD:
             _take(ranks, *under_way.popleft(), weight_of)
-        size = max(bucket.numels())
         sample = weight_of(bucket.leaves[0])
+        size = padded(max(bucket.numels()), sample.element_size())
         message = torch.empty(size, dtype=sample.dtype, device=sample.device)
         mine = bucket.parts[ranks.rank]
         if mine:

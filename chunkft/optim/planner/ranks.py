@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunkft.autograd import Slice
-from chunkft.parallel import Bucket, Ownership, make_buckets
+from chunkft.parallel import Bucket, Ownership, make_buckets, padded
 from chunkft.plan import ChunkPlan
 
 __all__ = ["Divided"]
@@ -63,7 +63,8 @@ class Divided:
         sizes, sums = [], []
         for bucket in buckets:
             itemsize = self._parameters[bucket.leaves[0].name].element_size()
-            headers = 2 * self._world * len(bucket.leaves)
-            sizes.append((sum(piece.numel for piece in bucket.leaves) + headers) * itemsize)
+            header = padded(len(bucket.leaves), itemsize)
+            parts = [padded(numel, itemsize) for numel in bucket.numels()]
+            sizes.append((sum(parts) + 2 * self._world * header) * itemsize)
             sums.append(max(bucket.numels()) * max(4, itemsize))
         return sum(sorted(sizes)[-2:]) + max(sums)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 from clitools import (
     assert_same_weights,
     environment,
@@ -21,9 +22,11 @@ from clitools import (
 )
 from torchrun_rigs import RankLauncher, Ranks, free_port
 
-from chunkft.cli.errors import UserError
+from chunkft.cli.errors import PeerError, UserError
 from chunkft.cli.launch import Launch, launched
+from chunkft.cli.ranks import Ranks as RanksOfCommand
 from chunkft.cli.shares import RankRows
+from chunkft.parallel.ranks import explained
 
 pytestmark = needs_datasets
 STEPS = 11
@@ -253,6 +256,48 @@ def test_wrong_input_is_told_once(root, launcher, tmp_path):
     assert run.statuses() == {0: 2, 1: 2}
     assert run.log.count("chunkft:") == 1
     assert "absent.jsonl" in run.log
+
+
+def test_a_resumed_run_with_another_option_is_refused_as_wrong_input(launcher, undisturbed, tmp_path):
+    wrong = ["finetune", "--resume", "--batch-size", 2, "--out", undisturbed]
+    run = Ranks(launcher, tmp_path / "ranks", 2, wrong)
+    assert run.wait() == 1
+    assert run.statuses() == {0: 2, 1: 2}
+    assert run.log.count("chunkft:") == 1
+    assert "chunkft: --resume: --batch-size 2 differs from 4 of the run" in run.log
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("--resume: --seed 1 differs from 0 of the run; may change: --dist-timeout, --steps"),
+        OSError(110, "Connection timed out"),
+        RuntimeError("--data socket.jsonl: gloo, nccl, and a broken pipe"),
+    ],
+)
+def test_an_error_that_is_of_no_collective_is_not_blamed_on_other_ranks(error):
+    ranks = RanksOfCommand(0, 2, store=dist.HashStore())
+    with pytest.raises(type(error)) as caught, ranks.watched():
+        raise error
+    assert caught.value is error
+
+
+def errors_of_collectives():
+    with pytest.raises(RuntimeError) as caught, explained("reducing gradients"):
+        raise RuntimeError("closed")
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    return [caught.value, RuntimeError(gloo), dist.DistNetworkError("closed")]
+
+
+@pytest.mark.parametrize("told", ["", "1 ArithmeticError: first"])
+@pytest.mark.parametrize("error", errors_of_collectives())
+def test_a_collective_that_fails_is_blamed_on_other_ranks(error, told):
+    store = dist.HashStore()
+    if told:
+        store.set("failed", told)
+    says = "rank 1 failed: ArithmeticError: first" if told else "another rank ended or did not answer"
+    with pytest.raises(PeerError, match=says), RanksOfCommand(0, 2, store=store).watched():
+        raise error
 
 
 def test_sharded_weights_give_the_run_of_one_process_and_resume(root, launcher, tmp_path):

@@ -249,13 +249,19 @@ def test_all_ranks_end_when_rank_0_cannot_write(root, launcher, tmp_path, before
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_wrong_input_is_told_once(root, launcher, tmp_path):
-    wrong = arguments(root, tmp_path / "out", 4, data=root / "absent.jsonl")
-    run = Ranks(launcher, tmp_path / "ranks", 2, wrong)
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"weights": "stream"}, "chunkft: --weights stream is for one process"),
+    ],
+)
+def test_wrong_input_is_told_once(root, launcher, tmp_path, changes, text):
+    run = Ranks(launcher, tmp_path / "ranks", 2, arguments(root, tmp_path / "out", 4, **changes))
     assert run.wait() == 1
     assert run.statuses() == {0: 2, 1: 2}
     assert run.log.count("chunkft:") == 1
-    assert "absent.jsonl" in run.log
+    assert text in run.log
 
 
 def test_a_resumed_run_with_another_option_is_refused_as_wrong_input(launcher, undisturbed, tmp_path):

@@ -76,6 +76,11 @@ def _finetune(
             if ranks.first:
                 found = open_run(settings, given, resume)
         directory, settings = ranks.of_first(found)
+        if ranks.several and settings.weights == "stream":
+            with ranks.agreed():
+                raise UserError(
+                    "--weights stream is for one process: leave torchrun out, or choose --weights resident or --fsdp"
+                )
         if resume and "device" not in given and not ranks.launched:
             device = resolve_device(settings.device)
         if settings.fsdp and not ranks.launched:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch.distributed as dist
@@ -262,6 +263,28 @@ def test_wrong_input_is_told_once(root, launcher, tmp_path, changes, text):
     assert run.statuses() == {0: 2, 1: 2}
     assert run.log.count("chunkft:") == 1
     assert text in run.log
+
+
+def be_late_on_rank_0():
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["finetune", "--chunks", 0],
+        ["finetune", "--bogus"],
+        ["finetune", "--fsdp"],
+        ["finetune", "--resume"],
+    ],
+)
+def test_a_mistake_in_the_arguments_is_told_by_rank_0(launcher, tmp_path, wrong):
+    run = Ranks(launcher, tmp_path / "ranks", 2, wrong, before=be_late_on_rank_0)
+    assert run.wait() == 1
+    assert run.statuses() == {0: 2, 1: 2}
+    assert run.log.count("chunkft:") == 1
+    assert wrong[1] in run.log
 
 
 def test_a_resumed_run_with_another_option_is_refused_as_wrong_input(launcher, undisturbed, tmp_path):

@@ -254,14 +254,21 @@ def test_all_ranks_end_when_rank_0_cannot_write(root, launcher, tmp_path, before
     ("changes", "text"),
     [
         ({"data": "absent.jsonl"}, "absent.jsonl"),
+        (
+            {"out": "/proc/absent"},
+            "chunkft: --out /proc/absent: cannot be written: No such file or directory",
+        ),
         ({"weights": "stream"}, "chunkft: --weights stream is for one process"),
     ],
 )
 def test_wrong_input_is_told_once(root, launcher, tmp_path, changes, text):
-    run = Ranks(launcher, tmp_path / "ranks", 2, arguments(root, tmp_path / "out", 4, **changes))
+    run = Ranks(
+        launcher, tmp_path / "ranks", 2, arguments(root, **({"out": tmp_path / "out", "batch": 4} | changes))
+    )
     assert run.wait() == 1
     assert run.statuses() == {0: 2, 1: 2}
     assert run.log.count("chunkft:") == 1
+    assert "rank 0: Traceback" not in run.log
     assert text in run.log
 
 

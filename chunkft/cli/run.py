@@ -140,6 +140,8 @@ class Finetuning:
         self.chunk_optimizer = self.optimizer if isinstance(self.optimizer, chunkft.ChunkOptimizer) else None
         self.metrics = Metrics(directory.metrics if ranks.first else Path(os.devnull), device)
         self.stop = SharedStop() if ranks.launched else GracefulStop()
+        with ranks.agreed():
+            directory.make()  # before Trainer does, which does not know --out
         self.trainer = self._trainer()
 
     def _newest_checkpoint(self) -> Path | None:

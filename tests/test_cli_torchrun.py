@@ -355,6 +355,21 @@ def test_sharded_weights_give_the_run_of_one_process_and_resume(root, launcher, 
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.parametrize("optimizer", ["chunkadamw", "adamw"])
+def test_the_memory_table_has_the_shards_of_the_largest_rank(root, launcher, tmp_path, optimizer):
+    command = arguments(root, tmp_path / "out", 4, steps=2, optimizer=optimizer)
+    run = Ranks(launcher, tmp_path / "ranks", 2, [*command, "--fsdp"])
+    assert run.wait() == 0, run.log
+    memory = json.loads((tmp_path / "out" / "memory.json").read_text())
+    whole = sum(weight.numel() * 4 for weight in weights_of(tmp_path / "out").values())
+    assert memory["weights"] == whole
+    assert whole / 2 <= memory["weights_held"] < 0.55 * whole
+    assert re.search(r"^weights .* 0\.5\d\d$", run.log, re.MULTILINE), run.log
+    if optimizer == "adamw":
+        for name in ("gradients", "optimizer state"):
+            assert 0.5 <= memory["this_run"][name] / memory["full_adamw"][name] < 0.55
+
+
 @pytest.mark.parametrize(
     ("extra", "text"),
     [

@@ -355,6 +355,14 @@ def test_sharded_weights_give_the_run_of_one_process_and_resume(root, launcher, 
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_the_memory_table_of_replicas_has_the_gradients_of_a_rank(root, launcher, tmp_path):
+    changes = {"steps": 6, "chunks": 3, "interval": 1, "grad_accum": 1}
+    run = Ranks(launcher, tmp_path / "ranks", 2, arguments(root, tmp_path / "out", 4, **changes))
+    assert run.wait() == 0, run.log
+    memory = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert 1 / 3 <= memory["this_run"]["gradients"] / memory["full_adamw"]["gradients"] < 0.5
+
+
 @pytest.mark.parametrize("optimizer", ["chunkadamw", "adamw"])
 def test_the_memory_table_has_the_shards_of_the_largest_rank(root, launcher, tmp_path, optimizer):
     command = arguments(root, tmp_path / "out", 4, steps=2, optimizer=optimizer)
@@ -365,6 +373,7 @@ def test_the_memory_table_has_the_shards_of_the_largest_rank(root, launcher, tmp
     assert memory["weights"] == whole
     assert whole / 2 <= memory["weights_held"] < 0.55 * whole
     assert re.search(r"^weights .* 0\.5\d\d$", run.log, re.MULTILINE), run.log
+    assert memory["this_run"]["gradients"] > 0.3 * memory["full_adamw"]["gradients"]
     if optimizer == "adamw":
         for name in ("gradients", "optimizer state"):
             assert 0.5 <= memory["this_run"][name] / memory["full_adamw"][name] < 0.55

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch.distributed as dist
 from clitools import (
     assert_same_weights,
     environment,
@@ -21,9 +23,11 @@ from clitools import (
 )
 from torchrun_rigs import RankLauncher, Ranks, free_port
 
-from chunkft.cli.errors import UserError
+from chunkft.cli.errors import PeerError, UserError
 from chunkft.cli.launch import Launch, launched
+from chunkft.cli.ranks import Ranks as RanksOfCommand
 from chunkft.cli.shares import RankRows
+from chunkft.parallel.ranks import explained
 
 pytestmark = needs_datasets
 STEPS = 11
@@ -246,13 +250,90 @@ def test_all_ranks_end_when_rank_0_cannot_write(root, launcher, tmp_path, before
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_wrong_input_is_told_once(root, launcher, tmp_path):
-    wrong = arguments(root, tmp_path / "out", 4, data=root / "absent.jsonl")
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        (
+            {"out": "/proc/absent"},
+            "chunkft: --out /proc/absent: cannot be written: No such file or directory",
+        ),
+        ({"weights": "stream"}, "chunkft: --weights stream is for one process"),
+    ],
+)
+def test_wrong_input_is_told_once(root, launcher, tmp_path, changes, text):
+    run = Ranks(
+        launcher, tmp_path / "ranks", 2, arguments(root, **({"out": tmp_path / "out", "batch": 4} | changes))
+    )
+    assert run.wait() == 1
+    assert run.statuses() == {0: 2, 1: 2}
+    assert run.log.count("chunkft:") == 1
+    assert "rank 0: Traceback" not in run.log
+    assert text in run.log
+
+
+def be_late_on_rank_0():
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["finetune", "--chunks", 0],
+        ["finetune", "--bogus"],
+        ["finetune", "--fsdp"],
+        ["finetune", "--resume"],
+    ],
+)
+def test_a_mistake_in_the_arguments_is_told_by_rank_0(launcher, tmp_path, wrong):
+    run = Ranks(launcher, tmp_path / "ranks", 2, wrong, before=be_late_on_rank_0)
+    assert run.wait() == 1
+    assert run.statuses() == {0: 2, 1: 2}
+    assert run.log.count("chunkft:") == 1
+    assert wrong[1] in run.log
+
+
+def test_a_resumed_run_with_another_option_is_refused_as_wrong_input(launcher, undisturbed, tmp_path):
+    wrong = ["finetune", "--resume", "--batch-size", 2, "--out", undisturbed]
     run = Ranks(launcher, tmp_path / "ranks", 2, wrong)
     assert run.wait() == 1
     assert run.statuses() == {0: 2, 1: 2}
     assert run.log.count("chunkft:") == 1
-    assert "absent.jsonl" in run.log
+    assert "chunkft: --resume: --batch-size 2 differs from 4 of the run" in run.log
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("--resume: --seed 1 differs from 0 of the run; may change: --dist-timeout, --steps"),
+        OSError(110, "Connection timed out"),
+        RuntimeError("--data socket.jsonl: gloo, nccl, and a broken pipe"),
+    ],
+)
+def test_an_error_that_is_of_no_collective_is_not_blamed_on_other_ranks(error):
+    ranks = RanksOfCommand(0, 2, store=dist.HashStore())
+    with pytest.raises(type(error)) as caught, ranks.watched():
+        raise error
+    assert caught.value is error
+
+
+def errors_of_collectives():
+    with pytest.raises(RuntimeError) as caught, explained("reducing gradients"):
+        raise RuntimeError("closed")
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    return [caught.value, RuntimeError(gloo), dist.DistNetworkError("closed")]
+
+
+@pytest.mark.parametrize("told", ["", "1 ArithmeticError: first"])
+@pytest.mark.parametrize("error", errors_of_collectives())
+def test_a_collective_that_fails_is_blamed_on_other_ranks(error, told):
+    store = dist.HashStore()
+    if told:
+        store.set("failed", told)
+    says = "rank 1 failed: ArithmeticError: first" if told else "another rank ended or did not answer"
+    with pytest.raises(PeerError, match=says), RanksOfCommand(0, 2, store=store).watched():
+        raise error
 
 
 def test_sharded_weights_give_the_run_of_one_process_and_resume(root, launcher, tmp_path):
@@ -272,6 +353,30 @@ def test_sharded_weights_give_the_run_of_one_process_and_resume(root, launcher, 
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_the_memory_table_of_replicas_has_the_gradients_of_a_rank(root, launcher, tmp_path):
+    changes = {"steps": 6, "chunks": 3, "interval": 1, "grad_accum": 1}
+    run = Ranks(launcher, tmp_path / "ranks", 2, arguments(root, tmp_path / "out", 4, **changes))
+    assert run.wait() == 0, run.log
+    memory = json.loads((tmp_path / "out" / "memory.json").read_text())
+    assert 1 / 3 <= memory["this_run"]["gradients"] / memory["full_adamw"]["gradients"] < 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["chunkadamw", "adamw"])
+def test_the_memory_table_has_the_shards_of_the_largest_rank(root, launcher, tmp_path, optimizer):
+    command = arguments(root, tmp_path / "out", 4, steps=2, optimizer=optimizer)
+    run = Ranks(launcher, tmp_path / "ranks", 2, [*command, "--fsdp"])
+    assert run.wait() == 0, run.log
+    memory = json.loads((tmp_path / "out" / "memory.json").read_text())
+    whole = sum(weight.numel() * 4 for weight in weights_of(tmp_path / "out").values())
+    assert memory["weights"] == whole
+    assert whole / 2 <= memory["weights_held"] < 0.55 * whole
+    assert re.search(r"^weights .* 0\.5\d\d$", run.log, re.MULTILINE), run.log
+    assert memory["this_run"]["gradients"] > 0.3 * memory["full_adamw"]["gradients"]
+    if optimizer == "adamw":
+        for name in ("gradients", "optimizer state"):
+            assert 0.5 <= memory["this_run"][name] / memory["full_adamw"][name] < 0.55
 
 
 @pytest.mark.parametrize(

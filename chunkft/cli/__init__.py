@@ -1,9 +1,12 @@
 """The `chunkft` command: parses the arguments, runs a subcommand, and turns mistakes into one line."""
 
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from chunkft.cli.arguments import parse
 from chunkft.cli.errors import PeerError, UserError
@@ -13,6 +16,7 @@ __all__ = ["UserError", "main"]
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+WAIT_FOR_FIRST = 5.0  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     try:
         command = parse(arguments)
+    except UserError as error:
+        if _rank() and os.environ.get("RANK", "0") != "0":
+            return _leave_it_to_first()
+        return _report(str(error), USAGE_ERROR, debug)
+    try:
         if command.name == "plan":
             if command.plan is not None and command.plan.gpu is not None:
                 from chunkft.cli.fit import show_fit
@@ -72,6 +81,14 @@ def _rank() -> str:
     """Which process speaks, where torchrun started several."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ
     return "" if alone else f"rank {os.environ.get('RANK', '?')}: "
+
+
+def _leave_it_to_first() -> int:
+    """Let rank 0 tell a mistake that all ranks have: torchrun ends it, unheard, once another rank has ended."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        time.sleep(WAIT_FOR_FIRST)
+    return USAGE_ERROR
 
 
 def _first_line(error: BaseException) -> str:

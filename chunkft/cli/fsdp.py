@@ -8,7 +8,7 @@ from torch import nn
 from chunkft.cli.errors import UserError
 from chunkft.weights.units import block_names
 
-__all__ = ["load_whole", "shard", "whole_weights"]
+__all__ = ["load_whole", "shard", "shards_of", "whole_weights"]
 
 
 def shard(model: Any, device: torch.device) -> None:
@@ -38,6 +38,11 @@ def shard(model: Any, device: torch.device) -> None:
     for name in names:
         fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def shards_of(model: nn.Module) -> list[torch.Tensor]:
+    """What this rank has of each weight; whole those that are not sharded."""
+    return [weight.to_local() if hasattr(weight, "to_local") else weight for weight in model.parameters()]
 
 
 def whole_weights(model: nn.Module, keep: bool) -> dict[str, torch.Tensor] | None:

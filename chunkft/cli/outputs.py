@@ -74,6 +74,11 @@ class RunDirectory:
         program = "chunkft" if processes == 1 else f"torchrun --nproc-per-node {processes} -m chunkft"
         return f"{program} finetune --resume --out {self.path}"
 
+    def make(self) -> None:
+        """Makes the directory, with that of the checkpoints; raises UserError if it cannot be made."""
+        with usable(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
     def record(self, settings: FinetuneSettings) -> None:
         """Makes the directory, and writes down what the run is run with."""
         import chunkft

@@ -12,7 +12,11 @@ from chunkft.cli.errors import PeerError, UserError
 
 __all__ = ["Ranks", "describe"]
 
-OF_A_GROUP = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed? ?out|socket|broken pipe", re.I)
+# Of `chunkft.parallel`, and of gloo, which names its source: its errors have no class of their own.
+OF_A_COLLECTIVE = re.compile(
+    r": (a process of the group did not take part\.|not possible after a collective failed before)"
+    r"|/gloo/\w[\w/]*\.\w+:\d+\]"
+)
 FAILED = "failed"
 STORE_LIMIT = timedelta(seconds=5)
 
@@ -140,7 +144,7 @@ class Ranks:
     def _tell(self, error: Exception) -> PeerError | None:
         """Leave a reason; or what to raise because another rank was first, or is gone without a word."""
         text = describe(error)
-        of_group = isinstance(error, _group_errors()) or OF_A_GROUP.search(text) is not None
+        of_group = _of_a_collective(error)
         told = ""
         try:
             self._store.set_timeout(STORE_LIMIT)
@@ -167,7 +171,10 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
 
-def _group_errors() -> tuple[type[BaseException], ...]:
+def _of_a_collective(error: Exception) -> bool:
+    """Whether torch, or what called it for a collective, says that one failed; other errors quote what they like."""
     import torch.distributed as dist
 
-    return (dist.DistError,)
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and OF_A_COLLECTIVE.search(str(error)) is not None

@@ -6,11 +6,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chunkft import optim
 from chunkft.cli.errors import UserError
 from chunkft.optim.report import human_bytes, table
 
-__all__ = ["MemoryReport", "human_bytes", "plot_loss", "read_metrics", "table", "trim_metrics", "write_json"]
+__all__ = [
+    "MemoryReport",
+    "human_bytes",
+    "plot_loss",
+    "read_metrics",
+    "table",
+    "trim_metrics",
+    "weight_sizes",
+    "write_json",
+]
 
 ADAM_MOMENTS = 2
 FP32_BYTES = 4
@@ -21,20 +32,18 @@ class MemoryReport:
     """Bytes beside the weights: what full fine-tuning with AdamW holds, and what this run held on its device
     and host.
 
-    `trained` and `trained_bytes`: elements and bytes of all trainable weights, tied ones once. Gradients of
-    full
-    fine-tuning have the weights' dtype, moments are fp32, and 16-bit weights have an fp32 master.
+    `trained` and `trained_bytes`: elements and bytes of all trainable weights, tied ones once; `shards`: the three
+    numbers of this process, if it has a shard of each weight. Gradients of full fine-tuning have the weights' dtype,
+    moments are fp32, and 16-bit weights have an fp32 master.
     """
 
-    def __init__(self, weights: int, trained: int, trained_bytes: int) -> None:
-        half = trained_bytes < trained * FP32_BYTES
+    def __init__(
+        self, weights: int, trained: int, trained_bytes: int, shards: tuple[int, int, int] | None = None
+    ) -> None:
         self.weights = weights
-        self.full: dict[str, int | None] = {
-            "gradients": trained_bytes,
-            "optimizer state": ADAM_MOMENTS * FP32_BYTES * trained,
-            "master weights": FP32_BYTES * trained if half else 0,
-            "saved activations": None,
-        }
+        self.full = _of_adamw(trained, trained_bytes)
+        self.held, *own = shards or (weights, trained, trained_bytes)
+        self._full_here = _of_adamw(*own)
         self.run: dict[str, int | None] = dict.fromkeys(HELD, 0)
         self.run["saved activations"] = None
         self.host = 0
@@ -53,7 +62,7 @@ class MemoryReport:
 
     def observe_full(self) -> None:
         """Says that the run itself was full fine-tuning."""
-        self.run = dict(self.full)
+        self.run = self._full_here | {"saved activations": self.full["saved activations"]}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Rows for `table`: part, full fine-tuning, this run, ratio."""
@@ -67,7 +76,8 @@ class MemoryReport:
         rows.append(
             ("together", human_bytes(full_sum), human_bytes(run_sum), f"{run_sum / max(full_sum, 1):.3f}")
         )
-        rows.append(("weights", human_bytes(self.weights), human_bytes(self.weights), "1"))
+        share = f"{self.held / self.weights:.3f}" if self.held < self.weights else "1"
+        rows.append(("weights", human_bytes(self.weights), human_bytes(self.held), share))
         rows.append(("state of all chunks, on the host", "0 B", human_bytes(self.host), "-"))
         if self.new:
             rows.append(("state before it has a page", "0 B", human_bytes(self.new), "-"))
@@ -83,12 +93,33 @@ class MemoryReport:
         """Bytes of every row, for memory.json; a part that was not measured is null."""
         return {
             "weights": self.weights,
+            "weights_held": self.held,
             "full_adamw": self.full,
             "this_run": self.run,
             "host": self.host,
             "new": self.new,
             "files": self.files,
         }
+
+
+def weight_sizes(weights: Iterable[torch.Tensor]) -> tuple[int, int, int]:
+    """Bytes of all weights; elements and bytes of those that are trained."""
+    held = list(weights)
+    trained = [weight for weight in held if weight.requires_grad]
+    return _nbytes(held), sum(weight.numel() for weight in trained), _nbytes(trained)
+
+
+def _nbytes(weights: list[torch.Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _of_adamw(trained: int, trained_bytes: int) -> dict[str, int | None]:
+    return {
+        "gradients": trained_bytes,
+        "optimizer state": ADAM_MOMENTS * FP32_BYTES * trained,
+        "master weights": FP32_BYTES * trained if trained_bytes < trained * FP32_BYTES else 0,
+        "saved activations": None,
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

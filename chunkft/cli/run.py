@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 import chunkft
 from chunkft.cli.errors import UserError
-from chunkft.cli.fsdp import whole_weights
+from chunkft.cli.fsdp import shards_of, whole_weights
 from chunkft.cli.job import Job, build_optimizer, chosen_interval, load_job, prefer_class
 from chunkft.cli.launch import device_of, joined, launched
 from chunkft.cli.models import quiet_transformers, resolve_device
@@ -28,6 +28,7 @@ from chunkft.cli.report import (
     read_metrics,
     table,
     trim_metrics,
+    weight_sizes,
     write_json,
 )
 from chunkft.cli.settings import FinetuneSettings
@@ -76,6 +77,11 @@ def _finetune(
             if ranks.first:
                 found = open_run(settings, given, resume)
         directory, settings = ranks.of_first(found)
+        if ranks.several and settings.weights == "stream":
+            with ranks.agreed():
+                raise UserError(
+                    "--weights stream is for one process: leave torchrun out, or choose --weights resident or --fsdp"
+                )
         if resume and "device" not in given and not ranks.launched:
             device = resolve_device(settings.device)
         if settings.fsdp and not ranks.launched:
@@ -122,19 +128,17 @@ class Finetuning:
             job.model.config, "use_cache", True
         )  # Trainer turns it off, also in what it saves
         self.interval = chosen_interval(settings, self.steps)
-        weights = list(job.model.parameters())
+        sizes = weight_sizes(job.model.parameters())
         self.memory = MemoryReport(
-            weights=sum(weight.numel() * weight.element_size() for weight in weights),
-            trained=sum(weight.numel() for weight in weights if weight.requires_grad),
-            trained_bytes=sum(
-                weight.numel() * weight.element_size() for weight in weights if weight.requires_grad
-            ),
+            *sizes, shards=weight_sizes(shards_of(job.model)) if settings.fsdp else None
         )
         with ranks.agreed():
             self.optimizer = build_optimizer(job.model, settings, self.interval, ranks)
         self.chunk_optimizer = self.optimizer if isinstance(self.optimizer, chunkft.ChunkOptimizer) else None
         self.metrics = Metrics(directory.metrics if ranks.first else Path(os.devnull), device)
         self.stop = SharedStop() if ranks.launched else GracefulStop()
+        with ranks.agreed():
+            directory.make()  # before Trainer does, which does not know --out
         self.trainer = self._trainer()
 
     def _newest_checkpoint(self) -> Path | None:
@@ -347,6 +351,7 @@ class Finetuning:
         """The memory of the rank that held most of each kind."""
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         own = (
+            self.memory.held,
             self.memory.run,
             self.memory.host,
             self.memory.files,
@@ -354,7 +359,8 @@ class Finetuning:
             peak_resident_bytes(),
             peak,
         )
-        runs, hosts, files, new, processes, peaks = zip(*self.ranks.objects(own), strict=True)
+        held, runs, hosts, files, new, processes, peaks = zip(*self.ranks.objects(own), strict=True)
+        self.memory.held = max(held)
         for name in self.memory.run:
             self.memory.run[name] = max((run[name] for run in runs if run[name] is not None), default=None)
         self.memory.host, self.memory.files, self.memory.new = max(hosts), max(files), max(new)

@@ -13,6 +13,7 @@ from chunkft.optim.forecast import MASTER_KEYS, predict, predict_full, weight_nb
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.report import MemoryPart, MemoryReport
 from chunkft.optim.resident import ChunkResidency
+from chunkft.parallel import Bucket
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -38,6 +39,15 @@ class MemoryMeter:
     def observe_gradients(self, optimizer: ChunkOptimizer) -> None:
         """Gradients are complete, before the update that consumes them."""
         self._raise({**_gradients(optimizer), "leaves": weight_nbytes(optimizer._attachment)["leaves"]})
+
+    def observe_bucket(self, optimizer: ChunkOptimizer, bucket: Bucket) -> None:
+        """Gradients of a bucket go to their owners: its leaves have handed them on, and others have theirs."""
+        counted = _gradients(optimizer)
+        leaves = dict(optimizer._attachment.active())
+        for piece in bucket.leaves:
+            kind = "gradients_host" if optimizer._attachment.on_host(piece.name) else "gradients"
+            counted[kind] += piece.numel * leaves[piece].element_size()
+        self._raise(counted)
 
     def observe_state(self, optimizer: ChunkOptimizer) -> None:
         """The state of the active slices is complete: after the first update of an interval."""
@@ -93,9 +103,10 @@ class MemoryMeter:
 
 
 def _gradients(optimizer: ChunkOptimizer) -> dict[str, int]:
-    """Bytes of gradients by where they are."""
+    """Bytes of gradients by where they are; of many ranks also of those that came to their owner."""
     counted = {"gradients": 0, "gradients_host": 0}
-    for piece, leaf in optimizer._attachment.active():
+    owned = () if optimizer._team is None else optimizer._team.pairs
+    for piece, leaf in [*optimizer._attachment.active(), *owned]:
         if leaf.grad is not None:
             kind = "gradients_host" if optimizer._attachment.on_host(piece.name) else "gradients"
             counted[kind] += leaf.grad.numel() * leaf.grad.element_size()

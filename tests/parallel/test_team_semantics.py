@@ -381,3 +381,33 @@ def test_owners_are_found_whatever_part_of_theirs_is_asked_for():
     for wrong in (specs[0].slice(0, 0, 50), specs[2].slice(0, 1, 3)):
         with pytest.raises(ValueError, match="no part of what one rank owns"):
             ownership.owner_of(wrong)
+
+
+def gradient_parts(group, sharded):
+    """What a rank and its report say of gradients: before a step, between steps, and after a sweep; and one chunk's."""
+    model = Layers()
+    if sharded:
+        rigs.sharded(model, group)
+    keywords = {} if sharded else {"process_group": group}
+    optimizer = chunkft.ChunkAdamW(model, lr=1e-3, chunks=3, interval=1, **keywords)
+    x = torch.ones(4, 48)
+    model(x).sum().backward()
+    owned = sum(leaf.numel() * 4 for _, leaf in optimizer.active_parameters())
+    first = 4 * sum(piece.numel for piece in [*optimizer.plan.always, *optimizer.plan.chunks[0].slices])
+    found = [optimizer.memory_report().gradients]
+    optimizer.step()
+    for _ in range(3):
+        model(x).sum().backward()
+        optimizer.step()
+    found.append(optimizer.memory_report().gradients)
+    optimizer.detach()
+    return owned, first, found
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "shards"])
+def test_the_peak_of_gradients_is_that_of_all_that_a_rank_computed(pool, sharded):
+    for owned, first, (before, after) in pool.run(2, gradient_parts, sharded):
+        assert 0 < owned < first
+        assert (before.now, before.peak) == (owned, first)
+        assert after.now == 0
+        assert after.peak == after.predicted

@@ -393,6 +393,44 @@ def test_options_of_many_processes_are_refused_without_them(root, launcher, tmp_
     assert text in (tmp_path / "log").read_text()
 
 
+ENDS = """
+import os
+from pathlib import Path
+
+import torch
+
+from chunkft.cli.launch import joined, launched
+from chunkft.parallel import Ranks
+
+
+def threads():
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
+def work(ranks):
+    holder = {"ranks": Ranks(torch.distributed.group.WORLD)}  # as an optimizer has them
+    holder["self"] = holder
+    holder["ranks"].total(torch.ones(1), "a test")
+    ranks.objects(None)
+    return threads()
+
+
+with joined(launched(), torch.device("cpu"), 60) as ranks:
+    during = work(ranks)
+print(during > 0, threads())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="names of threads are read from /proc")
+def test_no_thread_of_a_group_is_left_when_the_interpreter_ends():
+    """One that drops a tensor when the interpreter has begun to end calls terminate."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS], env=environment() | place, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout.split()) == (0, ["True", "0"]), ended.stderr
+
+
 def test_the_place_of_a_process_is_read_from_the_environment():
     place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     found = place | {"MASTER_ADDR": "host", "MASTER_PORT": "1", "TORCHELASTIC_MAX_RESTARTS": "2"}

@@ -1,5 +1,6 @@
 """The processes that torchrun starts together: which of them this one is, and how they become a group."""
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -120,9 +121,16 @@ def joined(launch: Launch, device: torch.device, timeout: int) -> Iterator[Ranks
     )
     control = dist.new_group(backend="gloo", timeout=limit)
     hidden = {name: os.environ.pop(name) for name in HIDDEN if name in os.environ}
+    ranks = Ranks(rank, world, control, PrefixStore("told", store))
     try:
-        yield Ranks(rank, world, control, PrefixStore("told", store))
+        yield ranks
         # only where all went well: the others may be gone, and some backends wait for them
         dist.destroy_process_group()
+        # Threads of gloo take the GIL to drop the tensors of their last collective, a moment after that is done; one
+        # that is still to do so when the interpreter ends takes the process down. They are joined when nobody has the
+        # groups any more, and an optimizer, which has them, is part of a cycle.
+        ranks.leave()
+        del control
+        gc.collect()
     finally:
         os.environ.update(hidden)

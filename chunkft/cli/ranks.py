@@ -52,6 +52,10 @@ class Ranks:
         """Whether this is the process that prints and writes."""
         return self.rank == 0
 
+    def leave(self) -> None:
+        """Let go of the group; nothing is told any more."""
+        self._control = None
+
     def table(self, numbers: Sequence[float]) -> list[list[float]]:
         """The numbers of every rank, in the order of ranks; each gives as many, exact up to 2**53."""
         own = torch.tensor(numbers, dtype=torch.float64)

@@ -83,8 +83,8 @@ def batch(size: plain_llama.Shape, step: int) -> Tensor:
     return torch.randint(0, size.vocab, (BATCH, TOKENS + 1), generator=generator)
 
 
-def prepared(case: Case, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model as its method wants it, and the optimizer."""
+def prepared(case: Case, model: nn.Module, counted: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model as its method wants it, and the optimizer; ``counted`` costs `DistributedDataParallel` time."""
     if case.method in scale_model.SHARDED:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -104,11 +104,11 @@ def prepared(case: Case, model: nn.Module) -> tuple[nn.Module, torch.optim.Optim
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         wrapped = nn.parallel.DistributedDataParallel(model)
-        wrapped.register_comm_hook(
-            None, allreduce_hook
-        )  # its collectives pass through Python, where they are counted
+        if counted:  # its collectives pass through Python
+            wrapped.register_comm_hook(None, allreduce_hook)
         model = wrapped
-    return model, torch.optim.AdamW(model.parameters(), lr=LR)
+    fused = device_of(model).type == "cuda"
+    return model, torch.optim.AdamW(model.parameters(), lr=LR, fused=fused)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -35,7 +35,7 @@ class Trained:
         dtype = getattr(torch, case.dtype)
         self.case = case
         model = plain_llama.build(name, device, dtype, checkpointing=True)
-        self.model, self.optimizer = scale_setup.prepared(case, model)
+        self.model, self.optimizer = scale_setup.prepared(case, model, counted=False)
         self.ids = plain_llama.batch_of(name, device, 1, tokens, seed=dist.get_rank())
 
     def step(self) -> None:

@@ -11,11 +11,17 @@ from chunkft.weights.units import block_names
 __all__ = ["load_whole", "shard", "shards_of", "whole_weights"]
 
 
-def shard(model: Any, device: torch.device) -> None:
+def shard(model: Any, device: torch.device, adds_up: bool) -> None:
     """Shard a model on the CPU over all ranks by `fully_shard`, its blocks one by one and then the rest, in place.
 
-    16-bit weights keep their dtype, and their gradients are summed in fp32. Each block moves to ``device`` as a whole
-    before its shard is cut from it, so that no more than one is there at a time.
+    16-bit weights keep their dtype. Each block moves to ``device`` as a whole before its shard is cut from it, so that
+    no more than one is there at a time.
+
+    Args:
+        model: that has blocks.
+        device: where shards are.
+        adds_up: whether gradients of 16-bit weights are to be fp32 from the start, because FSDP2 reduces them, or those
+            of several passes are added; else they travel in 16 bits, and ours are summed in fp32 where they arrive.
 
     Raises:
         UserError: if the model has no blocks.
@@ -30,7 +36,7 @@ def shard(model: Any, device: torch.device) -> None:
     dtype = next(model.parameters()).dtype
     half = dtype in (torch.bfloat16, torch.float16)
     policy = (
-        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if adds_up else None)
         if half
         else MixedPrecisionPolicy()
     )

@@ -99,7 +99,7 @@ def load_job(settings: FinetuneSettings, device: torch.device) -> Job:
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(job.model)
     if settings.fsdp:
-        shard(job.model, target)
+        shard(job.model, target, adds_up=settings.optimizer == "adamw" or settings.grad_accum > 1)
     return job
 
 

@@ -13,7 +13,6 @@ from chunkft.optim.forecast import MASTER_KEYS, predict, predict_full, weight_nb
 from chunkft.optim.paged import PagedStore
 from chunkft.optim.report import MemoryPart, MemoryReport
 from chunkft.optim.resident import ChunkResidency
-from chunkft.parallel import Bucket
 
 if TYPE_CHECKING:
     from chunkft.optim.chunk_optimizer import ChunkOptimizer
@@ -40,14 +39,9 @@ class MemoryMeter:
         """Gradients are complete, before the update that consumes them."""
         self._raise({**_gradients(optimizer), "leaves": weight_nbytes(optimizer._attachment)["leaves"]})
 
-    def observe_bucket(self, optimizer: ChunkOptimizer, bucket: Bucket) -> None:
-        """Gradients of a bucket go to their owners: its leaves have handed them on, and others have theirs."""
-        counted = _gradients(optimizer)
-        leaves = dict(optimizer._attachment.active())
-        for piece in bucket.leaves:
-            kind = "gradients_host" if optimizer._attachment.on_host(piece.name) else "gradients"
-            counted[kind] += piece.numel * leaves[piece].element_size()
-        self._raise(counted)
+    def observe_sending(self, optimizer: ChunkOptimizer) -> None:
+        """Gradients are about to leave for their owners, where others are already."""
+        self._raise(_gradients(optimizer))
 
     def observe_state(self, optimizer: ChunkOptimizer) -> None:
         """The state of the active slices is complete: after the first update of an interval."""

@@ -73,6 +73,7 @@ class Rounds:
         gathered = isinstance(attachment.wiring.residence, ShardedWeights)
         self._reducer = Reducer(ranks, copies, begin_round, attachment.wiring, gathered, arrived)
         self._reducer.on_gradient = self._gradients_come
+        self._reducer.on_send = self._gradients_leave
         self._number = ranks.number()
         self._agree(optimizer)
 
@@ -223,6 +224,11 @@ class Rounds:
         self._settle_cleared()
         if torch._C._current_graph_task_id() != -1:
             self._on_backward()
+
+    def _gradients_leave(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._ready:
+            optimizer._memory.observe_sending(optimizer)
 
     def _settle_cleared(self) -> None:
         self.shown.settle_cleared(self._reducer)

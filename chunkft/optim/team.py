@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +56,6 @@ class Team:
         self._sharded = sharded
         self._ownership: Ownership
         self._rounds: Rounds | None = None
-        self._leaving = cycle([Bucket((), ())])  # in the order in which they are sent
 
     def divide(
         self,
@@ -102,14 +99,6 @@ class Team:
             RuntimeError: on all ranks, if they do not train alike.
         """
         self._rounds = Rounds(optimizer, self._attachment, self.ranks, self.copies)
-        known = weakref.ref(optimizer)
-
-        def count() -> None:
-            optimizer = known()
-            if optimizer is not None and optimizer._team is not None:
-                optimizer._memory.observe_bucket(optimizer, next(optimizer._team._leaving))
-
-        self.ranks.on_exchange = count
         root = self._attachment.model
         if self._sharded is None:
             self.ranks.copy_from_first(
@@ -165,7 +154,6 @@ class Team:
             record(leaf, trained[piece.name])
             pairs.append((piece, leaf))
         self.rounds.bind(self._buckets(chunk), leaves, pairs)
-        self._leaving = cycle(self._buckets(chunk))
         self.follow()
         return pairs
 

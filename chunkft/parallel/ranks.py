@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,6 @@ class Ranks:
         rank: of this one, 0 to ``size`` - 1.
         channel: the communicator.
         during: when collectives take place, for error messages.
-        on_exchange: called when an exchange is about to begin, and what it sends is in its message.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -74,7 +73,6 @@ class Ranks:
         self.channel = channel_of(group)
         self._voice = _voice_of(self.channel)
         self.during = "construction"
-        self.on_exchange: Callable[[], None] = lambda: None
         self._sent = dict.fromkeys(KINDS, 0)
 
     @contextlib.contextmanager
@@ -111,7 +109,6 @@ class Ranks:
             kind: what the bytes count as.
             doing: for error messages.
         """
-        self.on_exchange()
         received = sent.new_empty(sum(receive_sizes))
         with self._explained(doing):
             work = dist.all_to_all_single(

@@ -64,12 +64,13 @@ class Reducer:
     """Sums the gradients of all ranks at their owners, as means over the ranks.
 
     A bucket is sent once the last of its gradients is complete, in an order that is the same on all ranks: those that
-    got no gradient (an expert without tokens) go at the end of the backward pass, as zeros. Sums are taken in fp32, in
-    the order of the ranks: they are the same at every try, whatever the network.
+    got no gradient (an expert without tokens) go at the end of the backward pass, as zeros. Sums over the ranks that
+    divide slices are taken in fp32 where they arrive: they are the same at every try, whatever the network.
 
     They are sent in rounds, in each of which every rank sends all buckets once. Only the last backward pass of a step
-    begins one, so that accumulation communicates once a step: how many there are is taken from the step before. What
-    further passes add is sent in ``step()``, where ranks that had fewer passes take part, too.
+    begins one, so that accumulation communicates once a step: how many there are is taken from the step before. In the
+    first one, and with a GradScaler, each pass does. What further passes add is sent in ``step()``, where ranks that
+    had fewer passes take part, too.
 
     Where weights are gathered, ranks wait for each other in every block of a backward pass, and a bucket may only leave
     between the same two blocks on all of them. So they say at the beginning of a pass whether it brings gradients of
@@ -118,6 +119,7 @@ class Reducer:
         self._at_once = True  # buckets leave as soon as they are complete, not at the end of the pass
         self.cleared = 0  # how often gradients of rounds of this step were forgotten
         self.on_gradient: Callable[[], None] = lambda: None  # the first of a backward pass is about to come
+        self.on_send: Callable[[], None] = lambda: None  # the gradients of a bucket are about to leave
         self._running = False
 
     def bind(self, buckets: Sequence[Bucket], leaves: Mapping[Slice, nn.Parameter], own: Pairs) -> None:
@@ -354,6 +356,7 @@ class Reducer:
     def _send(self, index: int) -> None:
         """Send the next bucket, and receive those that are to be there by now."""
         load = self._loads[index]
+        self.on_send()
         itemsize = load.leaves[0].element_size()
         sizes = [load.header + padded(numel, itemsize) for numel in load.layout.numels()]
         message = self._message(load, sizes)

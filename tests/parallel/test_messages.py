@@ -1,0 +1,130 @@
+"""How messages are laid out, who carries them, and where they are copied: what GPUs need and CPUs do not show."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_fault_rigs import KINDS, build, loss_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import chunkft
+from chunkft.optim import sharded_checkpoint
+from chunkft.parallel import Ranks, padded, ranks
+
+
+def places(group, kind):
+    """Bytes at which parts of messages begin, whose leaves have odd sizes."""
+    found = []
+    exchange, spread = Ranks.exchange, Ranks.spread
+
+    def exchanged(self, sent, send_sizes, *args):
+        for size in (*send_sizes, sent.numel()):
+            found.append(size * sent.element_size())
+        return exchange(self, sent, send_sizes, *args)
+
+    def gathered(self, own, *args):
+        found.append(own.numel() * own.element_size())
+        return spread(self, own, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "exchange", exchanged)
+        patch.setattr(Ranks, "spread", gathered)
+        model, optimizer = build(kind, group, width=13)
+        for step in range(3):
+            loss_of(model, step, dist.get_rank(group)).backward()
+            optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_messages_are_aligned(pool, kind):
+    for found in pool.run(2, places, kind):
+        assert len(found) > 20
+        assert all(size % 16 == 0 for size in found)
+
+
+def test_padding_fills_up_sixteen_bytes():
+    assert [padded(numel, 2) for numel in (0, 1, 8, 9)] == [0, 8, 8, 16]
+    assert padded(3, 4) == 4
+    assert padded(1, 32) == 1
+
+
+def made(group):
+    """With what the communicator of an optimizer was made."""
+    calls = []
+    new_group = dist.new_group
+
+    def noting(*args, **kwargs):
+        calls.append((kwargs["backend"], dist.distributed_c10d._get_default_group().bound_device_id))
+        return new_group(*args, **kwargs)
+
+    world = dist.distributed_c10d._get_default_group()
+    before = world.bound_device_id
+    world.bound_device_id = torch.device("cuda", 0)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "new_group", noting)
+            patch.setattr(ranks, "_channels", {})
+            Ranks(group)
+        assert world.bound_device_id == torch.device("cuda", 0)
+    finally:
+        world.bound_device_id = before
+    return calls, dist.get_backend_config(group)
+
+
+def test_a_communicator_is_made_by_its_members_alone_with_the_backend_of_their_group(pool):
+    for calls, backend in pool.run(2, made):
+        assert calls == [(backend, None)]
+
+
+def saves(group, directory):
+    """In which thread a checkpoint is written."""
+    model, optimizer = build("replicas", group)
+    loss_of(model, 0, dist.get_rank(group)).backward()
+    optimizer.step()
+    threads = []
+    save = sharded_checkpoint._Saver._save
+
+    def noting(self, *args):
+        threads.append(threading.current_thread() is threading.main_thread())
+        save(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_checkpoint._Saver, "_save", noting)
+        here = threading.current_thread() is threading.main_thread()
+        background = chunkft.save_sharded(optimizer, directory, asynchronous=True)
+        chunkft.save_sharded(optimizer, directory)
+        assert background.done()
+    return here, threads
+
+
+def test_a_checkpoint_that_is_waited_for_is_written_where_it_is_asked_for(pool, tmp_path):
+    for here, threads in pool.run(2, saves, tmp_path / "saved"):
+        assert threads == [False, here]
+        assert here
+
+
+def other_group(group):
+    """A group that is not that of the whole mesh."""
+    model = nn.Linear(6, 4)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match=r"over \[0, 1, 2, 3\]"):
+        chunkft.ChunkAdamW(model, chunks=1, process_group=mesh["shards"].get_group())
+    chunkft.ChunkAdamW(model, chunks=1, process_group=dist.group.WORLD)
+
+
+def test_a_group_that_is_not_that_of_hybrid_shards_is_refused(pool):
+    pool.run(4, other_group)
+
+
+def test_the_factor_of_a_token_mean_is_not_rounded():
+    loss = torch.tensor(300.0, dtype=torch.bfloat16, requires_grad=True)
+    mean = chunkft.token_mean(loss, tokens=300)
+    mean.backward()
+    assert mean.dtype == torch.float32
+    assert mean.item() == pytest.approx(300 / 300, rel=1e-6)
+    assert loss.grad is not None

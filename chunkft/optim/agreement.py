@@ -132,6 +132,7 @@ def _aspects(optimizer: ChunkOptimizer) -> dict[str, Any]:
             (spec.name, spec.shape, str(optimizer._attachment.parameter(spec.name).dtype))
             for spec in optimizer._specs
         ],
+        "what is frozen": sorted(optimizer._attachment._untrained),
         "plan": [optimizer.plan.always, [chunk.slices for chunk in optimizer.plan.chunks]],
         "schedule": schedule if isinstance(schedule, str) else getattr(schedule, "__qualname__", "callable"),
         "interval": optimizer.interval,

@@ -463,6 +463,8 @@ def _start_of(pair: tuple[Slice, nn.Parameter]) -> int:
 @torch.enable_grad()
 def _is_reached(leaf: nn.Parameter) -> bool:
     """Whether the backward pass that runs brings a gradient to a leaf."""
+    if not leaf.requires_grad:
+        return False
     view: Any = leaf.view_as(leaf)
     try:
         return bool(torch._C._will_engine_execute_node(view.grad_fn.next_functions[0][0]))

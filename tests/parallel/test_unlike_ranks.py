@@ -291,6 +291,7 @@ DIFFERENCES = {
     "lr": ({"lr": 2e-2}, "learning rate"),
     "clipping": ({"max_grad_norm": 1.0}, "max_grad_norm"),
     "interval set later": ({}, "interval"),
+    "frozen later": ({}, "what is frozen"),
 }
 
 
@@ -304,6 +305,9 @@ def differ(group, kind, name):
     for step in range(2 * STEPS):
         if step == 2 * WHEN + 1 and name == "interval set later" and rank == VICTIM:
             optimizer.interval = 3
+        if step == WHEN and name == "frozen later" and rank == VICTIM:
+            active = optimizer.plan.chunks[optimizer.active].slices[0].name
+            dict(model.named_parameters())[active].requires_grad_(False)
         try:
             loss_of(model, step, rank).backward()
             optimizer.step()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 # Its name from torch 2.13 on, and the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 KINDS = ("gradients", "weights", "control")
+THREADS_END_WITHIN = 0.2  # seconds: milliseconds are enough, unless the machine is busy
 
 # One for each group of users, whatever the number of optimizers: it is a communicator of its own.
 _made = 0
@@ -67,6 +71,7 @@ class Ranks:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        _wait_for_threads_at_exit()
         self.group = group
         self.size = group.size()
         self.rank = group.rank()
@@ -245,6 +250,17 @@ def _voice_of(channel: dist.ProcessGroup) -> dist.ProcessGroup | None:
 
 def _has_cpus(group: dist.ProcessGroup) -> bool:
     return torch.device("cpu") in group._device_types
+
+
+@functools.cache
+def _wait_for_threads_at_exit() -> None:
+    """Let threads of gloo end what they do before the interpreter ends.
+
+    They take the GIL to drop the tensors of their last collective, a moment after that is done. One that asks for it
+    when the interpreter has begun to end takes the process down ("terminate called without an active exception", torch
+    2.11 to 2.13), after a run that went well. Nothing tells when they are through.
+    """
+    atexit.register(time.sleep, THREADS_END_WITHIN)
 
 
 def _made_once(known: Any, group: dist.ProcessGroup, doing: str, backend: str | None) -> dist.ProcessGroup:

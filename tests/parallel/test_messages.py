@@ -1,5 +1,7 @@
 """How messages are laid out, who carries them, and where they are copied: what GPUs need and CPUs do not show."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -78,6 +80,29 @@ def made(group):
 def test_a_communicator_is_made_by_its_members_alone_with_the_backend_of_their_group(pool):
     for calls, backend in pool.run(2, made):
         assert calls == [(backend, None)]
+
+
+ENDS = """
+import time
+
+time.sleep = lambda seconds: print("waits", seconds)
+
+import torch.distributed as dist
+
+from chunkft.parallel import Ranks
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+for _ in range(2):
+    Ranks(dist.group.WORLD).objects(1, "a test")
+print("ends")
+"""
+
+
+def test_threads_of_gloo_have_time_to_end_before_the_interpreter_does():
+    ended = subprocess.run(
+        [sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert ended.stdout.split("\n")[-3:] == ["ends", f"waits {ranks.THREADS_END_WITHIN}", ""]
 
 
 def saves(group, directory):

@@ -23,9 +23,7 @@ THREADS_END_WITHIN = 0.2  # seconds: milliseconds are enough, unless the machine
 _made = 0
 _channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _cpu_channels: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-_optimizers: weakref.WeakKeyDictionary[Any, int] = (
-    weakref.WeakKeyDictionary()
-)  # by channel: how many there were
+_optimizers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # numbers by channel
 _voices: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _lost: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # by channel: what failed in it
 

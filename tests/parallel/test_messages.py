@@ -1,10 +1,13 @@
 """How messages are laid out, who carries them, and where they are copied: what GPUs need and CPUs do not show."""
 
+import contextlib
+import inspect
 import subprocess
 import sys
 import threading
 
 import pytest
+import rigs
 import torch
 import torch.distributed as dist
 from rank_fault_rigs import KINDS, build, loss_of
@@ -13,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import chunkft
+from chunkft.cli.fsdp import shard
 from chunkft.optim import sharded_checkpoint
-from chunkft.parallel import Ranks, padded, ranks
+from chunkft.parallel import Ranks, padded, ranks, reducer
 
 
 def places(group, kind):
@@ -130,6 +134,45 @@ def test_a_checkpoint_that_is_waited_for_is_written_where_it_is_asked_for(pool, 
     for here, threads in pool.run(2, saves, tmp_path / "saved"):
         assert threads == [False, here]
         assert here
+
+
+def wires(group, adds_up):
+    """In which dtype the command lets gradients of 16-bit shards travel."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])).bfloat16()
+    shard(model, torch.device("cpu"), adds_up)
+    optimizer = chunkft.ChunkAdamW(model, chunks=1)
+    return {optimizer._team._sharded.wire_dtype(name) for name, _ in model.named_parameters()}
+
+
+def test_gradients_of_16_bit_shards_are_fp32_on_their_way_only_where_they_are_added_up(pool):
+    assert pool.run(4, wires, False) == [{torch.bfloat16}] * 4
+    assert pool.run(4, wires, True) == [{torch.float32}] * 4
+
+
+def receives(group, fails):
+    """Rank 1 runs out of memory once while it takes the last bucket, at the end of a backward pass, and goes on."""
+    model, optimizer = build("replicas", group, chunks=1)
+    within, left = reducer._within, [1] if fails and dist.get_rank(group) else []
+
+    def flaky(outer, inner, tensor):
+        callers = [frame.function for frame in inspect.stack(0)[1:4]] if left else []
+        if callers[:1] == ["_receive"] and "flush" in callers:
+            left.pop()
+            raise MemoryError
+        return within(outer, inner, tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reducer, "_within", flaky)
+        for step in range(3):
+            expected = pytest.raises(MemoryError) if left else contextlib.nullcontext()
+            with expected:
+                loss_of(model, step, dist.get_rank(group)).backward()
+            optimizer.step()
+    return rigs.digest(model)
+
+
+def test_an_error_while_a_bucket_is_received_loses_none_of_it(pool):
+    assert pool.run(2, receives, True) == pool.run(2, receives, False)
 
 
 def other_group(group):
